@@ -1,0 +1,55 @@
+"""metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
+
+from metaopt import inner, linsolve, meta, trajectory
+from metaopt.estimators import (
+    IFT,
+    RMD,
+    Cost,
+    DrMAD,
+    Estimator,
+    FinishedRun,
+    FirstOrder,
+    HyperDistill,
+    Hypergradient,
+    OneStep,
+    Response,
+    TruncatedRMD,
+    UnusedHyperparameterWarning,
+    ZeroHypergradientWarning,
+    hypergradient,
+)
+from metaopt.functional import FunctionalModel, functional, merge, partition
+from metaopt.inner import InnerState, custom_step, inner_step
+from metaopt.meta import online
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IFT",
+    "RMD",
+    "Cost",
+    "DrMAD",
+    "Estimator",
+    "FinishedRun",
+    "FirstOrder",
+    "FunctionalModel",
+    "HyperDistill",
+    "Hypergradient",
+    "InnerState",
+    "OneStep",
+    "Response",
+    "TruncatedRMD",
+    "UnusedHyperparameterWarning",
+    "ZeroHypergradientWarning",
+    "custom_step",
+    "functional",
+    "hypergradient",
+    "inner",
+    "inner_step",
+    "linsolve",
+    "merge",
+    "meta",
+    "online",
+    "partition",
+    "trajectory",
+]

@@ -1,0 +1,34 @@
+"""Hypergradient estimators: one linear map, many ways to it."""
+
+from metaopt.estimators.base import (
+    Estimator,
+    FinishedRun,
+    Hypergradient,
+    Response,
+    UnusedHyperparameterWarning,
+    ZeroHypergradientWarning,
+    hypergradient,
+)
+from metaopt.estimators.cost import Cost
+from metaopt.estimators.first_order import FirstOrder
+from metaopt.estimators.hyperdistill import HyperDistill
+from metaopt.estimators.implicit import IFT
+from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
+
+__all__ = [
+    "IFT",
+    "RMD",
+    "Cost",
+    "DrMAD",
+    "Estimator",
+    "FinishedRun",
+    "FirstOrder",
+    "HyperDistill",
+    "Hypergradient",
+    "OneStep",
+    "Response",
+    "TruncatedRMD",
+    "UnusedHyperparameterWarning",
+    "ZeroHypergradientWarning",
+    "hypergradient",
+]

@@ -1,0 +1,87 @@
+"""Counting what an estimator does, without any global state: a step that counts how it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Linearized, Step, Wrt
+from metaopt.tree import Tree
+
+
+@dataclass
+class Cost:
+    """Work done, in units that do not depend on the machine.
+
+    Attributes:
+        steps: plain evaluations of Φ (one gradient of the inner loss each).
+        linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and the graph's memory).
+        products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers call JVPs.
+        tangents: Jacobian-vector products of Φ, in forward mode.
+    """
+
+    steps: int = 0
+    linearizations: int = 0
+    products: int = 0
+    tangents: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Work of both."""
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+class CountedStep:
+    """A step that adds what it is asked for to a :class:`Cost`; otherwise the step it wraps."""
+
+    def __init__(self, step: Step, cost: Cost) -> None:
+        """Wrap ``step``; ``cost`` is added to."""
+        self.step, self.cost = step, cost
+
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """As the wrapped step."""
+        return self.step.init(w, lam)
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """As the wrapped step."""
+        self.cost.steps += 1
+        return self.step(state, lam, batch)
+
+    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> CountedLinearized:
+        """As the wrapped step."""
+        self.cost.linearizations += 1
+        return CountedLinearized(self.step.linearize(state, lam, batch), self.cost)
+
+    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """As the wrapped step."""
+        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+
+    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
+        """As the wrapped step."""
+        self.cost.tangents += 1
+        return self.step.jvp(state, lam, batch, state_dot, lam_dot)
+
+    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+        """As the wrapped step; the result counts too."""
+        step, seen = self.step.stationary(state, rate)
+        return CountedStep(step, self.cost), seen
+
+
+class CountedLinearized:
+    """A linearised step that counts its products."""
+
+    __slots__ = ("_cost", "_inner")
+
+    def __init__(self, inner: Linearized, cost: Cost) -> None:
+        """Wrap ``inner``; ``cost`` is added to."""
+        self._inner, self._cost = inner, cost
+
+    @property
+    def state(self) -> InnerState:
+        """Φ at this point."""
+        return self._inner.state
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``."""
+        self._cost.products += 2 if wrt == "both" else 1
+        return self._inner.pullback(cotangent, wrt)

@@ -1,0 +1,37 @@
+"""First-order: the direct term only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt import tree
+from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class FirstOrder(Estimator):
+    """``dL_val/dλ ≈ ∂L_val/∂λ``: the pullback is 0.
+
+    Cost: no product. Memory: nothing. Bias: the whole indirect term is dropped; where the outer loss does not see λ (learning rates,
+    data weights), the result is zero.
+    """
+
+    @property
+    def drops_indirect(self) -> bool:
+        """Yes."""
+        return True
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> None:
+        """Nothing."""
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, None]:
+        """A plain step."""
+        return step(state, lam, batch), None
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:
+        """The weights, and the zero map."""
+        return state.w, lambda alpha: Response(tree.zeros_like(lam))

@@ -1,0 +1,153 @@
+r"""HyperDistill: the whole indirect term distilled into one product.
+
+.. math::
+    g^{SO}_t \approx \theta\, S_t\, v_t, \qquad v_t = \alpha_t \frac{\partial \Phi(w^*_t, \lambda; D^*_t)}{\partial \lambda},
+    \qquad S_t = \sum_{i \le t} \gamma^{t-i}
+
+Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", ICLR, arXiv 2110.02508: algorithms 3 and 4,
+equations 13-18. The norms in :math:`\pi_t f_t` cancel (eq. 15), so the pullback is linear in α.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from metaopt import tree
+from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response
+from metaopt.estimators.reverse import sweep
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import Distillate, Distilled, Moment, replay
+from metaopt.trajectory.distilled import geometric_sum
+from metaopt.trajectory.interpolated import interpolate
+from metaopt.trajectory.replay import Rng
+from metaopt.tree import Tree
+
+
+class HyperDistillCarry(NamedTuple):
+    """The distillates so far, and the random state before the last step."""
+
+    distillate: Distillate | None = None
+    rng: Rng | None = None
+
+
+class SizeSamples(NamedTuple):
+    """What algorithm 4 collects: ``y_s ≈ θ x_s`` for horizons s = 1 … T (figure 4 of the paper)."""
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def theta(self) -> float:
+        """Least squares through the origin, ``(x·y)/(x·x)``; NaN where every ``x`` is zero."""
+        return float(self.x.dot(self.y) / self.x.dot(self.x))
+
+
+@dataclass(frozen=True)
+class HyperDistill(Estimator):
+    """Online hypergradients over the whole horizon from one product at a distilled point.
+
+    Cost per hyper-step: one gradient at ``w*`` with its graph, one product; a calibration takes ``3T - 1`` products. Memory: one more
+    state and batch. Bias: the direction is that of ``Σ γ^{t-i} α_t B_i`` up to the distillation; the size is as good as θ. Exact for
+    isotropic quadratics with ``γ`` the contraction factor.
+
+    Args:
+        gamma: decay γ in [0, 1]; 0 is the 1-step method up to θ.
+        theta: size θ; :meth:`calibrate` fits it.
+        pi: what multiplies the direction: ``"theta"`` the fitted size ``θ S_t v_t``; ``"plain"`` v itself (the paper's π = 1 as its
+            appendix I needs it); ``"unit"`` π = 1 read literally, ``v/‖v‖`` (not linear in α).
+        example_axis: axis of the batch tensors that runs over examples; 1 for a stacked meta-batch.
+        stochastic_rounding: see :class:`metaopt.trajectory.Distilled`.
+        seed: of the subsampling of ``D*``.
+    """
+
+    gamma: float = 0.99
+    theta: float = 1.0
+    pi: Literal["theta", "plain", "unit"] = "theta"
+    example_axis: int = 0
+    stochastic_rounding: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
+        if self.pi not in ("theta", "plain", "unit"):
+            raise ValueError(f"pi must be 'theta', 'plain' or 'unit', got {self.pi!r}")
+
+    @property
+    def memory(self) -> Distilled:
+        """The trajectory: running distillates."""
+        return Distilled(self.gamma, self.example_axis, self.stochastic_rounding, self.seed)
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> HyperDistillCarry:
+        """Nothing yet."""
+        return HyperDistillCarry()
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: HyperDistillCarry) -> tuple[InnerState, HyperDistillCarry]:
+        """Algorithm 3, lines 9 and 11: distil, then step."""
+        old = carry.distillate
+        distillate = self.memory.start(state, batch) if old is None else self.memory.append(old, state, batch)
+        rng = replay.snapshot(state)
+        return step(state, lam, batch), HyperDistillCarry(distillate, rng)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: HyperDistillCarry) -> tuple[Tree, Pullback]:
+        """Algorithm 3, line 12: one product at ``(w*_t, λ; D*_t)``."""
+        distillate, rng = carry
+        if distillate is None or rng is None:
+            raise ValueError("HyperDistill has seen no inner step yet")
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            with replay.preserved(state):
+                moment = Moment(distillate.state, lam, distillate.batch, rng)
+                _, v = moment.pullback(step, InnerState(alpha, None, state.t), "lam")
+            return Response(tree.scale(self._size(v, distillate.t), v))
+
+        return state.w, pullback
+
+    def _size(self, v: Tree, t: int) -> float | Tensor:
+        if self.pi == "plain":
+            return 1.0
+        if self.pi == "unit":
+            size = tree.norm(v)
+            return torch.where(size > 0, 1.0 / size, torch.ones_like(size))
+        return self.theta * geometric_sum(self.gamma, t)
+
+    def calibrate(self, step: Step, lam: Tree, run: FinishedRun) -> Self:
+        """Algorithm 4: θ fitted along one finished run. A negative θ is kept as it is.
+
+        Warns:
+            UserWarning: if every ``v_s`` is zero; θ is then undefined and set to 1.
+        """
+        if self.pi != "theta":
+            return self
+        theta = self.size_samples(step, lam, run).theta
+        if theta != theta:
+            warnings.warn("HyperDistill: every v_s is zero, so theta is undefined; using theta = 1", UserWarning, stacklevel=2)
+            theta = 1.0
+        return replace(self, theta=theta)
+
+    def size_samples(self, step: Step, lam: Tree, run: FinishedRun) -> SizeSamples:
+        """``(x_s, y_s)`` of algorithm 4: DrMAD's partial sweeps against the product at the distillate of the same horizon."""
+        horizon, memory = len(run.batches), self.memory
+        rng = replay.snapshot(run.first)
+        moments = [Moment(interpolate(run.first, run.last, t, horizon), lam, run.batches[t - 1], rng) for t in range(horizon, 0, -1)]
+        alpha = InnerState(run.alpha, None, run.last.t)
+        partial_sums = sweep(step, iter(moments), alpha, lam, to_start=False)
+        xs, ys, distillate = [], [], None
+        with replay.preserved(run.first):
+            for moment, (g, _) in zip(moments, partial_sums, strict=True):
+                old = distillate
+                distillate = memory.start(moment.state, moment.batch) if old is None else memory.prepend(old, moment.state, moment.batch)
+                _, v = Moment(distillate.state, lam, distillate.batch, rng).pullback(step, alpha, "lam")
+                size = tree.norm(v)
+                xs.append(size * geometric_sum(self.gamma, distillate.t))
+                ys.append(tree.dot(v, g) / size if bool(size > 0) else torch.zeros_like(size))
+        return SizeSamples(torch.stack(xs), torch.stack(ys))

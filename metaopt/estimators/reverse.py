@@ -1,0 +1,164 @@
+r"""Reverse mode: one sweep of products with the step's Jacobians, over whatever trajectory is remembered.
+
+.. math::
+    g \leftarrow g + \alpha B_t, \quad \alpha \leftarrow \alpha A_t \qquad (t = T \dots 1), \qquad
+    A_t = \frac{\partial \Phi}{\partial s_{t-1}}, \; B_t = \frac{\partial \Phi}{\partial \lambda}
+
+Algorithm 1 of the HyperDistill paper; Franceschi et al. 2017, arXiv 1703.01785. Over the full trajectory that is RMD, over the last K
+states truncated RMD (Shaban et al. 2019, arXiv 1810.10667), over the last one the 1-step method (Luketina et al. 2016, arXiv 1511.06727),
+over a straight line DrMAD (Fu et al. 2016, arXiv 1601.00917).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt import tree
+from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import Full, Interpolated, Last, Trajectory, replay
+from metaopt.trajectory.base import Moment
+from metaopt.tree import Tree
+
+
+class ReverseMode(Estimator):
+    """The sweep over a trajectory; what the trajectory is makes the method."""
+
+    @property
+    @abstractmethod
+    def remembered(self) -> Trajectory:
+        """The trajectory."""
+
+    @property
+    def exact(self) -> bool:
+        """As the trajectory."""
+        return self.remembered.exact
+
+    @property
+    def online(self) -> bool:
+        """Where the trajectory is bounded."""
+        return self.remembered.bounded
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
+        """An empty tape."""
+        return self.remembered.start(state, lam)
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, Any]:
+        """A step, taped."""
+        return self.remembered.record(carry, step, state, lam, batch)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:
+        """The weights, and the sweep."""
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            complete, reached = self.remembered.complete(carry), False
+            total, cotangent = tree.map(lambda _: None, lam), InnerState(alpha, None, state.t)
+            moments = self.remembered.moments(carry, step, state)
+            for total, cotangent in sweep(step, moments, cotangent, lam, to_start=complete):  # noqa: B007, B020
+                reached = True
+            return Response(total if reached else tree.zeros_like(lam), cotangent.w if complete else None)
+
+        return state.w, pullback
+
+
+def sweep(step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tree, *, to_start: bool) -> Iterator[tuple[Tree, InnerState]]:
+    """The sweep, one ``(g, α)`` after each step, newest step first.
+
+    Args:
+        step: Φ.
+        moments: the remembered steps, newest first.
+        cotangent: of the last state.
+        lam: a pytree like λ.
+        to_start: whether the cotangent of the oldest state is wanted too; otherwise that last product is left out.
+    """
+    total = tree.map(lambda _: None, lam)
+    with replay.preserved(cotangent.w):
+        moment = next(moments, None)
+        while moment is not None:
+            older = next(moments, None)
+            wrt = "both" if to_start or older is not None else "lam"
+            state_bar, product = moment.pullback(step, cotangent, wrt)
+            total = tree.add(total, product)
+            cotangent = state_bar if state_bar is not None else cotangent
+            yield total, cotangent
+            moment = older
+
+
+@dataclass(frozen=True)
+class RMD(ReverseMode):
+    """Reverse-mode differentiation: the exact hypergradient.
+
+    Cost: ``2T`` products (the last gives ``init``) and, over :class:`~metaopt.trajectory.Full`, ``T`` recomputed gradients. Memory: the
+    trajectory's. Bias: exact. Offline: λ must not move.
+
+    Args:
+        trajectory: how the run is remembered; default: every state.
+    """
+
+    trajectory: Trajectory = Full()
+
+    @property
+    def remembered(self) -> Trajectory:
+        """As given."""
+        return self.trajectory
+
+
+@dataclass(frozen=True)
+class TruncatedRMD(ReverseMode):
+    """The first K terms of the sweep.
+
+    Cost: ``2K - 1`` products and K recomputed gradients. Memory: K states. Bias: what happened more than K steps ago is dropped;
+    ``horizon ≥ T`` is :class:`RMD`, 1 is :class:`OneStep`, 0 is first-order.
+
+    Args:
+        horizon: K.
+    """
+
+    horizon: int
+
+    def __post_init__(self) -> None:
+        """Check the horizon."""
+        self.remembered  # noqa: B018  (the trajectory checks it)
+
+    @property
+    def drops_indirect(self) -> bool:
+        """With horizon 0 it is first-order."""
+        return self.horizon == 0
+
+    @property
+    def remembered(self) -> Trajectory:
+        """The last K states."""
+        return Last(self.horizon)
+
+
+@dataclass(frozen=True)
+class OneStep(ReverseMode):
+    """One-step look-ahead: ``α_t B_t``, on the training step's own graph.
+
+    Cost: one product per hyper-step, no recomputation. Memory: one graph. Bias: the state before the last step is taken as constant
+    (short-horizon bias).
+    """
+
+    @property
+    def remembered(self) -> Trajectory:
+        """The last step, with its graph."""
+        return Last(1, graphs=True)
+
+
+@dataclass(frozen=True)
+class DrMAD(ReverseMode):
+    """RMD's sweep along the straight line between the first and the last state.
+
+    Cost: ``2T - 1`` products and T gradients. Memory: two states. Bias: exact only where A and B do not depend on the state; there is no
+    bound in general. Offline.
+    """
+
+    @property
+    def remembered(self) -> Trajectory:
+        """Both ends."""
+        return Interpolated()

@@ -1,0 +1,139 @@
+"""Any differentiable Φ: learned optimisers, hand-written updates, simulators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step, Wrt, check_weights
+from metaopt.tree import Tree
+
+
+def custom_step(fn: Callable[[InnerState, Tree, Any], InnerState], init: Callable[[Tree, Tree], InnerState] | None = None) -> CustomStep:
+    """A step from any pure function ``fn(state, lam, batch) -> state``.
+
+    Args:
+        fn: the step. It sees tensors that require grad, so it may call ``torch.autograd.grad(loss, ..., create_graph=True)``;
+            it returns an :class:`InnerState` (or anything with the same fields) and must not change its arguments.
+        init: ``(w, lam) -> InnerState``; default: no slots.
+
+    :func:`metaopt.verify.check` tests whether a function keeps this contract.
+    """
+    if not callable(fn):
+        raise TypeError(f"custom_step needs a function (state, lam, batch) -> state, got {type(fn).__name__}")
+    return CustomStep(fn, init)
+
+
+@dataclass(frozen=True)
+class CustomStep:
+    """Φ from a function; its derivatives by autograd through the function."""
+
+    fn: Callable[[InnerState, Tree, Any], InnerState]
+    initial: Callable[[Tree, Tree], InnerState] | None = None
+
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """The state before the first step."""
+        check_weights(w)
+        w = tree.detach(w)
+        return InnerState(w) if self.initial is None else tree.detach(self.initial(w, lam))
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ; differentiable by autograd where the inputs require grad."""
+        if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
+            return self._run(state, lam, batch)
+        return self.linearize(state, lam, batch).state
+
+    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedCustomStep:
+        """Φ at this point with the whole graph of ``fn`` kept."""
+        with torch.enable_grad():
+            state_, lam_ = tree.attach(state), tree.attach(lam)
+            return LinearizedCustomStep(state_, lam_, self._run(state_, lam_, batch))
+
+    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """The step adjoint ``(αA, αB)``."""
+        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+
+    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
+        """The tangent ``A·state_dot + B·lam_dot``: the pullback is linear, and its transpose is the tangent map."""
+        with torch.enable_grad():
+            state_, lam_ = tree.attach(state), tree.attach(lam)
+            new = self._run(state_, lam_, batch)
+            outputs, inputs = tree.floats(new), tree.floats(state_) + tree.floats(lam_)
+            dots = _dots(state_dot, state_) + _dots(lam_dot, lam_)
+            live = [o for o in outputs if o.requires_grad]
+            seeds = [torch.zeros_like(o).requires_grad_() for o in live]
+            bars = torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else []
+            total = [(b * d).sum() for b, d in zip(bars, dots, strict=False) if b is not None and b.requires_grad]
+            slopes = torch.autograd.grad(torch.stack(total).sum(), seeds, allow_unused=True) if total else [None] * len(seeds)
+        supply = iter(slopes)
+
+        def tangent(leaf: Any) -> Any:
+            if not tree.is_float(leaf):
+                return leaf
+            value = next(supply) if leaf.requires_grad else None
+            return torch.zeros_like(leaf) if value is None else value.detach()
+
+        return tree.map(tangent, new)
+
+    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+        """Φ itself: its fixed points are what it converges to.
+
+        Raises:
+            ValueError: if a rate is given; a custom Φ has its own.
+        """
+        if rate is not None:
+            raise ValueError(f"a custom step is its own fixed-point map and takes no rate, got {rate}")
+        return self, state
+
+    def _run(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        new = self.fn(state, lam, batch)
+        if not hasattr(new, "w"):
+            raise TypeError(f"the custom step must return an InnerState(w, slots), got {type(new).__name__}")
+        new = InnerState(new.w, getattr(new, "slots", {}), state.t + 1)
+        tree.check_like(new.w, state.w, "the custom step's new w", "w")
+        return new
+
+
+class LinearizedCustomStep:
+    """:class:`CustomStep` at one point; see :class:`metaopt.inner.step.Linearized`."""
+
+    __slots__ = ("_lam", "_new", "_state")
+
+    def __init__(self, state: InnerState, lam: Tree, new: InnerState) -> None:
+        """Keep the inputs and the outputs of ``fn`` with the graph between them."""
+        self._state, self._lam, self._new = state, lam, new
+
+    @property
+    def state(self) -> InnerState:
+        """Φ(state, λ; batch), detached."""
+        return tree.detach(self._new)
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``: one backward pass through ``fn``."""
+        slots = cotangent.slots if cotangent.slots is not None else tree.zeros_like(self._new.slots)
+        outputs: list[Tensor] = tree.floats(self._new)
+        seeds = tree.floats(InnerState(cotangent.w, slots))
+        live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+        state_floats = tree.floats(self._state) if wrt != "lam" else []
+        lam_floats = tree.floats(self._lam) if wrt != "state" else []
+        inputs = state_floats + lam_floats
+        bars: Any = [None] * len(inputs)
+        if live and inputs:
+            bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], retain_graph=True, allow_unused=True)
+        supply = iter(bars)
+        state_bar = None
+        if wrt != "lam":
+            state_bar = tree.map(lambda x: next(supply) if tree.is_float(x) else x, self._state)
+            state_bar = tree.filled(state_bar, self._state)
+        lam_bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam) if wrt != "state" else None
+        return state_bar, lam_bar
+
+
+def _dots(dot: Tree, like: Tree) -> list[Tensor]:
+    return [d for d, x in zip(tree.leaves(dot), tree.leaves(like), strict=True) if tree.is_float(x)]

@@ -1,0 +1,164 @@
+"""What every inner optimiser is: a pure, element-wise map ``(g, w, slots, hyperparameters) -> (w', slots')``.
+
+One optimiser is one file with one frozen dataclass that says which fields are hyperparameters and how *one tensor* is updated
+(:meth:`Optimizer.update_leaf`). Everything else is written here, once for all of them: hyperparameters that are floats, tensors,
+pytrees or functions of λ; the loop over leaves; the pullback and the pushforward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+Hyper: TypeAlias = float | Tensor | Tree | Callable[[Tree, int], Any]
+"""A hyperparameter: a float, a tensor, a pytree like ``w`` (element-wise), or ``(lam, t) -> any of these`` with t = 1 … T."""
+
+Slots: TypeAlias = dict[str, Tensor]
+
+
+class Optimizer:
+    """Base of all inner optimisers; a subclass is a frozen dataclass.
+
+    Attributes:
+        hypers: names of the fields that are hyperparameters; a field may hold a tuple of them (Adam's ``betas``).
+    """
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr",)
+
+    # -- to be written by each optimiser ---------------------------------------------------------
+    def init_leaf(self, w: Tensor) -> Slots:
+        """The slots of one tensor before the first step."""
+        raise NotImplementedError
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """One tensor's update at step ``t`` (1 … T): new tensor, new slots. Pure, out of place, differentiable in everything."""
+        raise NotImplementedError
+
+    # -- written once ----------------------------------------------------------------------------
+    def init(self, w: Tree) -> Tree:
+        """Slots for all weights: slot name to a pytree like ``w``."""
+        flat, spec = tree.flatten(w)
+        per_leaf = [self.init_leaf(leaf) for leaf in flat]
+        return _transpose(per_leaf, spec)
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """The update of all weights: ``(w', slots')``.
+
+        Args:
+            g: gradient of the inner loss, a pytree like ``w``.
+            w: weights.
+            slots: what :meth:`init` or the last update returned.
+            lam: hyperparameters, handed to the fields that are callables.
+            t: number of this step, 1 … T.
+        """
+        flat_w, spec = tree.flatten(w)
+        flat_g = tree.leaves(g)
+        flat_slots = {name: tree.leaves(slot) for name, slot in slots.items()}
+        hyper = {name: per_leaf(getattr(self, name), lam, t, spec, name) for name in self.hypers}
+        new_w, new_slots = [], []
+        for i, (g_i, w_i) in enumerate(zip(flat_g, flat_w, strict=True)):
+            slots_i = {name: slot[i] for name, slot in flat_slots.items()}
+            hyper_i = {name: value[i] for name, value in hyper.items()}
+            w_new, slots_new = self.update_leaf(g_i, w_i, slots_i, hyper_i, t)
+            new_w.append(w_new)
+            new_slots.append(slots_new)
+        return tree.unflatten(new_w, spec), _transpose(new_slots, spec)
+
+    @property
+    def reads_lam(self) -> bool:
+        """Whether λ enters the update directly, through a callable hyperparameter."""
+        return any(_is_callable(getattr(self, name)) for name in self.hypers)
+
+
+def per_leaf(value: Hyper, lam: Tree, t: int, spec: tree.Spec, name: str) -> list[Any]:
+    """A hyperparameter as one value per weight leaf (floats stay floats; a tuple gives a tuple per leaf).
+
+    Raises:
+        ValueError: if a pytree does not have the structure of the weights.
+    """
+    if callable(value):
+        value = value(lam, t)
+    if isinstance(value, (int, float, Tensor)):
+        return [value] * spec.num_leaves
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return list(zip(*(per_leaf(entry, lam, t, spec, name) for entry in value), strict=True))
+    flat, value_spec = tree.flatten(value)
+    if value_spec != spec:
+        raise ValueError(f"{name} is a pytree, but not like the weights: its leaves are {tree.names(value)}, {len(flat)} against {spec.num_leaves}")
+    return flat
+
+
+def _is_callable(value: Any) -> bool:
+    return callable(value) or (isinstance(value, tuple) and any(_is_callable(entry) for entry in value))
+
+
+def _transpose(per_leaf_slots: list[Slots], spec: tree.Spec) -> Tree:
+    """List of ``{slot: tensor}`` to ``{slot: pytree like w}``."""
+    slot_names = per_leaf_slots[0] if per_leaf_slots else {}
+    return {name: tree.unflatten([slots[name] for slots in per_leaf_slots], spec) for name in slot_names}
+
+
+# -- derivatives of the update, for every optimiser --------------------------------------------------
+def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[Tree, Tree, Tree, Tree]:
+    """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``; parts that ``wrt`` does not ask for are ``None``.
+
+    Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero).
+    """
+    with torch.enable_grad():
+        g_, w, slots = tree.attach(g), state.w, state.slots
+        inputs = tree.leaves(g_)
+        n_g, n_w, n_slots = len(inputs), 0, 0
+        if wrt != "lam":
+            w, slots = tree.attach(w), tree.attach(slots)
+            w_floats, slot_floats = tree.leaves(w), tree.floats(slots)
+            n_w, n_slots = len(w_floats), len(slot_floats)
+            inputs = inputs + w_floats + slot_floats
+        lam_floats: list[Tensor] = []
+        if wrt != "state" and optimizer.reads_lam:
+            lam = tree.attach(lam)
+            lam_floats = tree.floats(lam)
+            inputs = inputs + lam_floats
+        w_new, slots_new = optimizer.update(g_, w, slots, lam, state.t + 1)
+        outputs, seeds = tree.leaves(w_new), tree.leaves(cotangent.w)
+        if cotangent.slots is not None:
+            outputs, seeds = outputs + tree.leaves(slots_new), seeds + tree.leaves(cotangent.slots)
+        live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+    bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
+    u = tree.unflatten([torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)], tree.flatten(g)[1])
+    w_bar = tree.unflatten(bars[n_g : n_g + n_w], tree.flatten(state.w)[1]) if wrt != "lam" else None
+    slots_bar = _into_floats(bars[n_g + n_w : n_g + n_w + n_slots], state.slots) if wrt != "lam" else None
+    lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
+    return u, w_bar, slots_bar, lam_bar
+
+
+def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree) -> tuple[Tree, Tree]:
+    """Tangents of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
+    point = (g, state.w, state.slots, lam)
+    tangent = (g_dot, state_dot.w, state_dot.slots, lam_dot)
+    flat, spec = tree.flatten(point)
+    where = [i for i, leaf in enumerate(flat) if tree.is_float(leaf)]
+    dots = [leaf for leaf, primal in zip(tree.leaves(tangent), flat, strict=True) if tree.is_float(primal)]
+
+    def update(*float_leaves: Tensor) -> list[Tensor]:
+        full = list(flat)
+        for i, leaf in zip(where, float_leaves, strict=True):
+            full[i] = leaf
+        g_, w, slots, lam_ = tree.unflatten(full, spec)
+        return tree.floats(optimizer.update(g_, w, slots, lam_, state.t + 1))
+
+    out = torch.func.jvp(update, tuple(flat[i] for i in where), tuple(dots))[1]
+    n_w = len(tree.floats(state.w))
+    return _into_floats(out[:n_w], state.w), _into_floats(out[n_w:], state.slots)
+
+
+def _into_floats(values: Any, like: Tree) -> Tree:
+    """``values`` in the places of the floating-point leaves of ``like``; other leaves stay."""
+    flat, spec = tree.flatten(like)
+    supply = iter(values)
+    return tree.unflatten([next(supply) if tree.is_float(leaf) else leaf for leaf in flat], spec)

@@ -1,0 +1,257 @@
+r"""The inner step Φ = optimiser ∘ gradient, and its adjoint.
+
+For a cotangent :math:`(\alpha_w, \alpha_v)` of the next state, the adjoint first pulls back through the optimiser (element-wise)
+to a cotangent :math:`u` of the inner gradient :math:`g = \nabla_w L(w, \lambda)`, and then needs one contraction of the
+gradient's own graph, :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
+from metaopt.inner.sgd import SGD
+from metaopt.inner.state import InnerState
+from metaopt.tree import Tree
+
+InnerLoss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
+"""``inner_loss(w, lam, batch) -> scalar``."""
+
+Wrt: TypeAlias = Literal["both", "state", "lam"]
+"""Which products a pullback is asked for: ``αA`` ("state"), ``αB`` ("lam") or both. What is not asked for is not computed."""
+
+
+class Linearized(Protocol):
+    """Φ at one point, with the graph of its gradient kept."""
+
+    @property
+    def state(self) -> InnerState:
+        """Φ(state, λ; batch)."""
+        ...
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``; a leaf of λ that Φ does not depend on is ``None`` in αB. Can be called any number of times."""
+        ...
+
+
+class Step(Protocol):
+    """What estimators see of Φ."""
+
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """The state before the first step."""
+        ...
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ."""
+        ...
+
+    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
+        """Φ with its derivative at hand."""
+        ...
+
+    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """The step adjoint."""
+        ...
+
+    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
+        """The step's tangent map."""
+        ...
+
+    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+        """A step whose fixed points solve the inner problem, and ``state`` as that step sees it (for implicit differentiation)."""
+        ...
+
+
+def inner_step(inner_loss: InnerLoss, optimizer: Optimizer) -> InnerStep:
+    """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
+
+    Args:
+        inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
+        optimizer: an inner optimiser, e.g. ``mo.inner.SGD(lr=0.1)``. A ``torch.optim`` one is in-place and cannot be differentiated:
+            convert it with :mod:`metaopt.interop`.
+
+    Raises:
+        TypeError: if one of the two is not what it should be.
+    """
+    if not callable(inner_loss):
+        raise TypeError(f"inner_loss must be a function (w, lam, batch) -> scalar, got {type(inner_loss).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must come from metaopt.inner, e.g. mo.inner.SGD(lr=0.1); got {type(optimizer).__name__}")
+    return InnerStep(inner_loss, optimizer)
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    r"""Φ: one optimiser step on ``inner_loss``; pure.
+
+    ``step(state, lam, batch)`` is differentiable by plain autograd where its inputs require grad, and keeps no graph where they do
+    not. :meth:`vjp` and :meth:`jvp` are the cheap way to its derivatives.
+
+    Attributes:
+        inner_loss: ``(w, lam, batch) -> scalar``.
+        optimizer: the update rule.
+    """
+
+    inner_loss: InnerLoss
+    optimizer: Optimizer
+
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """The state before the first step: the weights (detached) and fresh slots.
+
+        Raises:
+            ValueError: if a weight is not a floating-point tensor.
+        """
+        check_weights(w)
+        w = tree.detach(w)
+        return InnerState(w, self.optimizer.init(w), 0)
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ. Cost: one gradient."""
+        if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
+            w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
+            return self._next(self._gradient(w, lam, batch, graph=True), state._replace(w=w), lam)
+        with torch.enable_grad():
+            g = self._gradient(tree.attach(state.w), lam, batch, graph=False)
+        with torch.no_grad():
+            return self._next(g, state, lam)
+
+    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
+        """Φ at this point with the graph of its gradient kept. Cost: one gradient; the graph lives as long as the result."""
+        with torch.enable_grad():
+            w, lam_ = tree.attach(state.w), tree.attach(lam)
+            g = self._gradient(w, lam_, batch, graph=True)
+        return LinearizedInnerStep(self, state, lam, w, lam_, g)
+
+    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """The step adjoint ``(αA, αB)``. Cost: one gradient and one contraction of its graph (about three plain steps)."""
+        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+
+    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
+        r"""The tangent ``A·state_dot + B·lam_dot``.
+
+        By symmetry of second derivatives the inner gradient's tangent is
+        :math:`\nabla_w\,(\nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda)`: reverse mode twice, so it works wherever a
+        double backward does. The optimiser's part is forward mode.
+        """
+        with torch.enable_grad():
+            w, lam_ = tree.attach(state.w), tree.attach(lam)
+            loss = self._loss(w, lam_, batch)
+            w_flat, lam_flat = tree.leaves(w), tree.floats(lam_)
+            gradients = torch.autograd.grad(loss, w_flat + lam_flat, create_graph=True, allow_unused=True)
+            dots = tree.leaves(state_dot.w) + [d for d, x in zip(tree.leaves(lam_dot), tree.leaves(lam_), strict=True) if tree.is_float(x)]
+            terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
+            slopes = torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
+        spec = tree.flatten(state.w)[1]
+        g = tree.unflatten([_zero_if_none(g, x).detach() for g, x in zip(gradients[: len(w_flat)], w_flat, strict=True)], spec)
+        g_dot = tree.unflatten([_zero_if_none(s, x) for s, x in zip(slopes, w_flat, strict=True)], spec)
+        w_dot, slots_dot = push_forward(self.optimizer, g, state, lam, g_dot, state_dot, lam_dot)
+        return InnerState(w_dot, slots_dot, state.t + 1)
+
+    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+        r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
+
+        The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is symmetric.
+
+        Raises:
+            ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is no plain number that could serve.
+        """
+        if rate is None:
+            rate = getattr(self.optimizer, "lr", None)
+            if not isinstance(rate, (int, float)):
+                raise ValueError(
+                    "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: give it, Neumann(terms, rate=0.01)"
+                )
+        return InnerStep(self.inner_loss, SGD(lr=float(rate))), InnerState(state.w, {}, state.t)
+
+    # -- parts -----------------------------------------------------------------------------------
+    def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
+
+    def _gradient(self, w: Tree, lam: Tree, batch: Any, *, graph: bool) -> Tree:
+        flat, spec = tree.flatten(w)
+        loss = self._loss(w, lam, batch)
+        if not loss.requires_grad:
+            raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
+        gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
+        return tree.unflatten([_zero_if_none(g, x) for g, x in zip(gradients, flat, strict=True)], spec)
+
+    def _next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
+        w, slots = self.optimizer.update(g, state.w, state.slots, lam, state.t + 1)
+        return InnerState(w, slots, state.t + 1)
+
+
+class LinearizedInnerStep:
+    """:class:`InnerStep` at one point; see :class:`Linearized`."""
+
+    __slots__ = ("_at", "_g", "_lam", "_lam_leaf", "_state", "_step", "_w_leaf")
+
+    def __init__(self, step: InnerStep, state: InnerState, lam: Tree, w_leaf: Tree, lam_leaf: Tree, g: Tree) -> None:
+        """Keep the point and the gradient with its graph."""
+        self._step, self._at, self._lam = step, state, lam
+        self._w_leaf, self._lam_leaf, self._g = w_leaf, lam_leaf, g
+        self._state: InnerState | None = None
+
+    @property
+    def state(self) -> InnerState:
+        """Φ(state, λ; batch), detached; computed when first asked for, from the gradient that is there already."""
+        if self._state is None:
+            with torch.no_grad():
+                self._state = self._step._next(tree.detach(self._g), self._at, self._lam)
+        return self._state
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``: through the optimiser to ``u``, then one contraction of the gradient's graph with ``u``."""
+        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, tree.detach(self._g), self._at, self._lam, cotangent, wrt)
+        w_flat = tree.leaves(self._w_leaf) if wrt != "lam" else []
+        lam_flat = tree.floats(self._lam_leaf) if wrt != "state" else []
+        outputs = [(g, seed) for g, seed in zip(tree.leaves(self._g), tree.leaves(u), strict=True) if g.requires_grad]
+        products: Any = [None] * (len(w_flat) + len(lam_flat))
+        if outputs and products:
+            products = torch.autograd.grad(
+                [g for g, _ in outputs], w_flat + lam_flat, [seed for _, seed in outputs], retain_graph=True, allow_unused=True
+            )
+        state_bar = None
+        if wrt != "lam":
+            hessian_part = tree.unflatten(products[: len(w_flat)], tree.flatten(self._w_leaf)[1])
+            w_bar = tree.filled(tree.add(w_bar, hessian_part), self._at.w)
+            state_bar = InnerState(w_bar, tree.filled(slots_bar, self._at.slots), self._at.t)
+        if wrt == "state":
+            return state_bar, None
+        supply = iter(products[len(w_flat) :])
+        mixed = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam_leaf)
+        return state_bar, mixed if lam_bar is None else tree.add(mixed, lam_bar)
+
+
+def checked_scalar(loss: Any, what: str) -> Tensor:
+    """``loss`` if it is a scalar tensor.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if it is no scalar.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{what} must return a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim != 0:
+        raise ValueError(f"{what} must return a scalar, got a tensor of shape {tuple(loss.shape)}: reduce it with .mean() or .sum()")
+    return loss
+
+
+def check_weights(w: Tree) -> None:
+    """Raise a ``ValueError`` that names the first weight which is no floating-point tensor."""
+    flat = tree.leaves(w)
+    if not flat:
+        raise ValueError("w has no leaves: there are no weights to train")
+    for name, leaf in zip(tree.names(w), flat, strict=True):
+        if not tree.is_float(leaf):
+            kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(f"the weight {name} is {kind}; weights are floating-point tensors (pass anything else through the batch)")
+
+
+def _zero_if_none(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value

@@ -1,0 +1,23 @@
+"""The loops around an estimator: online, offline, over tasks."""
+
+from metaopt.meta.batch import replicated, stacked
+from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
+from metaopt.meta.online import HyperSteps, OnlineReport, online
+from metaopt.meta.outer import Outer
+from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
+
+__all__ = [
+    "FOMAML",
+    "Fixed",
+    "HyperSteps",
+    "Initialisation",
+    "MetaReport",
+    "MetaTask",
+    "MetaTraining",
+    "OnlineReport",
+    "Outer",
+    "Reptile",
+    "online",
+    "replicated",
+    "stacked",
+]

@@ -1,0 +1,41 @@
+"""A meta-batch as one stacked problem: weights and batches with a leading task axis, losses mapped over it and summed.
+
+Tasks are independent, so the stacked problem's Jacobian is block-diagonal and every estimator works on it unchanged; the hypergradient
+with respect to the shared λ is the sum over tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+Loss = Callable[[Tree, Tree, Any], Tensor]
+
+
+def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "different") -> Loss:
+    """The sum over tasks of ``loss(w[i], lam, batch[i])``, as one loss of the stacked ``w`` and ``batch``.
+
+    Args:
+        loss: ``(w, lam, batch) -> scalar`` of one task.
+        chunk_size: tasks computed at a time; default all.
+        randomness: of dropout across tasks, as in :func:`torch.vmap`.
+    """
+    mapped = torch.vmap(loss, in_dims=(0, None, 0), chunk_size=chunk_size, randomness=randomness)
+
+    def total(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        return mapped(w, lam, batch).sum()
+
+    return total
+
+
+def replicated(w: Tree, tasks: int) -> Tree:
+    """One copy of ``w`` per task, on a new leading axis."""
+    if tasks < 1:
+        raise ValueError(f"a meta-batch needs at least one task, got {tasks}")
+    return tree.map(lambda x: x.detach().unsqueeze(0).expand(tasks, *x.shape).clone(), w)

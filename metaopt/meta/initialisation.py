@@ -1,0 +1,81 @@
+"""How the initial weights φ learn from finished inner runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+
+class Initialisation(Protocol):
+    """A rule ``(phi, w_T, alpha_T) -> phi``, with the tasks of a meta-batch on the leading axis of ``w_T`` and ``alpha_T``.
+
+    ``needs_alpha`` tells whether the outer gradient at ``w_T`` is needed; where it is not, ``alpha`` is ``None``.
+    """
+
+    @property
+    def needs_alpha(self) -> bool:
+        """See the class."""
+        ...
+
+    def update(self, phi: Tree, last: Tree, alpha: Tree) -> Tree:
+        """The new initial weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reptile:
+    r""":math:`\phi \leftarrow \phi - \eta\,(\phi - \overline{w_T})`, the mean over tasks; Nichol et al. 2018, arXiv 1803.02999.
+
+    Args:
+        rate: η; 1 puts φ at the mean of the last weights.
+    """
+
+    rate: float = 1.0
+
+    @property
+    def needs_alpha(self) -> bool:
+        """No."""
+        return False
+
+    def update(self, phi: Tree, last: Tree, alpha: Tree) -> Tree:
+        """A step towards the mean of the last weights."""
+        return tree.map(lambda p, w: torch.lerp(p, w.mean(0), self.rate), phi, last)
+
+
+@dataclass(frozen=True)
+class FOMAML:
+    r""":math:`\phi \leftarrow \phi - \eta\,\overline{\alpha_T}`: first-order MAML, Finn et al. 2017, arXiv 1703.03400.
+
+    Args:
+        rate: η.
+    """
+
+    rate: float = 1e-3
+
+    @property
+    def needs_alpha(self) -> bool:
+        """Yes."""
+        return True
+
+    def update(self, phi: Tree, last: Tree, alpha: Tree) -> Tree:
+        """A step down the outer gradient at the last weights."""
+        return tree.map(lambda p, a: p - self.rate * a.mean(0), phi, alpha)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """φ stays as it is."""
+
+    @property
+    def needs_alpha(self) -> bool:
+        """No."""
+        return False
+
+    def update(self, phi: Tree, last: Tree, alpha: Tree) -> Tree:
+        """φ."""
+        return phi

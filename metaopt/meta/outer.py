@@ -1,0 +1,116 @@
+"""The outer optimiser: λ as ``torch.optim`` parameters, without touching what the user handed over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer as TorchOptimizer
+
+from metaopt import tree
+from metaopt.estimators.base import check_lam
+from metaopt.tree import Tree
+
+OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | TorchOptimizer
+"""``params -> torch.optim optimiser``, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``; or a configured optimiser over the leaves of
+``lam``, of which a copy is used."""
+
+Scheduler: TypeAlias = Callable[[TorchOptimizer], Any]
+"""``optimizer -> torch.optim.lr_scheduler``, e.g. ``lambda o: LinearLR(o, 1.0, 0.0, total_iters=1000)``."""
+
+
+class Outer:
+    """λ and its optimiser. One of the two places in the library that hold changing state (the other is autograd's own).
+
+    Args:
+        lam: hyperparameters; copied.
+        optimizer: see :data:`OuterOptimizer`.
+        scheduler: learning-rate schedule of the outer optimiser; :meth:`end_run` steps it.
+        clip_norm: bound on the global norm of each hypergradient, or ``None``.
+        project: ``lam -> lam``, applied after every update (bounds, simplex, …), or ``None``.
+    """
+
+    def __init__(
+        self,
+        lam: Tree,
+        optimizer: OuterOptimizer,
+        *,
+        scheduler: Scheduler | None = None,
+        clip_norm: float | None = None,
+        project: Callable[[Tree], Tree] | None = None,
+    ) -> None:
+        """See the class."""
+        check_lam(lam)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        originals, self._spec = tree.flatten(lam)
+        self._params = [leaf.detach().clone().requires_grad_() for leaf in originals]
+        self.optimizer = _bind(optimizer, originals, self._params)
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self._clip_norm, self._project = clip_norm, project
+        self.lam: Tree = self._read()
+
+    def update(self, hypergradient: Tree) -> Tree:
+        """One outer step; returns the new λ (fresh tensors: whoever holds the old ones keeps their values)."""
+        tree.check_like(hypergradient, self.lam, "the hypergradient", "lam")
+        for parameter, gradient in zip(self._params, tree.leaves(hypergradient), strict=True):
+            parameter.grad = gradient.clone() if self._clip_norm is not None else gradient
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._params, self._clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._project is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self._params, tree.leaves(self._project(self._read())), strict=True):
+                    parameter.copy_(value)
+        self.lam = self._read()
+        return self.lam
+
+    def end_run(self) -> None:
+        """Tell the scheduler that an inner run has ended."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ, the optimiser's and the scheduler's state."""
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
+        return {"lam": tree.leaves(self.lam), "optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put a :meth:`state_dict` back."""
+        with torch.no_grad():
+            for parameter, value in zip(self._params, state["lam"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.lam = self._read()
+
+    def _read(self) -> Tree:
+        return tree.unflatten([p.detach().clone() for p in self._params], self._spec)
+
+
+def _bind(optimizer: OuterOptimizer, originals: list[Tensor], params: list[Tensor]) -> TorchOptimizer:
+    """The optimiser over our copies of λ; a configured one is copied, with its groups and state."""
+    if not isinstance(optimizer, TorchOptimizer):
+        built = optimizer(params)
+        if not isinstance(built, TorchOptimizer):
+            raise TypeError(
+                f"optimizer must make a torch.optim optimiser from parameters, e.g. functools.partial(torch.optim.Adam, lr=1e-3); got {built!r}"
+            )
+        return built
+    ours = {id(original): param for original, param in zip(originals, params, strict=True)}
+    for group in optimizer.param_groups:
+        if any(id(p) not in ours for p in group["params"]):
+            raise ValueError(
+                "the outer optimiser holds tensors that are no leaves of lam; build it over the leaves of lam, or pass a function params -> optimiser"
+            )
+    bound = copy.copy(optimizer)
+    bound.param_groups = [{**group, "params": [ours[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    bound.state = type(optimizer.state)(dict)
+    for p, slots in optimizer.state.items():
+        bound.state[ours[id(p)]] = copy.deepcopy(slots)
+    return bound

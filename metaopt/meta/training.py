@@ -1,0 +1,146 @@
+"""Meta-training: many inner runs, with λ (and the initial weights φ) carried from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from metaopt import tree
+from metaopt.estimators.base import Batches, Estimator, FinishedRun, OuterLoss, each, evaluate, outer_gradient
+from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.meta.batch import replicated
+from metaopt.meta.initialisation import Fixed, Initialisation
+from metaopt.meta.online import HyperSteps, run_online
+from metaopt.meta.outer import Outer
+from metaopt.tree import Tree
+
+
+class MetaTask(NamedTuple):
+    """The data of one inner run: a stacked meta-batch of tasks.
+
+    Attributes:
+        batches: inner batches, every tensor with the task axis first.
+        outer_batches: outer batches, alike; an offline estimator uses the last.
+        tasks: how many tasks are stacked.
+    """
+
+    batches: Batches
+    outer_batches: Batches
+    tasks: int
+
+
+class MetaReport(NamedTuple):
+    """One inner run of meta-training.
+
+    Attributes:
+        run: number of the run, 1 … M.
+        lam: hyperparameters after it.
+        phi: initial weights after it.
+        state: inner state at its end.
+        outer_losses: outer loss at every hyper-step, summed over tasks.
+        cost: work of the run, calibration included.
+        estimator: as used in it (calibrated).
+    """
+
+    run: int
+    lam: Tree
+    phi: Tree
+    state: InnerState
+    outer_losses: list[float]
+    cost: Cost
+    estimator: Estimator
+
+
+@dataclass(frozen=True)
+class MetaTraining:
+    """How meta-training goes; :meth:`runs` does it.
+
+    An estimator with ``online`` moves λ during each run, any other once at its end.
+
+    Attributes:
+        step: Φ of the stacked problem (see :func:`metaopt.meta.stacked`).
+        outer_loss: outer loss of the stacked problem.
+        estimator: the estimator.
+        horizon: T.
+        hyper_steps: when λ moves in an online run.
+        initialisation: how φ learns: :class:`~metaopt.meta.Reptile`, :class:`~metaopt.meta.FOMAML` or :class:`~metaopt.meta.Fixed`.
+        calibration_period: the estimator is calibrated before runs 1, 1 + period, 1 + 2·period, …
+    """
+
+    step: Step
+    outer_loss: OuterLoss
+    estimator: Estimator
+    horizon: int
+    hyper_steps: HyperSteps = HyperSteps()
+    initialisation: Initialisation = field(default_factory=Fixed)
+    calibration_period: int = 50
+
+    def runs(self, phi: Tree, outer: Outer, tasks: Callable[[int], MetaTask], count: int) -> Iterator[MetaReport]:
+        """Yield a report after each of ``count`` runs.
+
+        Args:
+            phi: initial weights of one task.
+            outer: λ and its optimiser.
+            tasks: ``run -> MetaTask`` for runs 1 … count; run 0 is asked for the calibration's data of run 1, -50 of run 51, ….
+            count: M.
+        """
+        estimator = self.estimator
+        for run in range(1, count + 1):
+            cost = Cost()
+            if (run - 1) % self.calibration_period == 0:
+                estimator = self._calibrated(estimator, phi, outer.lam, tasks(1 - run), cost)
+            task = tasks(run)
+            w0 = replicated(phi, task.tasks)
+            if estimator.online:
+                state, losses, cost = self._online(estimator, w0, outer, task, cost)
+            else:
+                state, losses, cost = self._offline(estimator, w0, outer, task, cost)
+            outer.end_run()
+            phi = self._learn_phi(phi, state, outer.lam, task)
+            yield MetaReport(run, outer.lam, phi, state, losses, cost, estimator)
+
+    def _online(self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost) -> tuple[InnerState, list[float], Cost]:
+        losses, state = [], None
+        reports = run_online(
+            self.step, self.outer_loss, w0, outer, task.batches, task.outer_batches, estimator, horizon=self.horizon, hyper_steps=self.hyper_steps
+        )
+        for report in reports:
+            state = report.state
+            if report.hypergradient is not None:
+                losses.append(report.hypergradient.outer_loss)
+                cost = cost + report.hypergradient.cost
+        assert state is not None  # the horizon is at least 1
+        return state, [float(loss) for loss in losses], cost
+
+    def _offline(self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost) -> tuple[InnerState, list[float], Cost]:
+        counted = CountedStep(self.step, cost)
+        state = counted.init(w0, outer.lam)
+        carry = estimator.init(counted, state, outer.lam)
+        for batch in each(task.batches, self.horizon):
+            state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
+        result = evaluate(counted, self.outer_loss, state, outer.lam, self._last_outer_batch(task), estimator, carry)
+        outer.update(result.total)
+        return state, [float(result.outer_loss)], cost
+
+    def _calibrated(self, estimator: Estimator, phi: Tree, lam: Tree, task: MetaTask, cost: Cost) -> Estimator:
+        if type(estimator).calibrate is Estimator.calibrate:
+            return estimator
+        counted = CountedStep(self.step, cost)
+        first = state = counted.init(replicated(phi, task.tasks), lam)
+        batches = list(each(task.batches, self.horizon))
+        for batch in batches:
+            state = counted(state, lam, batch)
+        _, alpha, _ = outer_gradient(self.outer_loss, state.w, lam, self._last_outer_batch(task))
+        return estimator.calibrate(counted, lam, FinishedRun(first, state, batches, alpha))
+
+    def _learn_phi(self, phi: Tree, state: InnerState, lam: Tree, task: MetaTask) -> Tree:
+        alpha = None
+        if self.initialisation.needs_alpha:
+            _, alpha, _ = outer_gradient(self.outer_loss, state.w, lam, self._last_outer_batch(task))
+        return tree.detach(self.initialisation.update(phi, state.w, alpha))
+
+    def _last_outer_batch(self, task: MetaTask) -> Any:
+        return task.outer_batches(self.horizon) if callable(task.outer_batches) else task.outer_batches[self.horizon - 1]

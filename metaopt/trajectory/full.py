@@ -1,0 +1,58 @@
+"""Every state of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.tree import Tree
+
+
+class FullTape(NamedTuple):
+    """λ as it was at the start (to notice if it moves), and one moment per step."""
+
+    lam: Tree
+    versions: tuple[int, ...]
+    moments: list[Moment]
+
+
+@dataclass(frozen=True)
+class Full:
+    """States ``s_0 … s_{T-1}``, batches and random states; graphs are rebuilt one at a time in the sweep.
+
+    Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``, independent of activations.
+    """
+
+    @property
+    def exact(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def bounded(self) -> bool:
+        """No: it grows with the run, and λ must not move."""
+        return False
+
+    def start(self, state: InnerState, lam: Tree) -> FullTape:
+        """An empty tape."""
+        return FullTape(lam, versions_of(lam), [])
+
+    def record(self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, FullTape]:
+        """Take a step; keep where it started."""
+        check_fixed(lam, tape.lam, tape.versions, "a full trajectory")
+        moment = Moment(state, lam, batch, replay.snapshot(state))
+        tape.moments.append(moment)
+        return step(state, lam, batch), tape
+
+    def moments(self, tape: FullTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """All steps, newest first."""
+        return reversed(tape.moments)
+
+    def complete(self, tape: FullTape) -> bool:
+        """Always."""
+        return True

@@ -1,0 +1,73 @@
+r"""DrMAD's trajectory: both ends, and a straight line between them.
+
+.. math:: \hat s_{t-1} = \left(1 - \tfrac{t-1}{T}\right) s_0 + \tfrac{t-1}{T}\, s_T
+
+Fu et al. 2016, arXiv 1601.00917; algorithm 2 of the HyperDistill paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt import tree
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.replay import Rng
+from metaopt.tree import Tree
+
+
+class InterpolatedTape(NamedTuple):
+    """The first state, λ, and the batches and random states in order."""
+
+    first: InnerState
+    lam: Tree
+    versions: tuple[int, ...]
+    batches: list[tuple[Any, Rng]]
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
+
+    Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
+    """
+
+    @property
+    def exact(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def bounded(self) -> bool:
+        """No: the batches are kept, and λ must not move."""
+        return False
+
+    def start(self, state: InnerState, lam: Tree) -> InterpolatedTape:
+        """Keep the first state."""
+        return InterpolatedTape(state, lam, versions_of(lam), [])
+
+    def record(self, tape: InterpolatedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, InterpolatedTape]:
+        """Take a step; keep its batch."""
+        check_fixed(lam, tape.lam, tape.versions, "an interpolated trajectory (DrMAD)")
+        tape.batches.append((batch, replay.snapshot(state)))
+        return step(state, lam, batch), tape
+
+    def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """All steps, newest first, at the interpolated states."""
+        horizon = len(tape.batches)
+        for t in range(horizon, 0, -1):
+            batch, rng = tape.batches[t - 1]
+            yield Moment(interpolate(tape.first, last, t, horizon), tape.lam, batch, rng)
+
+    def complete(self, tape: InterpolatedTape) -> bool:
+        """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""
+        return False
+
+
+def interpolate(first: InnerState, last: InnerState, t: int, horizon: int) -> InnerState:
+    r"""The interpolated state :math:`\hat s_{t-1}` that step ``t`` of ``horizon`` starts from."""
+    return tree.lerp(first, last, (t - 1) / horizon)._replace(t=first.t + t - 1)

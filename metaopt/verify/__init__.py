@@ -1,0 +1,1 @@
+"""See the house map in CONTRIBUTING.md."""

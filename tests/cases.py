@@ -1,0 +1,89 @@
+"""The tables that everything joins: a new estimator, optimiser, trajectory or solver is one row here, and every test sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import metaopt as mo
+from metaopt.estimators import Estimator
+from metaopt.inner import Optimizer
+from metaopt.linsolve import Solver
+from metaopt.trajectory import Trajectory
+
+
+class EstimatorCase(NamedTuple):
+    """``make(T)`` builds the estimator for a run of T steps; ``full`` says that it then equals the exact gradient on any problem."""
+
+    name: str
+    make: Callable[[int], Estimator]
+    full: bool = False
+
+
+class OptimizerCase(NamedTuple):
+    """``make()`` is ours; ``torch`` makes the same one of torch.optim over given parameters (``None``: torch has none)."""
+
+    name: str
+    make: Callable[[], Optimizer]
+    torch: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None
+
+
+class TrajectoryCase(NamedTuple):
+    """A trajectory for RMD; ``full``: goes back to the start of the run, exactly."""
+
+    name: str
+    make: Callable[[int], Trajectory]
+    full: bool
+
+
+class SolverCase(NamedTuple):
+    """A linear solver; ``tolerance`` is what it reaches on a well-conditioned system of size ≤ 8 with eigenvalues in [0.5, 1.5]."""
+
+    name: str
+    make: Callable[[], Solver]
+    tolerance: float
+
+
+ESTIMATORS: list[EstimatorCase] = [
+    EstimatorCase("FirstOrder", lambda T: mo.FirstOrder()),
+    EstimatorCase("OneStep", lambda T: mo.OneStep()),
+    EstimatorCase("TruncatedRMD(T//2)", lambda T: mo.TruncatedRMD(T // 2)),
+    EstimatorCase("TruncatedRMD(T)", lambda T: mo.TruncatedRMD(T), full=True),
+    EstimatorCase("RMD", lambda T: mo.RMD(), full=True),
+    EstimatorCase("DrMAD", lambda T: mo.DrMAD()),
+    EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1))),
+    EstimatorCase("HyperDistill", lambda T: mo.HyperDistill(gamma=0.9)),
+]
+
+TRAJECTORIES: list[TrajectoryCase] = [
+    TrajectoryCase("Full", lambda T: mo.trajectory.Full(), full=True),
+    TrajectoryCase("Last", lambda T: mo.trajectory.Last(T), full=True),
+    TrajectoryCase("Last, graphs", lambda T: mo.trajectory.Last(T, graphs=True), full=True),
+    TrajectoryCase("Interpolated", lambda T: mo.trajectory.Interpolated(), full=False),
+]
+
+SOLVERS: list[SolverCase] = [
+    SolverCase("Neumann", lambda: mo.linsolve.Neumann(60, rate=1.0), 1e-10),
+]
+
+OPTIMIZERS: list[OptimizerCase] = [
+    OptimizerCase("SGD", lambda: mo.inner.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    OptimizerCase("SGD, momentum", lambda: mo.inner.SGD(lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    OptimizerCase(
+        "SGD, Nesterov, weight decay",
+        lambda: mo.inner.SGD(lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
+    ),
+    OptimizerCase(
+        "SGD, dampening",
+        lambda: mo.inner.SGD(lr=0.1, momentum=0.8, dampening=0.3),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, dampening=0.3),
+    ),
+]
+
+
+def ids(table: list[Any]) -> list[str]:
+    """Names for ``pytest.mark.parametrize``."""
+    return [case.name for case in table]
