@@ -1,1 +1,1 @@
-"""See the house map in CONTRIBUTING.md."""
+"""The papers' experiments: one module each, with its settings and its ``run``."""

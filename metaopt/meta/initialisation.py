@@ -49,7 +49,9 @@ class Reptile:
 
 @dataclass(frozen=True)
 class FOMAML:
-    r""":math:`\phi \leftarrow \phi - \eta\,\overline{\alpha_T}`: first-order MAML, Finn et al. 2017, arXiv 1703.03400.
+    r""":math:`\phi \leftarrow \phi - \eta\,\sum_i \alpha^{(i)}_T`: first-order MAML, Finn et al. 2017, arXiv 1703.03400.
+
+    The sum over tasks is the derivative of the stacked outer loss; with the mean over tasks as outer loss it is the mean.
 
     Args:
         rate: η.
@@ -64,7 +66,7 @@ class FOMAML:
 
     def update(self, phi: Tree, last: Tree, alpha: Tree) -> Tree:
         """A step down the outer gradient at the last weights."""
-        return tree.map(lambda p, a: p - self.rate * a.mean(0), phi, alpha)
+        return tree.map(lambda p, a: p - self.rate * a.sum(0), phi, alpha)
 
 
 @dataclass(frozen=True)

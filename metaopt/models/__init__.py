@@ -1,1 +1,5 @@
-"""See the house map in CONTRIBUTING.md."""
+"""Meta-models: how a network's parameters are split into weights and hyperparameters."""
+
+from metaopt.models.anil import ANIL, sinusoid_net
+
+__all__ = ["ANIL", "sinusoid_net"]

@@ -1,1 +1,6 @@
-"""See the house map in CONTRIBUTING.md."""
+"""Task distributions."""
+
+from metaopt.tasks import sinusoid
+from metaopt.tasks.sinusoid import Sinusoid
+
+__all__ = ["Sinusoid", "sinusoid"]

@@ -1,0 +1,121 @@
+"""Running a table of methods over seeds, and showing what came out: a table, a picture, a JSON of every run."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from metaopt.experiments.statistics import summarise
+
+
+def select(methods: Sequence[Any], keys: Sequence[str] | None) -> list[Any]:
+    """The methods with these keys, in the table's order; all of them for ``None``.
+
+    Raises:
+        ValueError: if a key is unknown.
+    """
+    known = [method.key for method in methods]
+    unknown = [key for key in keys or [] if key not in known]
+    if unknown:
+        raise ValueError(f"no estimator is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [method for method in methods if keys is None or method.key in keys]
+
+
+def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds: int, *, workers: int | None = None) -> list[Any]:
+    """``run(method, config, seed)`` for every method and seed, in parallel processes of one thread each, with a progress bar.
+
+    Returns:
+        The runs, by method and then by seed.
+    """
+    if seeds < 1:
+        raise ValueError(f"at least one seed is needed, got {seeds}")
+    jobs = [(method, seed) for seed in range(seeds) for method in methods]
+    workers = workers or os.cpu_count() or 1
+    results = {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(run, method, config, seed): (method.key, seed) for method, seed in jobs}
+        with tqdm(total=len(jobs), desc="runs", unit="run") as bar:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.set_postfix_str(f"{futures[future][0]}, seed {futures[future][1]}")
+                bar.update()
+    return [results[method.key, seed] for method in methods for seed in range(seeds)]
+
+
+def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: str) -> Table:
+    """One row per method: median, mean ± 95 % CI, failed seeds, products and seconds per inner run, the paper's figure."""
+    shown = Table(title=title, caption="median over all seeds (a failed one counts as infinite); mean ± 95 % CI over those that did not fail")
+    for column in ("method", "median", "mean ± 95 % CI", "failed", "products / run", "ms / run", "paper"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for method in methods:
+        mine = [run for run in runs if run.method == method.key]
+        summary = summarise([run.test_error for run in mine], failed_at)
+        interval = "–" if math.isnan(summary.half_width) else f"{summary.mean:.3f} ± {summary.half_width:.3f}"
+        shown.add_row(
+            method.title,
+            f"{summary.median:.3f}",
+            interval,
+            f"{summary.failed}/{len(mine)}",
+            f"{np.median([run.products for run in mine]):.0f}",
+            f"{1e3 * np.median([run.seconds for run in mine]):.0f}",
+            method.paper,
+        )
+    return shown
+
+
+def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, ylabel: str) -> None:
+    """Median over seeds of each method's curve, with the middle half of the seeds shaded."""
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for colour, method in zip(plt.get_cmap("tab10").colors, methods, strict=False):  # type: ignore[attr-defined]
+        curves = [run.curve for run in runs if run.method == method.key and run.curve]
+        if not curves:
+            continue
+        length = max(len(curve) for curve in curves)
+        padded = np.array([curve + [math.inf] * (length - len(curve)) for curve in curves])
+        low, middle, high = np.quantile(padded, [0.25, 0.5, 0.75], axis=0, method="nearest")
+        m = np.arange(1, length + 1)
+        axes.plot(m, middle, label=method.title, color=colour, linewidth=1.8, linestyle="--" if method.printed else "-")
+        axes.fill_between(m, low, np.minimum(high, 1e3), color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="inner runs", ylabel=ylabel, yscale="log")
+    finite = [value for run in runs for value in run.curve if math.isfinite(value)]
+    if finite:
+        axes.set_ylim(0.7 * min(finite), 1.3 * float(np.quantile(finite, 0.99)))
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save(runs: Sequence[Any], config: Any, path: Path) -> None:
+    """Every run and the settings, as JSON (NaN and infinities as ``null``)."""
+    plain = {"config": vars(config), "runs": [_without_nan(run._asdict()) for run in runs]}
+    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(shown: Table) -> None:
+    """Print a table, wide enough where the output is no terminal."""
+    console = Console()
+    Console(width=max(console.width, 120)).print(shown) if not console.is_terminal else console.print(shown)

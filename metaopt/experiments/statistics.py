@@ -1,0 +1,40 @@
+"""Numbers over seeds, as the papers print them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+
+class Summary(NamedTuple):
+    """Median over all seeds, mean and 95 % confidence half-width over those that did not fail."""
+
+    median: float
+    mean: float
+    half_width: float
+    failed: int
+
+
+def summarise(values: Sequence[float], failed_at: float = math.inf) -> Summary:
+    """Summary of one result per seed.
+
+    Args:
+        values: one number per seed; NaN is a failure.
+        failed_at: a value this large is a failure too.
+
+    A failed seed counts as infinitely bad in the median and is left out of the mean, whose interval is Student's t.
+
+    >>> summarise([1.0, 2.0, 3.0, float("nan")]).median
+    2.5
+    """
+    if not values:
+        raise ValueError("no values to summarise")
+    good = [v for v in values if v < failed_at]  # NaN compares false
+    median = statistics.median([v if v < failed_at else math.inf for v in values])
+    mean = statistics.fmean(good) if good else math.nan
+    half = float(stats.t.ppf(0.975, len(good) - 1) * statistics.stdev(good) / math.sqrt(len(good))) if len(good) > 1 else math.nan
+    return Summary(median, mean, half, len(values) - len(good))

@@ -1,0 +1,66 @@
+r"""ANIL: almost no inner loop. The head adapts to the task, the body is meta-learned.
+
+.. math::
+    w = \text{head}, \quad \lambda = \text{body}, \qquad L(w, \lambda; (x, y)) = \ell\big(f(x;\, w, \lambda),\, y\big)
+
+Raghu et al. 2020, arXiv 1909.09157.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from metaopt.functional import FunctionalModel, Params, functional, merge, partition
+
+
+@dataclass(frozen=True)
+class ANIL:
+    """Any module, split by parameter name into weights (adapted) and hyperparameters (shared by all tasks).
+
+    Args:
+        model: the wrapped module; a plain ``nn.Module`` is wrapped for you by :meth:`of`.
+        weights: glob patterns of the parameters that adapt, or a predicate on names.
+        loss: ``(prediction, target) -> scalar``.
+
+    >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), weights=["2.*"], loss=nn.functional.mse_loss)
+    >>> w, lam = anil.init()
+    >>> sorted(w), sorted(lam)
+    (['2.bias', '2.weight'], ['0.bias', '0.weight'])
+    >>> anil.inner_loss(w, lam, (torch.ones(3, 1), torch.ones(3, 1))).shape
+    torch.Size([])
+    """
+
+    model: FunctionalModel
+    weights: Sequence[str] | Callable[[str], bool]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module, weights: Sequence[str] | Callable[[str], bool], loss: Callable[[Tensor, Tensor], Tensor]) -> ANIL:
+        """ANIL on a module of your own."""
+        return cls(functional(module), weights, loss)
+
+    def init(self) -> tuple[Params, Params]:
+        """``(w, lam)`` at the module's own initial values."""
+        return partition(self.model.params, self.weights)
+
+    def predict(self, w: Params, lam: Params, x: Tensor) -> Any:
+        """The network's output."""
+        return self.model(merge(w, lam), x)
+
+    def inner_loss(self, w: Params, lam: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Training loss of one task; ``batch = (x, y)``."""
+        x, y = batch
+        return self.loss(self.predict(w, lam, x), y)
+
+    def outer_loss(self, w: Params, lam: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Test loss of one task: the same loss, on other examples."""
+        return self.inner_loss(w, lam, batch)
+
+
+def sinusoid_net(width: int = 100) -> nn.Sequential:
+    """The sinusoid experiments' 1-100-100-100-1 ReLU network; its last layer is ``"6"``."""
+    return nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
