@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -80,7 +81,7 @@ def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: 
 def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, ylabel: str) -> None:
     """Median over seeds of each method's curve, with the middle half of the seeds shaded."""
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for colour, method in zip(plt.get_cmap("tab10").colors, methods, strict=False):  # type: ignore[attr-defined]
         curves = [run.curve for run in runs if run.method == method.key and run.curve]
         if not curves:
@@ -96,7 +97,8 @@ def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, yl
     if finite:
         axes.set_ylim(0.7 * min(finite), 1.3 * float(np.quantile(finite, 0.99)))
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8, ncols=2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -26,6 +26,7 @@ class ANIL:
         weights: glob patterns of the parameters that adapt, or a predicate on names.
         loss: ``(prediction, target) -> scalar``.
 
+    >>> import torch
     >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), weights=["2.*"], loss=nn.functional.mse_loss)
     >>> w, lam = anil.init()
     >>> sorted(w), sorted(lam)
