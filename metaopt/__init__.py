@@ -1,6 +1,6 @@
 """metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
 
-from metaopt import inner, linsolve, meta, trajectory
+from metaopt import inner, linsolve, meta, models, tasks, trajectory, tree
 from metaopt.estimators import (
     IFT,
     RMD,
@@ -49,7 +49,10 @@ __all__ = [
     "linsolve",
     "merge",
     "meta",
+    "models",
     "online",
     "partition",
+    "tasks",
     "trajectory",
+    "tree",
 ]
