@@ -75,16 +75,16 @@ class Outer:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """λ, the optimiser's and the scheduler's state."""
+        """λ, the optimiser's and the scheduler's state: a copy, which later updates do not change."""
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
-        return {"lam": tree.leaves(self.lam), "optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+        return copy.deepcopy({"lam": tree.leaves(self.lam), "optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put a :meth:`state_dict` back."""
         with torch.no_grad():
             for parameter, value in zip(self._params, state["lam"], strict=True):
                 parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.lam = self._read()
