@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,18 @@ TRAJECTORIES: list[TrajectoryCase] = [
     TrajectoryCase("Full", lambda T: mo.trajectory.Full(), full=True),
     TrajectoryCase("Last", lambda T: mo.trajectory.Last(T), full=True),
     TrajectoryCase("Last, graphs", lambda T: mo.trajectory.Last(T, graphs=True), full=True),
+    TrajectoryCase("Graphs", lambda T: mo.trajectory.Graphs(), full=True),
+    TrajectoryCase("Checkpointed", lambda T: mo.trajectory.Checkpointed(slots=2), full=True),
+    TrajectoryCase("Checkpointed, horizon", lambda T: mo.trajectory.Checkpointed(slots=3, horizon=T), full=True),
+    TrajectoryCase("Checkpointed, every", lambda T: mo.trajectory.Checkpointed(every=3), full=True),
+    TrajectoryCase("Checkpointed, sqrt", lambda T: mo.trajectory.Checkpointed("sqrt"), full=True),
+    TrajectoryCase("Offloaded", lambda T: mo.trajectory.Offloaded(device="cpu"), full=True),
+    TrajectoryCase(
+        "Offloaded, checkpointed on disk",
+        lambda T: mo.trajectory.Offloaded(directory=tempfile.gettempdir(), of=mo.trajectory.Checkpointed(slots=3)),
+        full=True,
+    ),
+    TrajectoryCase("Checked", lambda T: mo.trajectory.Checked(mo.trajectory.Checkpointed(slots=3)), full=True),
     TrajectoryCase("Interpolated", lambda T: mo.trajectory.Interpolated(), full=False),
 ]
 

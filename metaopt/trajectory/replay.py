@@ -30,6 +30,11 @@ def snapshot(at: Tree) -> Rng:
     return Rng(cpu)
 
 
+def same(a: Rng, b: Rng) -> bool:
+    """Whether nothing was drawn between the two snapshots."""
+    return torch.equal(a.cpu, b.cpu) and (a.cuda is b.cuda or (a.cuda is not None and b.cuda is not None and torch.equal(a.cuda, b.cuda)))
+
+
 def restore(rng: Rng) -> None:
     """Put the generators back to a snapshot."""
     torch.set_rng_state(rng.cpu)

@@ -1,0 +1,94 @@
+"""A trajectory under guard: what is replayed must be what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.base import Moment, Trajectory
+from metaopt.trajectory.fingerprint import fingerprint
+from metaopt.tree import Tree
+
+
+class CheckedTape(NamedTuple):
+    """The guarded tape, and the fingerprints of the states ``s_0, s_1, …``."""
+
+    tape: Any
+    prints: list[int]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The same trajectory as ``of``; in the sweep every step is compared, bit for bit, with the run.
+
+    Two things are compared: the state that a step is said to have started from, and the state that it leads to when run again. So it finds
+    checkpoints or reversals that went astray and steps that are no function of ``(state, lam, batch)``: batches changed in place, random
+    numbers from outside torch, buffers that move, another number of threads.
+
+    Cost: one optimiser update and two checksums per step. Memory: ``of``'s, eight bytes per step, and one more graph.
+
+    Args:
+        of: an exact trajectory.
+
+    Raises:
+        ValueError: if ``of`` is not exact.
+        RuntimeError: in the sweep, naming the step.
+    """
+
+    of: Trajectory
+
+    def __post_init__(self) -> None:
+        """Check that there is something to check."""
+        if not self.of.exact:
+            raise ValueError(f"{type(self.of).__name__} does not claim to give back the states of the run, so there is nothing to check")
+
+    @property
+    def exact(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def bounded(self) -> bool:
+        """As ``of``."""
+        return self.of.bounded
+
+    def start(self, state: InnerState, lam: Tree) -> CheckedTape:
+        """An empty tape."""
+        return CheckedTape(self.of.start(state, lam), [])
+
+    def record(self, tape: CheckedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckedTape]:
+        """Take a step; keep its fingerprint."""
+        if not tape.prints:
+            tape.prints.append(fingerprint(state))
+        new, inner = self.of.record(tape.tape, step, state, lam, batch)
+        tape.prints.append(fingerprint(new))
+        return new, CheckedTape(inner, tape.prints)
+
+    def moments(self, tape: CheckedTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """The remembered steps, newest first, each compared with the run."""
+        t = len(tape.prints) - 1
+        for moment in self.of.moments(tape.tape, step, last):
+            if fingerprint(moment.state) != tape.prints[t - 1]:
+                raise RuntimeError(f"step {t}: the state it started from was not recomputed to the bit ({type(self.of).__name__}); {_CAUSES}")
+            linearized = moment.linearized
+            if linearized is None:
+                replay.restore(moment.rng)
+                linearized = step.linearize(moment.state, moment.lam, moment.batch)
+            if fingerprint(linearized.state) != tape.prints[t]:
+                raise RuntimeError(f"step {t}: run again from the same state, it leads elsewhere; {_CAUSES}")
+            yield moment._replace(linearized=linearized)
+            t -= 1
+
+    def complete(self, tape: CheckedTape) -> bool:
+        """As ``of``."""
+        return self.of.complete(tape.tape)
+
+
+_CAUSES = (
+    "the step must be a function of (state, lam, batch) alone: look for batches or lam changed in place, random numbers from outside torch, "
+    "buffers of a module that move, nondeterministic kernels, or another number of threads"
+)

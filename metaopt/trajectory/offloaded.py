@@ -1,0 +1,77 @@
+"""The remembered states, somewhere with more room than where the run happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory.base import Moment
+from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
+from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """States on another device or in memory-mapped files; all of them, or those that a checkpointed trajectory holds.
+
+    The numbers are those of :class:`Full`. Cost: copying each held state away and back. Memory where the run happens: one state. Files
+    lose their names as soon as they are mapped, so that nothing is left behind, even if the process is killed (POSIX systems).
+
+    >>> Offloaded(device="cpu", of=Checkpointed(slots=10)).checkpoints.slots
+    10
+
+    Args:
+        device: where the states go, e.g. ``"cpu"`` for a run on a GPU; or
+        directory: a directory on a disk with room for them; it is made if it is not there.
+        of: which states; default: all.
+
+    Raises:
+        ValueError: unless exactly one of ``device`` and ``directory`` is given.
+    """
+
+    device: str | None = None
+    directory: str | None = None
+    of: Checkpointed = Checkpointed(every=1)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if (self.device is None) == (self.directory is None):
+            raise ValueError(f"give either device or directory, got device={self.device!r}, directory={self.directory!r}")
+        if self.of.store != ByReference():
+            raise ValueError(f"the trajectory to offload has a store of its own already: {self.of.store}")
+
+    @property
+    def checkpoints(self) -> Checkpointed:
+        """The trajectory that does the work."""
+        store: Store = OnDisk(self.directory) if self.directory is not None else OnDevice(str(self.device))
+        return replace(self.of, store=store)
+
+    @property
+    def exact(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def bounded(self) -> bool:
+        """No: λ must not move."""
+        return False
+
+    def start(self, state: InnerState, lam: Tree) -> CheckpointedTape:
+        """Put the first state away."""
+        return self.checkpoints.start(state, lam)
+
+    def record(self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckpointedTape]:
+        """Take a step; put away where it started."""
+        return self.checkpoints.record(tape, step, state, lam, batch)
+
+    def moments(self, tape: CheckpointedTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """All steps, newest first."""
+        return self.checkpoints.moments(tape, step, last)
+
+    def complete(self, tape: CheckpointedTape) -> bool:
+        """Always."""
+        return True

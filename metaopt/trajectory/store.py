@@ -1,0 +1,109 @@
+"""Where remembered states are kept: by reference, in another device's memory, or in memory-mapped files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.state import InnerState
+
+
+class Store(Protocol):
+    """A place for states. What :meth:`put` returns is dropped when it is no longer referred to."""
+
+    def put(self, state: InnerState) -> Any:
+        """Keep a state; the result stands for it."""
+        ...
+
+    def get(self, kept: Any) -> InnerState:
+        """The state, to the bit, on the device it came from."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByReference:
+    """The tensors themselves, not copied."""
+
+    def put(self, state: InnerState) -> InnerState:
+        """As it is."""
+        return state
+
+    def get(self, kept: InnerState) -> InnerState:
+        """As it is."""
+        return kept
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Copies on another device (usually ``"cpu"``, for a run on a GPU)."""
+
+    device: str
+
+    def put(self, state: InnerState) -> tuple[InnerState, list[torch.device | None]]:
+        """A copy there, and the devices it came from."""
+        home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
+        return tree.map(lambda x: x.to(self.device, copy=True) if isinstance(x, Tensor) else x, state), home
+
+    def get(self, kept: tuple[InnerState, list[torch.device | None]]) -> InnerState:
+        """A copy back."""
+        flat, spec = tree.flatten(kept[0])
+        return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept[1], strict=True)], spec)
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """One memory-mapped file per state in ``directory``.
+
+    The file loses its name as soon as it is mapped (POSIX), so nothing is left behind, not even by a process that is killed; the space is
+    given back when the state is dropped.
+    """
+
+    directory: str
+
+    def put(self, state: InnerState) -> tuple[InnerState, list[torch.device | None]]:
+        """Write it to a file, and map that.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
+        home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
+        starts, size = [], 0
+        for tensor in tensors:
+            starts.append(size)
+            size += -(-tensor.numel() * tensor.element_size() // 64) * 64
+        supply = iter(zip(starts, tensors, strict=True))
+        mapped = self._map(max(size, 1))
+
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            start, tensor = next(supply)
+            nbytes = tensor.numel() * tensor.element_size()
+            there = mapped[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
+            return there.copy_(tensor.detach())
+
+        return tree.map(place, state), home
+
+    def get(self, kept: tuple[InnerState, list[torch.device | None]]) -> InnerState:
+        """The mapped tensors (their pages come in when they are read); copied back if they lived on another device."""
+        flat, spec = tree.flatten(kept[0])
+        return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept[1], strict=True)], spec)
+
+    def _map(self, size: int) -> Tensor:
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="metaopt-", suffix=".state", dir=self.directory)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)  # a full disk is an error here, not a SIGBUS later
+            return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
