@@ -11,10 +11,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
@@ -80,9 +80,9 @@ def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: 
 
 def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, ylabel: str) -> None:
     """Median over seeds of each method's curve, with the middle half of the seeds shaded."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    for colour, method in zip(plt.get_cmap("tab10").colors, methods, strict=False):  # type: ignore[attr-defined]
+    figure = Figure(figsize=(10, 5), layout="constrained")  # not pyplot: no backend is chosen for the user
+    axes = figure.subplots()
+    for colour, method in zip(colormaps["tab10"].colors, methods, strict=False):  # type: ignore[attr-defined]
         curves = [run.curve for run in runs if run.method == method.key and run.curve]
         if not curves:
             continue
@@ -100,7 +100,6 @@ def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, yl
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def save(runs: Sequence[Any], config: Any, path: Path) -> None:
