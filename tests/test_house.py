@@ -29,7 +29,17 @@ ALLOWED = {
 }
 # classes of a room that are no method of their own: bases, states, results
 NOT_METHODS = {
-    "estimators": {"Estimator", "FinishedRun", "Hypergradient", "Response", "Cost", "UnusedHyperparameterWarning", "ZeroHypergradientWarning"},
+    "estimators": {
+        "Estimator",
+        "FinishedRun",
+        "Hypergradient",
+        "OuterObjective",
+        "Response",
+        "Terms",
+        "Cost",
+        "UnusedHyperparameterWarning",
+        "ZeroHypergradientWarning",
+    },
     "trajectory": {"Moment", "Trajectory", "Distillate", "Distilled", "Placement", "Store", "ByReference", "OnDevice", "OnDisk"},
     "linsolve": {"Operator", "Solver"},
     "inner": {"Hyper", "InnerState", "Optimizer", "Step", "InnerStep", "Linearized", "CustomStep", "ConstantSlots"},

@@ -54,6 +54,34 @@ class Response(NamedTuple):
 Pullback: TypeAlias = Callable[[Tree], Response]
 
 
+class OuterObjective(NamedTuple):
+    """The outer loss together with the batch it is to be taken on."""
+
+    loss: OuterLoss
+    batch: Any
+
+    def value(self, w: Tree, lam: Tree) -> Tensor:
+        """``L_val(w, λ)`` without any graph."""
+        with torch.no_grad():
+            return checked_scalar(self.loss(w, lam, self.batch), "outer_loss").detach()
+
+
+class Terms(NamedTuple):
+    """What a hypergradient consists of, before anything is checked; a leaf that is ``None`` says "λ plays no part here".
+
+    Attributes:
+        outer_loss: ``L_val`` (detached scalar).
+        direct: ``∂L_val/∂λ``.
+        indirect: ``α · dw_T/dλ``, or an estimate of it.
+        init: ``dL_val/dw_0``, where the method has it.
+    """
+
+    outer_loss: Tensor
+    direct: Tree
+    indirect: Tree
+    init: Tree | None = None
+
+
 class FinishedRun(NamedTuple):
     """One complete inner run with λ fixed, for calibration.
 
@@ -110,6 +138,25 @@ class Estimator(ABC):
     @abstractmethod
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:
         """``(point, pullback)``: the weights at which the outer loss is to be taken, and the linear map ``alpha -> Response``."""
+
+    @property
+    def needs_outer_loss(self) -> bool:
+        """Whether the outer loss shapes what is carried along the run (:meth:`observe`), so that there is no pullback on its own."""
+        return False
+
+    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Any) -> Any:
+        """A look at the outer loss after each inner step, before any hyper-step there; returns the new carry. Default: none is taken."""
+        return carry
+
+    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Any) -> Terms:
+        """The two terms of the hypergradient. Default: :meth:`respond`'s pullback of the outer loss's own cotangent.
+
+        A method that works from values of the outer loss, or has its own approximation of both terms, says so here.
+        """
+        point, pullback = self.respond(step, state, lam, carry)
+        loss, alpha, direct = outer_gradient(outer.loss, point, lam, outer.batch)
+        response = pullback(alpha)
+        return Terms(loss, direct, response.lam, response.init)
 
     def calibrate(self, step: Step, lam: Tree, run: FinishedRun) -> Self:
         """The estimator with settings fitted to a finished run (HyperDistill's algorithm 4); default: itself."""
@@ -169,8 +216,10 @@ def hypergradient(
     counted = CountedStep(step, cost)
     state = counted.init(w0, lam)
     carry = estimator.init(counted, state, lam)
+    outer = OuterObjective(outer_loss, outer_batch)
     for batch in each(batches, horizon):
         state, carry = estimator.advance(counted, state, lam, batch, carry)
+        carry = estimator.observe(counted, outer, state, lam, carry)
     return evaluate(counted, outer_loss, state, lam, outer_batch, estimator, carry)
 
 
@@ -178,14 +227,12 @@ def evaluate(
     step: CountedStep, outer_loss: OuterLoss, state: InnerState, lam: Tree, outer_batch: Any, estimator: Estimator, carry: Any
 ) -> Hypergradient:
     """The hypergradient at the state an inner run has reached (the common end of offline and online use)."""
-    point, pullback = estimator.respond(step, state, lam, carry)
-    loss, alpha, direct = outer_gradient(outer_loss, point, lam, outer_batch)
-    response = pullback(alpha)
-    _check_used(direct, response.lam, lam, estimator)
-    direct, indirect = tree.filled(direct, lam), tree.filled(response.lam, lam)
+    terms = estimator.differentiate(step, OuterObjective(outer_loss, outer_batch), state, lam, carry)
+    _check_used(terms.direct, terms.indirect, lam, estimator)
+    direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
     _check_finite(total, indirect, state, estimator)
-    return Hypergradient(total, direct, indirect, response.init, loss, state, step.cost)
+    return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost)
 
 
 def outer_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> tuple[Tensor, Tree, Tree]:

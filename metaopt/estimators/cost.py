@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Step, Wrt
 from metaopt.tree import Tree
@@ -19,12 +21,14 @@ class Cost:
         linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and the graph's memory).
         products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers call JVPs.
         tangents: Jacobian-vector products of Φ, in forward mode.
+        losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where the method takes it.
     """
 
     steps: int = 0
     linearizations: int = 0
     products: int = 0
     tangents: int = 0
+    losses: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         """Work of both."""
@@ -65,6 +69,16 @@ class CountedStep:
         """As the wrapped step; the result counts too."""
         step, seen = self.step.stationary(state, rate)
         return CountedStep(step, self.cost), seen
+
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """As the wrapped step."""
+        self.cost.losses += 1
+        return self.step.loss(w, lam, batch)
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+        """As the wrapped step."""
+        self.cost.steps += 1
+        return self.step.adapt(state, lam, batch, alpha)
 
 
 class CountedLinearized:

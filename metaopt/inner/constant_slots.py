@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from metaopt import tree
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Step, Wrt
@@ -52,6 +54,14 @@ class ConstantSlots:
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         """As ``step``."""
         return self.step.stationary(state, rate)
+
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """As ``step``."""
+        return self.step.loss(w, lam, batch)
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+        """As ``step``."""
+        return self.step.adapt(state, lam, batch, alpha)
 
 
 class LinearizedConstantSlots:

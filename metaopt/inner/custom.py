@@ -91,6 +91,24 @@ class CustomStep:
             raise ValueError(f"a custom step is its own fixed-point map and takes no rate, got {rate}")
         return self, state
 
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """None.
+
+        Raises:
+            TypeError: always; only Φ is known here.
+        """
+        raise TypeError(
+            "a custom step has no inner loss that this estimator could use: build the step with mo.inner_step, or use OneStep, RMD or PES"
+        )
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+        """None.
+
+        Raises:
+            TypeError: always; only Φ is known here.
+        """
+        raise TypeError("a custom step has no optimiser that this estimator could use: build the step with mo.inner_step, or use OneStep or RMD")
+
     def _run(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         new = self.fn(state, lam, batch)
         if not hasattr(new, "w"):

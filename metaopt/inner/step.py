@@ -67,6 +67,14 @@ class Step(Protocol):
         """A step whose fixed points solve the inner problem, and ``state`` as that step sees it (for implicit differentiation)."""
         ...
 
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
+        ...
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+        """The optimiser's half of the adjoint: ``alpha · ∂w'/∂g``, the cotangent ``u`` of the inner gradient."""
+        ...
+
 
 def inner_step(inner_loss: InnerLoss, optimizer: Optimizer) -> InnerStep:
     """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
@@ -168,6 +176,16 @@ class InnerStep:
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: give it, Neumann(terms, rate=0.01)"
                 )
         return InnerStep(self.inner_loss, SGD(lr=float(rate))), InnerState(state.w, {}, state.t)
+
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The inner loss."""
+        return self._loss(w, lam, batch)
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+        """``alpha · ∂w'/∂g``, element-wise; gradient descent: ``-lr · alpha``. Cost: one gradient."""
+        with torch.enable_grad():
+            g = self._gradient(tree.attach(state.w), lam, batch, graph=False)
+        return pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")[0]
 
     # -- parts -----------------------------------------------------------------------------------
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metaopt.estimators.base import Batches, Estimator, Hypergradient, OuterLoss, each, evaluate
+from metaopt.estimators.base import Batches, Estimator, Hypergradient, OuterLoss, OuterObjective, each, evaluate
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -120,6 +120,7 @@ def run_online(
     carry = estimator.init(counted, state, outer.lam)
     for t, (batch, outer_batch) in enumerate(zip(each(batches, horizon), each(outer_batches, horizon), strict=True), start=1):
         state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
+        carry = estimator.observe(counted, OuterObjective(outer_loss, outer_batch), state, outer.lam, carry)
         result = None
         if hyper_steps.due(t, horizon):
             result = evaluate(counted, outer_loss, state, outer.lam, outer_batch, estimator, carry)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from metaopt import tree
-from metaopt.estimators.base import Batches, Estimator, FinishedRun, OuterLoss, each, evaluate, outer_gradient
+from metaopt.estimators.base import Batches, Estimator, FinishedRun, OuterLoss, OuterObjective, each, evaluate, outer_gradient
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -119,9 +119,12 @@ class MetaTraining:
         counted = CountedStep(self.step, cost)
         state = counted.init(w0, outer.lam)
         carry = estimator.init(counted, state, outer.lam)
+        outer_batch = self._last_outer_batch(task)
+        objective = OuterObjective(self.outer_loss, outer_batch)
         for batch in each(task.batches, self.horizon):
             state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
-        result = evaluate(counted, self.outer_loss, state, outer.lam, self._last_outer_batch(task), estimator, carry)
+            carry = estimator.observe(counted, objective, state, outer.lam, carry)
+        result = evaluate(counted, self.outer_loss, state, outer.lam, outer_batch, estimator, carry)
         outer.update(result.total)
         return state, [float(result.outer_loss)], cost
 
