@@ -42,7 +42,20 @@ NOT_METHODS = {
     },
     "trajectory": {"Moment", "Trajectory", "Distillate", "Distilled", "Placement", "Store", "ByReference", "OnDevice", "OnDisk"},
     "linsolve": {"Operator", "Solver"},
-    "inner": {"Hyper", "InnerState", "Optimizer", "Step", "InnerStep", "Linearized", "CustomStep", "ConstantSlots"},
+    "inner": {
+        "Hyper",
+        "InnerState",
+        "Optimizer",
+        "Step",
+        "InnerStep",
+        "Linearized",
+        "CustomStep",
+        "ConstantSlots",
+        "Adjoint",
+        "Gradient",
+        "ForwardOverReverse",
+        "ReverseOverReverse",
+    },
 }
 TABLES = {"estimators": ESTIMATORS, "trajectory": TRAJECTORIES, "linsolve": SOLVERS, "inner": OPTIMIZERS}
 

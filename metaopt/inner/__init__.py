@@ -1,5 +1,6 @@
 """Φ: the inner step and the optimisers it is made of."""
 
+from metaopt.inner.adjoint import Adjoint, ForwardOverReverse, Gradient, ReverseOverReverse
 from metaopt.inner.constant_slots import ConstantSlots
 from metaopt.inner.custom import CustomStep, custom_step
 from metaopt.inner.optimizer import Hyper, Optimizer
@@ -9,13 +10,17 @@ from metaopt.inner.step import InnerStep, Linearized, Step, inner_step
 
 __all__ = [
     "SGD",
+    "Adjoint",
     "ConstantSlots",
     "CustomStep",
+    "ForwardOverReverse",
+    "Gradient",
     "Hyper",
     "InnerState",
     "InnerStep",
     "Linearized",
     "Optimizer",
+    "ReverseOverReverse",
     "Step",
     "custom_step",
     "inner_step",

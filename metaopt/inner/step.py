@@ -2,7 +2,8 @@ r"""The inner step Φ = optimiser ∘ gradient, and its adjoint.
 
 For a cotangent :math:`(\alpha_w, \alpha_v)` of the next state, the adjoint first pulls back through the optimiser (element-wise)
 to a cotangent :math:`u` of the inner gradient :math:`g = \nabla_w L(w, \lambda)`, and then needs one contraction of the
-gradient's own graph, :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`.
+gradient's own graph, :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`; how that one is taken
+is the choice of an object from :mod:`metaopt.inner.adjoint`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner.adjoint import Adjoint, Gradient, ReverseOverReverse, gradient_of
 from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
 from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
@@ -76,13 +78,14 @@ class Step(Protocol):
         ...
 
 
-def inner_step(inner_loss: InnerLoss, optimizer: Optimizer) -> InnerStep:
+def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse()) -> InnerStep:
     """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
 
     Args:
         inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
         optimizer: an inner optimiser, e.g. ``mo.inner.SGD(lr=0.1)``. A ``torch.optim`` one is in-place and cannot be differentiated:
             convert it with :mod:`metaopt.interop`.
+        adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or ``mo.inner.ForwardOverReverse()``.
 
     Raises:
         TypeError: if one of the two is not what it should be.
@@ -91,7 +94,7 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer) -> InnerStep:
         raise TypeError(f"inner_loss must be a function (w, lam, batch) -> scalar, got {type(inner_loss).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must come from metaopt.inner, e.g. mo.inner.SGD(lr=0.1); got {type(optimizer).__name__}")
-    return InnerStep(inner_loss, optimizer)
+    return InnerStep(inner_loss, optimizer, adjoint)
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,12 @@ class InnerStep:
     Attributes:
         inner_loss: ``(w, lam, batch) -> scalar``.
         optimizer: the update rule.
+        adjoint: how second-order products are taken.
     """
 
     inner_loss: InnerLoss
     optimizer: Optimizer
+    adjoint: Adjoint = ReverseOverReverse()
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights (detached) and fresh slots.
@@ -123,18 +128,16 @@ class InnerStep:
         """Φ. Cost: one gradient."""
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
             w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
-            return self._next(self._gradient(w, lam, batch, graph=True), state._replace(w=w), lam)
+            return self._next(gradient_of(self._loss(w, lam, batch), w, graph=True), state._replace(w=w), lam)
         with torch.enable_grad():
-            g = self._gradient(tree.attach(state.w), lam, batch, graph=False)
+            w = tree.attach(state.w)
+            g = gradient_of(self._loss(w, lam, batch), w, graph=False)
         with torch.no_grad():
             return self._next(g, state, lam)
 
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
         """Φ at this point with the graph of its gradient kept. Cost: one gradient; the graph lives as long as the result."""
-        with torch.enable_grad():
-            w, lam_ = tree.attach(state.w), tree.attach(lam)
-            g = self._gradient(w, lam_, batch, graph=True)
-        return LinearizedInnerStep(self, state, lam, w, lam_, g)
+        return LinearizedInnerStep(self, state, lam, self.adjoint.gradient(self._loss, state.w, lam, batch))
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """The step adjoint ``(αA, αB)``. Cost: one gradient and one contraction of its graph (about three plain steps)."""
@@ -175,7 +178,7 @@ class InnerStep:
                 raise ValueError(
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: give it, Neumann(terms, rate=0.01)"
                 )
-        return InnerStep(self.inner_loss, SGD(lr=float(rate))), InnerState(state.w, {}, state.t)
+        return InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t)
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss."""
@@ -191,14 +194,6 @@ class InnerStep:
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
 
-    def _gradient(self, w: Tree, lam: Tree, batch: Any, *, graph: bool) -> Tree:
-        flat, spec = tree.flatten(w)
-        loss = self._loss(w, lam, batch)
-        if not loss.requires_grad:
-            raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
-        gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
-        return tree.unflatten([_zero_if_none(g, x) for g, x in zip(gradients, flat, strict=True)], spec)
-
     def _next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
         w, slots = self.optimizer.update(g, state.w, state.slots, lam, state.t + 1)
         return InnerState(w, slots, state.t + 1)
@@ -207,12 +202,11 @@ class InnerStep:
 class LinearizedInnerStep:
     """:class:`InnerStep` at one point; see :class:`Linearized`."""
 
-    __slots__ = ("_at", "_g", "_lam", "_lam_leaf", "_state", "_step", "_w_leaf")
+    __slots__ = ("_at", "_gradient", "_lam", "_state", "_step")
 
-    def __init__(self, step: InnerStep, state: InnerState, lam: Tree, w_leaf: Tree, lam_leaf: Tree, g: Tree) -> None:
-        """Keep the point and the gradient with its graph."""
-        self._step, self._at, self._lam = step, state, lam
-        self._w_leaf, self._lam_leaf, self._g = w_leaf, lam_leaf, g
+    def __init__(self, step: InnerStep, state: InnerState, lam: Tree, gradient: Gradient) -> None:
+        """Keep the point and the gradient there."""
+        self._step, self._at, self._lam, self._gradient = step, state, lam, gradient
         self._state: InnerState | None = None
 
     @property
@@ -220,29 +214,21 @@ class LinearizedInnerStep:
         """Φ(state, λ; batch), detached; computed when first asked for, from the gradient that is there already."""
         if self._state is None:
             with torch.no_grad():
-                self._state = self._step._next(tree.detach(self._g), self._at, self._lam)
+                self._state = self._step._next(tree.detach(self._gradient.g), self._at, self._lam)
         return self._state
 
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``: through the optimiser to ``u``, then one contraction of the gradient's graph with ``u``."""
-        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, tree.detach(self._g), self._at, self._lam, cotangent, wrt)
-        w_flat = tree.leaves(self._w_leaf) if wrt != "lam" else []
-        lam_flat = tree.floats(self._lam_leaf) if wrt != "state" else []
-        outputs = [(g, seed) for g, seed in zip(tree.leaves(self._g), tree.leaves(u), strict=True) if g.requires_grad]
-        products: Any = [None] * (len(w_flat) + len(lam_flat))
-        if outputs and products:
-            products = torch.autograd.grad(
-                [g for g, _ in outputs], w_flat + lam_flat, [seed for _, seed in outputs], retain_graph=True, allow_unused=True
-            )
+        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, tree.detach(self._gradient.g), self._at, self._lam, cotangent, wrt)
+        hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state")
         state_bar = None
         if wrt != "lam":
-            hessian_part = tree.unflatten(products[: len(w_flat)], tree.flatten(self._w_leaf)[1])
-            w_bar = tree.filled(tree.add(w_bar, hessian_part), self._at.w)
+            w_bar = tree.filled(tree.add(w_bar, tree.unflatten(hessian_part, tree.flatten(self._at.w)[1])), self._at.w)
             state_bar = InnerState(w_bar, tree.filled(slots_bar, self._at.slots), self._at.t)
         if wrt == "state":
             return state_bar, None
-        supply = iter(products[len(w_flat) :])
-        mixed = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam_leaf)
+        supply = iter(mixed_part)
+        mixed = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam)
         return state_bar, mixed if lam_bar is None else tree.add(mixed, lam_bar)
 
 

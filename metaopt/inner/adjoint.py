@@ -1,0 +1,233 @@
+r"""The second-order part of the step adjoint, in two modes.
+
+With :math:`g = \nabla_w L(w, \lambda)` and a cotangent u of it,
+:math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w\partial\lambda)` is
+
+* one contraction of the gradient's own graph (**reverse over reverse**), or, by symmetry of second derivatives,
+* the forward-mode derivative of :math:`(w, \lambda) \mapsto (\nabla_w L, \nabla_\lambda L)` along :math:`(u, 0)` (**forward over reverse**, the
+  "mixed mode" of MixFlow-MG, arXiv 2505.00793): no graph of a backward pass is kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+Loss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
+Products: TypeAlias = list[Tensor | None]
+
+
+class Gradient(Protocol):
+    """The gradient of the inner loss at one point, and its second-order products."""
+
+    @property
+    def g(self) -> Tree:
+        """``∇_w L``, a pytree like w (it may carry a graph)."""
+        ...
+
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+        """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero; a part not asked for is empty."""
+        ...
+
+    def graph(self) -> GradientGraph:
+        """The same with the gradient's graph at hand (for whoever needs other derivatives of it)."""
+        ...
+
+
+class Adjoint(Protocol):
+    """A mode: how second-order products are taken."""
+
+    def gradient(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Gradient:
+        """The gradient at a point, ready for products."""
+        ...
+
+
+def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
+    """``∇_w`` of a scalar, a pytree like w, with its own graph or without.
+
+    Raises:
+        ValueError: if the loss has no graph.
+    """
+    flat, spec = tree.flatten(w)
+    if not loss.requires_grad:
+        raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
+    gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
+    return tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, flat, strict=True)], spec)
+
+
+@dataclass(frozen=True)
+class ReverseOverReverse:
+    """One contraction of the gradient's own graph: the default, faster and smaller on a CPU (see ``benchmarks/README.md``).
+
+    Cost: a product is about two gradients. Memory: the graph of one gradient.
+
+    Where an operation has no second derivative, :class:`ForwardOverReverse` is tried, and a warning says so.
+    """
+
+    def gradient(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> GradientGraph:
+        """Cost: one gradient."""
+        with torch.enable_grad():
+            w_, lam_ = tree.attach(w), tree.attach(lam)
+            g = gradient_of(loss(w_, lam_, batch), w_, graph=True)
+        return GradientGraph(loss, w_, lam_, batch, g)
+
+
+class GradientGraph:
+    """The gradient with its graph."""
+
+    __slots__ = ("_batch", "_g", "_loss", "lam", "w")
+
+    def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any, g: Tree) -> None:
+        """``w`` and ``lam`` are the autograd leaves that ``g`` was computed from."""
+        self._loss, self.w, self.lam, self._batch, self._g = loss, w, lam, batch, g
+
+    @property
+    def g(self) -> Tree:
+        """With its graph."""
+        return self._g
+
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+        """One backward pass through the gradient's graph, which stays."""
+        w = tree.leaves(self.w) if with_w else []
+        lam = tree.floats(self.lam) if with_lam else []
+        live = [(g, seed) for g, seed in zip(tree.leaves(self._g), tree.leaves(u), strict=True) if g.requires_grad]
+        products: Any = [None] * (len(w) + len(lam))
+        if live and products:
+            try:
+                products = torch.autograd.grad([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                return self._otherwise(error, u, with_w=with_w, with_lam=with_lam)
+        return list(products[: len(w)]), list(products[len(w) :])
+
+    def graph(self) -> GradientGraph:
+        """Itself."""
+        return self
+
+    def _otherwise(self, error: RuntimeError, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+        if "not implemented" not in str(error) and "double backward" not in str(error):
+            raise error
+        try:
+            products = tangent_of_gradient(self._loss, self.w, self.lam, self._batch, u, with_w=with_w, with_lam=with_lam)
+        except (NotImplementedError, RuntimeError) as other:
+            raise RuntimeError(
+                f"an operation of inner_loss has no second derivative in either mode (reverse: {_first_line(error)}; forward: {_first_line(other)}). "
+                "Use another form of it: for attention, run the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            ) from error
+        warnings.warn(
+            f"reverse over reverse is impossible here ({_first_line(error)}); using forward over reverse instead", UserWarning, stacklevel=2
+        )
+        return products
+
+
+@dataclass(frozen=True)
+class ForwardOverReverse:
+    """Mixed mode: the forward-mode derivative of the gradient along u.
+
+    Cost: a product is about two gradients, but nothing is shared with the gradient itself, so that a step adjoint takes one gradient more than
+    :class:`ReverseOverReverse`. Memory: activations and their tangents, and no graph of a backward pass.
+
+    Where an operation has no forward derivative (GroupNorm, SiLU, Huber, attention, …), :class:`ReverseOverReverse` is used from then on, and
+    a warning says so once. What is random is drawn again as it was.
+    """
+
+    refused: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def gradient(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Gradient:
+        """Cost: one gradient, without its graph."""
+        if self.refused:
+            return ReverseOverReverse().gradient(loss, w, lam, batch)
+        random = RandomState(w)
+        with torch.enable_grad():
+            w_ = tree.attach(w)
+            g = gradient_of(loss(w_, tree.detach(lam), batch), w_, graph=False)
+        return GradientPoint(loss, w, lam, batch, g, random, self.refused)
+
+
+class GradientPoint:
+    """The gradient and where it was taken."""
+
+    __slots__ = ("_at", "_g", "_loss", "_random", "_refused")
+
+    def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any, g: Tree, random: RandomState, refused: list[str]) -> None:
+        """Keep the point; ``refused`` is told if forward mode turns out to be impossible."""
+        self._loss, self._at, self._g, self._random, self._refused = loss, (w, lam, batch), g, random, refused
+
+    @property
+    def g(self) -> Tree:
+        """Without a graph."""
+        return self._g
+
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+        """One forward-mode derivative of one gradient."""
+        if not self._refused:
+            try:
+                with self._random.again():
+                    return tangent_of_gradient(self._loss, *self._at, u, with_w=with_w, with_lam=with_lam)
+            except (NotImplementedError, RuntimeError) as error:
+                self._refused.append(str(error))
+                warnings.warn(
+                    f"forward over reverse is impossible here ({_first_line(error)}); using reverse over reverse instead", UserWarning, stacklevel=2
+                )
+        return self.graph().contract(u, with_w=with_w, with_lam=with_lam)
+
+    def graph(self) -> GradientGraph:
+        """Computed again, with its graph. Cost: one gradient."""
+        with self._random.again():
+            return ReverseOverReverse().gradient(self._loss, *self._at)
+
+
+def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+    """The derivative of ``(∇_w L, ∇_λ L)`` along ``(u, 0)``, with dual numbers.
+
+    Batches get a zero tangent: with none, torch's in-place formulas for some losses (``mse_loss``) meet an immutable zero and fail.
+    """
+    with torch.enable_grad(), forward_ad.dual_level():
+        w_, lam_ = tree.attach(w), tree.attach(lam)
+        dual = tree.map(forward_ad.make_dual, w_, u)
+        still = tree.map(lambda x: forward_ad.make_dual(x, torch.zeros_like(x)) if tree.is_float(x) else x, batch)
+        inputs = (tree.leaves(w_) if with_w else []) + (tree.floats(lam_) if with_lam else [])
+        value = loss(dual, lam_, still)
+        gradients = torch.autograd.grad(value, inputs, allow_unused=True) if inputs else ()
+        tangents = [None if g is None else _tangent(g) for g in gradients]
+    split = len(tree.leaves(w_)) if with_w else 0
+    return tangents[:split], tangents[split:]
+
+
+def _tangent(g: Tensor) -> Tensor | None:
+    tangent = forward_ad.unpack_dual(g).tangent
+    return None if tangent is None else tangent.detach().clone()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+class RandomState:
+    """Torch's random generators as they are now, so that the same can be drawn again."""
+
+    __slots__ = ("_cpu", "_cuda", "_devices")
+
+    def __init__(self, at: Tree) -> None:
+        """``at`` tells which device matters."""
+        self._devices = sorted({x.device.index for x in tree.floats(at) if x.is_cuda})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(index) for index in self._devices]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draws what was drawn from here on, and leaves the generators as it found them."""
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._cpu)
+            for index, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, index)
+            yield
