@@ -16,9 +16,11 @@ from metaopt.estimators import (
     Response,
     Terms,
     TruncatedRMD,
+    UndeclaredTensorWarning,
     UnusedHyperparameterWarning,
     ZeroHypergradientWarning,
     hypergradient,
+    unroll,
 )
 from metaopt.functional import FunctionalModel, functional, merge, partition
 from metaopt.inner import InnerState, custom_step, inner_step
@@ -43,6 +45,7 @@ __all__ = [
     "Response",
     "Terms",
     "TruncatedRMD",
+    "UndeclaredTensorWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
     "custom_step",
@@ -59,4 +62,5 @@ __all__ = [
     "tasks",
     "trajectory",
     "tree",
+    "unroll",
 ]

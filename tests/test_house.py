@@ -38,6 +38,7 @@ NOT_METHODS = {
         "Terms",
         "Cost",
         "UnusedHyperparameterWarning",
+        "UndeclaredTensorWarning",
         "ZeroHypergradientWarning",
     },
     "trajectory": {"Moment", "Trajectory", "Distillate", "Distilled", "Placement", "Store", "ByReference", "OnDevice", "OnDisk"},

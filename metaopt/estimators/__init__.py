@@ -16,6 +16,7 @@ from metaopt.estimators.first_order import FirstOrder
 from metaopt.estimators.hyperdistill import HyperDistill
 from metaopt.estimators.implicit import IFT
 from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
+from metaopt.estimators.unroll import UndeclaredTensorWarning, unroll
 
 __all__ = [
     "IFT",
@@ -32,7 +33,9 @@ __all__ = [
     "Response",
     "Terms",
     "TruncatedRMD",
+    "UndeclaredTensorWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
     "hypergradient",
+    "unroll",
 ]

@@ -231,7 +231,7 @@ def evaluate(
     _check_used(terms.direct, terms.indirect, lam, estimator)
     direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
-    _check_finite(total, indirect, state, estimator)
+    check_finite(total, indirect, state, estimator)
     return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost)
 
 
@@ -313,7 +313,8 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
     )
 
 
-def _check_finite(total: Tree, indirect: Tree, state: InnerState, estimator: Estimator) -> None:
+def check_finite(total: Tree, indirect: Tree, state: InnerState, estimator: Estimator) -> None:
+    """Raise a ``FloatingPointError`` that names the first leaf of λ whose hypergradient is no finite number."""
     if tree.is_finite(total):
         return
     part = "indirect" if tree.first_non_finite(indirect) else "direct"

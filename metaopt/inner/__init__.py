@@ -1,6 +1,7 @@
 """Φ: the inner step and the optimisers it is made of."""
 
 from metaopt.inner.adjoint import Adjoint, ForwardOverReverse, Gradient, ReverseOverReverse
+from metaopt.inner.closed import closed_over
 from metaopt.inner.constant_slots import ConstantSlots
 from metaopt.inner.custom import CustomStep, custom_step
 from metaopt.inner.optimizer import Hyper, Optimizer
@@ -22,6 +23,7 @@ __all__ = [
     "Optimizer",
     "ReverseOverReverse",
     "Step",
+    "closed_over",
     "custom_step",
     "inner_step",
 ]

@@ -187,7 +187,8 @@ class InnerStep:
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
         """``alpha · ∂w'/∂g``, element-wise; gradient descent: ``-lr · alpha``. Cost: one gradient."""
         with torch.enable_grad():
-            g = self._gradient(tree.attach(state.w), lam, batch, graph=False)
+            w = tree.attach(state.w)
+            g = gradient_of(self._loss(w, lam, batch), w, graph=False)
         return pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")[0]
 
     # -- parts -----------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""Tensors that a step closes over, made part of λ: by declaration, without rewriting the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metaopt import tree
+from metaopt.inner.constant_slots import ConstantSlots
+from metaopt.inner.custom import CustomStep
+from metaopt.inner.optimizer import Optimizer
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import InnerStep, Step
+from metaopt.tree import Tree
+
+
+def closed_over(step: Step, tensors: Sequence[Tensor]) -> Step:
+    """The same Φ with hyperparameters ``(lam, tensors)``: wherever the step uses one of ``tensors`` itself, the given value is used instead.
+
+    Raises:
+        TypeError: for a step that was not made by :func:`inner_step` or :func:`custom_step`.
+    """
+    keys = [id(tensor) for tensor in tensors]
+    if isinstance(step, ConstantSlots):
+        return ConstantSlots(closed_over(step.step, tensors))
+    if isinstance(step, InnerStep):
+        return InnerStep(_substituted(step.inner_loss, keys), OfFirst(step.optimizer), step.adjoint)
+    if isinstance(step, CustomStep):
+        initial = step.initial
+        return CustomStep(_substituted(step.fn, keys), None if initial is None else lambda w, lam: initial(w, lam[0]))
+    raise TypeError(f"closed-over tensors are found inside steps from inner_step and custom_step only, got {type(step).__name__}")
+
+
+def _substituted(fn: Callable[[Any, Tree, Any], Any], keys: list[int]) -> Callable[[Any, Tree, Any], Any]:
+    def substituted(first: Any, lam: Tree, batch: Any) -> Any:
+        with _Substitution(dict(zip(keys, lam[1], strict=True))):
+            return fn(first, lam[0], batch)
+
+    return substituted
+
+
+class _Substitution(TorchFunctionMode):
+    """Every torch function called inside sees the stand-ins in place of the originals."""
+
+    def __init__(self, stand_ins: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._stand_ins = stand_ins
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(id(leaf) in self._stand_ins for leaf in tree.leaves((args, kwargs or {}))):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree.map(lambda x: self._stand_ins.get(id(x), x), (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class OfFirst(Optimizer):
+    """``of``, reading the first part of λ."""
+
+    of: Optimizer
+
+    def init(self, w: Tree) -> Tree:
+        """As ``of``."""
+        return self.of.init(w)
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """As ``of``."""
+        return self.of.update(g, w, slots, lam[0], t)
+
+    @property
+    def reads_lam(self) -> bool:
+        """As ``of``."""
+        return self.of.reads_lam
+
+
+def undeclared(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
+    """Autograd leaves that the inner loss depends on and that are neither weights nor λ. Cost: one evaluation of the loss."""
+    if isinstance(step, ConstantSlots):
+        return undeclared(step.step, state, lam, batch)
+    if not isinstance(step, InnerStep):
+        return []
+    with torch.enable_grad():
+        w_, lam_ = tree.attach(state.w), tree.attach(lam)
+        loss = step.inner_loss(w_, lam_, batch)
+    known = {id(x) for x in (*tree.leaves(w_), *tree.leaves(lam_))}
+    found: list[Tensor] = []
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return found
