@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,10 @@ def compare_sinusoid(
     compare.draw_convergence(methods, runs, out / "convergence.png", "outer loss after T = 30 inner steps")
     title = f"Sinusoid, meta-test error over {config.test_tasks} tasks, M = {meta_iterations}, {seeds} seeds"
     compare.show(compare.table(methods, runs, config.FAILED_AT, title))
-    typer.echo(f"options of all methods: {config.options}; 'as printed' and RMD: no clipping, momentum differentiated")
+    typer.echo(f"options: {config.options}")
+    for method in methods:
+        if method.overrides:
+            typer.echo(f"  except {method.title}: {replace(config, **method.overrides).options}")
     for run in runs:
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")

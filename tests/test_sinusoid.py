@@ -51,6 +51,7 @@ def test_products_are_what_the_methods_say():
     assert products["one-step"] == T + 1  # the first step's also gives the cotangent of w_0
     assert products["ift-5-5"] == 5 * (5 + 1)
     assert products["hyperdistill"] == T + (3 * T - 1) / M  # one calibration
+    assert products["hyperdistill-refitted"] == T + 3 * T - 1  # one in every run
 
 
 def test_command_writes_table_picture_and_json(tmp_path):

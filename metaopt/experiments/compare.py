@@ -90,7 +90,7 @@ def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, yl
         padded = np.array([curve + [math.inf] * (length - len(curve)) for curve in curves])
         low, middle, high = np.quantile(padded, [0.25, 0.5, 0.75], axis=0, method="nearest")
         m = np.arange(1, length + 1)
-        axes.plot(m, middle, label=method.title, color=colour, linewidth=1.8, linestyle="--" if method.printed else "-")
+        axes.plot(m, middle, label=method.title, color=colour, linewidth=1.8, linestyle="--" if method.overrides else "-")
         axes.fill_between(m, low, np.minimum(high, 1e3), color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="inner runs", ylabel=ylabel, yscale="log")
     finite = [value for run in runs for value in run.curve if math.isfinite(value)]
