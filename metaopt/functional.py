@@ -92,13 +92,19 @@ def functional(module: nn.Module) -> FunctionalModel:
 
     Raises:
         TypeError: if ``module`` is no ``nn.Module``.
-        ValueError: if it has parameters that are not initialised yet (lazy modules), or no parameters at all.
+        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters at all, or the old weight-norm hook.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"functional() wraps an nn.Module, got {type(module).__name__}; a plain function needs no wrapping")
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is not initialised yet: run the lazy module once on an example batch before wrapping it")
+    for submodule in module.modules():
+        if any(type(hook).__name__ == "WeightNorm" for hook in submodule._forward_pre_hooks.values()):
+            raise ValueError(
+                "torch.nn.utils.weight_norm (the hook) has a wrong second derivative; "
+                "use torch.nn.utils.parametrizations.weight_norm, which functional() replaces by a right one"
+            )
     model = FunctionalModel(module)
     if not model.params:
         raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to differentiate")
@@ -199,11 +205,6 @@ class _ComposedWeightNorm(nn.Module):
 def _with_composed_weight_norm(module: nn.Module) -> nn.Module:
     fused = torch.nn.utils.parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsage]
     for submodule in module.modules():
-        if any(type(hook).__name__ == "WeightNorm" for hook in submodule._forward_pre_hooks.values()):
-            raise ValueError(
-                "torch.nn.utils.weight_norm (the hook) has a wrong second derivative; "
-                "use torch.nn.utils.parametrizations.weight_norm, which functional() replaces by a right one"
-            )
         if isinstance(submodule, nn.utils.parametrize.ParametrizationList):
             for index, parametrization in enumerate(submodule):
                 if isinstance(parametrization, fused):
