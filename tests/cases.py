@@ -73,6 +73,9 @@ TRAJECTORIES: list[TrajectoryCase] = [
         lambda T: mo.trajectory.Offloaded(directory=tempfile.gettempdir(), of=mo.trajectory.Checkpointed(slots=3)),
         full=True,
     ),
+    TrajectoryCase("Budgeted, everything fits", lambda T: mo.trajectory.Budgeted(1 << 30), full=True),
+    TrajectoryCase("Budgeted, some graphs", lambda T: mo.trajectory.Budgeted(2000), full=True),
+    TrajectoryCase("Budgeted, checkpoints", lambda T: mo.trajectory.Budgeted(200), full=True),
     TrajectoryCase("Checked", lambda T: mo.trajectory.Checked(mo.trajectory.Checkpointed(slots=3)), full=True),
     TrajectoryCase("Interpolated", lambda T: mo.trajectory.Interpolated(), full=False),
 ]

@@ -41,7 +41,7 @@ NOT_METHODS = {
         "UndeclaredTensorWarning",
         "ZeroHypergradientWarning",
     },
-    "trajectory": {"Moment", "Trajectory", "Distillate", "Distilled", "Placement", "Store", "ByReference", "OnDevice", "OnDisk"},
+    "trajectory": {"Moment", "Trajectory", "Distillate", "Distilled", "Placement", "Rows", "Store", "ByReference", "OnDevice", "OnDisk"},
     "linsolve": {"Operator", "Solver"},
     "inner": {
         "Hyper",

@@ -213,3 +213,31 @@ def test_what_each_trajectory_computes():
     assert costs["Graphs"] == Cost(steps=0, linearizations=T, products=2 * T)
     assert costs["every 3"] == Cost(steps=T + T - 2, linearizations=T, products=2 * T)
     assert isinstance(CountedStep(problem()[0], Cost()).cost, Cost)
+
+
+def test_a_budget_keeps_what_fits():
+    step, _, w, lam, batch = problem()
+    T, graphs = 12, {}
+    for size in (1, 500, 3000, 1 << 30):
+        trajectory = mo.trajectory.Budgeted(size)
+        state = step.init(w, lam)
+        tape = trajectory.start(state, lam)
+        for t in range(1, T + 1):
+            state, tape = trajectory.record(tape, step, state, lam, batch(t))
+            held = len(tape.states.held) * tape.state_size + sum(graph.size for graph in tape.graphs)
+            assert held <= max(size, tape.state_size)
+        graphs[size] = len(tape.graphs)
+    assert graphs[1] == graphs[500] == 0 < graphs[3000] < T == graphs[1 << 30]
+    assert gradient(mo.trajectory.Budgeted(1 << 30), T).cost.steps == 0
+    with pytest.raises(ValueError, match="positive"):
+        mo.trajectory.Budgeted(0)
+
+
+def test_big_states_are_copied_into_rows():
+    rows = mo.trajectory.Rows()
+    states = [mo.InnerState({"a": torch.randn(200, 100), "n": 3}, {"momentum": torch.randn(7)}, t) for t in range(20)]
+    kept = [rows.put(state) for state in states]
+    assert all(identical(a.w["a"], b.w["a"]) and identical(a.slots, b.slots) and a.t == b.t for a, b in zip(kept, states, strict=True))
+    assert len({state.w["a"].untyped_storage().data_ptr() for state in kept}) == 2
+    small = mo.InnerState(torch.ones(3))
+    assert rows.put(small) is small

@@ -2,6 +2,7 @@
 
 from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, Trajectory
+from metaopt.trajectory.budgeted import Budgeted
 from metaopt.trajectory.checked import Checked
 from metaopt.trajectory.checkpointed import Checkpointed
 from metaopt.trajectory.distilled import Distillate, Distilled
@@ -12,9 +13,11 @@ from metaopt.trajectory.interpolated import Interpolated
 from metaopt.trajectory.last import Last
 from metaopt.trajectory.offloaded import Offloaded
 from metaopt.trajectory.revolve import Placement
+from metaopt.trajectory.rows import Rows
 from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
 
 __all__ = [
+    "Budgeted",
     "ByReference",
     "Checked",
     "Checkpointed",
@@ -29,6 +32,7 @@ __all__ = [
     "OnDevice",
     "OnDisk",
     "Placement",
+    "Rows",
     "Store",
     "Trajectory",
     "fingerprint",

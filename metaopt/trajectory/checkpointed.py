@@ -110,6 +110,13 @@ class Checkpointed:
 
     def record(self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckpointedTape]:
         """Take a step; hold where it started if the schedule says so."""
+        self.before(tape, state, lam, batch)
+        new = step(state, lam, batch)
+        tape.after = replay.snapshot(state)
+        return new, tape
+
+    def before(self, tape: CheckpointedTape, state: InnerState, lam: Tree, batch: Any) -> None:
+        """The part of :meth:`record` that comes before the step; whoever takes the step then sets ``tape.after``."""
         check_fixed(lam, tape.lam, tape.versions, "a checkpointed trajectory")
         index, before = tape.steps, replay.snapshot(state)
         if index == 0:
@@ -118,9 +125,6 @@ class Checkpointed:
             tape.held[index] = Held(self.store.put(state), before)
         tape.rngs.append(None if tape.after is not None and replay.same(before, tape.after) else before)
         tape.batches.append(batch if self.batches is None else fingerprint(batch))
-        new = step(state, lam, batch)
-        tape.after = replay.snapshot(state)
-        return new, tape
 
     def moments(self, tape: CheckpointedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first; recomputes what is not held."""

@@ -10,22 +10,25 @@ from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.rows import Rows
 from metaopt.tree import Tree
 
 
 class FullTape(NamedTuple):
-    """λ as it was at the start (to notice if it moves), and one moment per step."""
+    """λ as it was at the start (to notice if it moves), one moment per step, and where their states are."""
 
     lam: Tree
     versions: tuple[int, ...]
     moments: list[Moment]
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class Full:
     """States ``s_0 … s_{T-1}``, batches and random states; graphs are rebuilt one at a time in the sweep.
 
-    Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``, independent of activations.
+    Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``, independent of activations;
+    states of 64 KiB and more are copied into preallocated rows (:mod:`metaopt.trajectory.rows`).
     """
 
     @property
@@ -40,12 +43,12 @@ class Full:
 
     def start(self, state: InnerState, lam: Tree) -> FullTape:
         """An empty tape."""
-        return FullTape(lam, versions_of(lam), [])
+        return FullTape(lam, versions_of(lam), [], Rows())
 
     def record(self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, FullTape]:
         """Take a step; keep where it started."""
         check_fixed(lam, tape.lam, tape.versions, "a full trajectory")
-        moment = Moment(state, lam, batch, replay.snapshot(state))
+        moment = Moment(tape.rows.put(state), lam, batch, replay.snapshot(state))
         tape.moments.append(moment)
         return step(state, lam, batch), tape
 

@@ -1,0 +1,129 @@
+"""As much of the run as a number of bytes allows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Linearized, Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.base import Moment
+from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
+from metaopt.trajectory.store import ByReference
+from metaopt.tree import Tree
+
+
+class Sized(NamedTuple):
+    """One step's graph, and the bytes that only it holds."""
+
+    moment: Moment
+    size: int
+
+
+@dataclass
+class BudgetedTape:
+    """The states (or checkpoints), the newest graphs, and how big a state and a graph of this batch's shapes are.
+
+    Attributes:
+        states: tape of the checkpoints.
+        keeper: the trajectory that made it.
+        graphs: of the newest steps, oldest first.
+        state_size: bytes of a state.
+        sizes: shapes of a batch to bytes of a graph.
+    """
+
+    states: CheckpointedTape
+    keeper: Checkpointed
+    state_size: int
+    graphs: deque[Sized] = field(default_factory=deque)
+    sizes: dict[Any, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """Graphs of as many of the last steps as fit into ``bytes``; states for the rest; checkpoints when even those do not fit.
+
+    States come first, since a state saves a step for far fewer bytes than a graph does. Cost: from that of :class:`Graphs` (all graphs
+    fit) over :class:`Full` (states only) to that of :class:`Checkpointed`; the numbers are the same. What a graph holds is measured by what
+    autograd saves for it, without what states, λ and batches hold anyway. While the run goes, one more graph may be alive.
+
+    Args:
+        bytes: the budget; the first state is held in any case.
+    """
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        """Check the budget."""
+        if self.bytes <= 0:
+            raise ValueError(f"bytes must be positive, got {self.bytes}")
+
+    @property
+    def exact(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def bounded(self) -> bool:
+        """No: λ must not move."""
+        return False
+
+    def start(self, state: InnerState, lam: Tree) -> BudgetedTape:
+        """Hold the first state."""
+        size = sum(x.numel() * x.element_size() for x in tree.floats(state))
+        keeper = Checkpointed(slots=max(1, self.bytes // max(1, size)), store=ByReference())
+        return BudgetedTape(keeper.start(state, lam), keeper, size)
+
+    def record(self, tape: BudgetedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, BudgetedTape]:
+        """Take a step; keep its graph, and let go of the oldest ones that no longer fit."""
+        if tape.sizes and min(tape.sizes.values()) > self._room(tape):
+            tape.graphs.clear()
+            return tape.keeper.record(tape.states, step, state, lam, batch)[0], tape
+        rng = replay.snapshot(state)
+        tape.keeper.before(tape.states, state, lam, batch)
+        shapes = tuple(tuple(x.shape) for x in tree.leaves(batch) if isinstance(x, Tensor))
+        if shapes in tape.sizes:
+            linearized = step.linearize(state, lam, batch)
+        else:
+            linearized, tape.sizes[shapes] = _measured(step, state, lam, batch)
+        new = linearized.state
+        tape.states.after = replay.snapshot(state)
+        tape.graphs.append(Sized(Moment(state, lam, batch, rng, linearized), tape.sizes[shapes]))
+        while tape.graphs and sum(graph.size for graph in tape.graphs) > self._room(tape):
+            tape.graphs.popleft()
+        return new, tape
+
+    def moments(self, tape: BudgetedTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """All steps, newest first: those with graphs, then those without."""
+        yield from (graph.moment for graph in reversed(tape.graphs))
+        yield from tape.keeper.moments_until(tape.states, step, tape.states.steps - len(tape.graphs))
+
+    def complete(self, tape: BudgetedTape) -> bool:
+        """Always."""
+        return True
+
+    def _room(self, tape: BudgetedTape) -> int:
+        return self.bytes - len(tape.states.held) * tape.state_size
+
+
+def _measured(step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[Linearized, int]:
+    """A linearised step, and how many bytes its graph holds that nothing else does."""
+    known = {x.untyped_storage().data_ptr() for x in tree.leaves((state, lam, batch)) if isinstance(x, Tensor)}
+    held: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        linearized = step.linearize(state, lam, batch)
+    return linearized, sum(held.values())
