@@ -77,6 +77,7 @@ TRAJECTORIES: list[TrajectoryCase] = [
     TrajectoryCase("Budgeted, some graphs", lambda T: mo.trajectory.Budgeted(2000), full=True),
     TrajectoryCase("Budgeted, checkpoints", lambda T: mo.trajectory.Budgeted(200), full=True),
     TrajectoryCase("Checked", lambda T: mo.trajectory.Checked(mo.trajectory.Checkpointed(slots=3)), full=True),
+    TrajectoryCase("Reversible", lambda T: mo.trajectory.Reversible(), full=False),
     TrajectoryCase("Interpolated", lambda T: mo.trajectory.Interpolated(), full=False),
 ]
 

@@ -1,0 +1,33 @@
+"""metaopt: exact RMD over each trajectory, and DrMAD."""
+
+from functools import partial
+
+from torch import Tensor
+
+import metaopt as mo
+from benchmarks.problem import Problem
+
+
+def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()) -> list[Tensor]:
+    model = mo.functional(problem.module)
+    w, lam = mo.partition(model.params, problem.weights)
+
+    def loss(w, lam, batch):
+        return problem.criterion(model(mo.merge(w, lam), batch[0]), batch[1])
+
+    step = mo.inner_step(loss, mo.inner.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint)
+    return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())
+
+
+TRAJECTORIES = {
+    "Full": mo.trajectory.Full(),
+    "Graphs": mo.trajectory.Graphs(),
+    "Checkpointed (17 slots)": mo.trajectory.Checkpointed(),
+    "Checkpointed (sqrt)": mo.trajectory.Checkpointed("sqrt"),
+    "Budgeted (512 MiB)": mo.trajectory.Budgeted(512 << 20),
+}
+ENGINES = {
+    **{f"ours: RMD, {name}": partial(gradient, estimator=mo.RMD(trajectory)) for name, trajectory in TRAJECTORIES.items()},
+    "ours: RMD, Full, mixed mode": partial(gradient, estimator=mo.RMD(), adjoint=mo.inner.ForwardOverReverse()),
+    "ours: DrMAD": partial(gradient, estimator=mo.DrMAD()),
+}

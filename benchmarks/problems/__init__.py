@@ -1,0 +1,5 @@
+"""One file per problem, each with ``make(T, dtype) -> Problem``. A new one is a new file and a line here."""
+
+from benchmarks.problems import conv_anil, conv_warpgrad, sinusoid, transformer
+
+PROBLEMS = {module.__name__.rsplit(".", 1)[1]: module for module in (sinusoid, conv_anil, conv_warpgrad, transformer)}

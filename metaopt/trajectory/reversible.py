@@ -1,0 +1,161 @@
+"""The last state only, and the bits needed to run the training backwards.
+
+Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through reversible learning", arXiv 1502.03492.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.constant_slots import ConstantSlots
+from metaopt.inner.optimizer import per_leaf
+from metaopt.inner.sgd import SGD
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import InnerStep, Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.fixed_point import Remainders, ratio, to_fixed, to_float
+from metaopt.trajectory.replay import Rng
+from metaopt.tree import Tree
+
+
+@dataclass
+class ReversibleTape:
+    """The run's newest state as integers, and what multiplying by the momentum destroyed, one entry per weight tensor.
+
+    Attributes:
+        lam: as it was at the start (to notice if it moves).
+        versions: of λ, then.
+        newest: the state as floats, as the run sees it.
+        x: weights.
+        v: velocities.
+        lost: the bits.
+        batches: per step, the batch and the random state before it.
+    """
+
+    lam: Tree
+    versions: tuple[int, ...]
+    newest: InnerState
+    x: list[Tensor]
+    v: list[Tensor]
+    lost: list[Remainders]
+    batches: list[tuple[Any, Rng]] = field(default_factory=list)
+
+    def bits_per_weight(self) -> float:
+        """Size of the bits kept, per weight."""
+        count = sum(x.numel() for x in self.x)
+        return sum(lost.bits() * x.numel() for lost, x in zip(self.lost, self.x, strict=True)) / count
+
+
+@dataclass(frozen=True)
+class Reversible:
+    """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
+
+    The run itself is done in fixed point (units of 2^-52; the momentum as a fraction with a denominator of at most 2^16), so its numbers are
+    not those of :class:`Full` to the bit (the start is rounded too). Cost: two gradients per step in the sweep. Memory: one state and
+    ``T · log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state of floats per step would take 64). SGD with momentum only, as
+    :class:`metaopt.inner.SGD` does it, without Nesterov; weight decay, dampening, schedules and learned learning rates are fine.
+
+    Raises:
+        TypeError: for any other step.
+        ValueError: if the momentum is not in (0, 1].
+        RuntimeError: if the run is continued from a state that is not its own.
+        OverflowError: if a weight or velocity reaches 512.
+    """
+
+    @property
+    def exact(self) -> bool:
+        """Yes: the moments are those of the (fixed-point) run."""
+        return True
+
+    @property
+    def bounded(self) -> bool:
+        """No: bits and batches are kept, and λ must not move."""
+        return False
+
+    def start(self, state: InnerState, lam: Tree) -> ReversibleTape:
+        """The first state as integers."""
+        x = [to_fixed(leaf, "a weight") for leaf in tree.leaves(state.w)]
+        if not isinstance(state.slots, dict) or set(state.slots) != {"momentum"}:
+            raise TypeError("a reversible trajectory needs momentum SGD: mo.inner.SGD(lr=..., momentum=...)")
+        v = [to_fixed(leaf, "a velocity") for leaf in tree.leaves(state.slots["momentum"])]
+        return ReversibleTape(lam, versions_of(lam), state, x, v, [Remainders(torch.zeros_like(leaf)) for leaf in x])
+
+    def record(self, tape: ReversibleTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, ReversibleTape]:
+        """Take a step in fixed point."""
+        check_fixed(lam, tape.lam, tape.versions, "a reversible trajectory")
+        optimizer = _momentum_sgd(step)
+        if state is not tape.newest:
+            raise RuntimeError("a reversible trajectory was given a state that is not the one it returned last: its run is in fixed point")
+        tape.batches.append((batch, replay.snapshot(state)))
+        rates, ratios = _settings(optimizer, state, lam)
+        gradients = _push(step, _floats(tape.x, tape.v, state, state.t), lam, batch)
+        for i, g in enumerate(gradients):
+            tape.v[i] = tape.lost[i].multiply(tape.v[i], *ratios[i]) + g
+            tape.x[i] = tape.x[i] - _moved(rates[i], tape.v[i])
+        tape.newest = _floats(tape.x, tape.v, state, state.t + 1)
+        if not all(bool((leaf.abs() < 512).all()) for leaf in tree.floats(tape.newest)):
+            raise OverflowError("reversible learning: a weight or velocity reached 512, the end of fixed-point numbers; lower the learning rate")
+        return tape.newest, tape
+
+    def moments(self, tape: ReversibleTape, step: Step, last: InnerState) -> Iterator[Moment]:
+        """All steps, newest first, undoing them (on a copy of the bits, so that there can be another sweep)."""
+        check_fixed(tape.lam, tape.lam, tape.versions, "a reversible trajectory")
+        optimizer = _momentum_sgd(step)
+        x, v, lost, state = list(tape.x), list(tape.v), deepcopy(tape.lost), tape.newest
+        for batch, rng in reversed(tape.batches):
+            before = state._replace(t=state.t - 1)
+            rates, ratios = _settings(optimizer, before, tape.lam)
+            x = [leaf + _moved(rate, u) for leaf, rate, u in zip(x, rates, v, strict=True)]
+            replay.restore(rng)
+            gradients = _push(step, _floats(x, v, state, before.t), tape.lam, batch)
+            v = [bits.divide(u - g, *beta) for bits, u, g, beta in zip(lost, v, gradients, ratios, strict=True)]
+            state = _floats(x, v, state, before.t)
+            yield Moment(state, tape.lam, batch, rng)
+
+    def complete(self, tape: ReversibleTape) -> bool:
+        """Always."""
+        return True
+
+
+def _momentum_sgd(step: Any) -> SGD:
+    while not isinstance(step, InnerStep) and hasattr(step, "step"):
+        step = step.step
+    optimizer = getattr(step, "optimizer", None)
+    if isinstance(step, ConstantSlots) or not isinstance(optimizer, SGD) or optimizer.nesterov:
+        what = type(step).__name__ if optimizer is None else repr(optimizer)
+        raise TypeError(f"a reversible trajectory needs momentum SGD without Nesterov, mo.inner.SGD(lr=..., momentum=...); got {what}")
+    return optimizer
+
+
+def _settings(optimizer: SGD, state: InnerState, lam: Tree) -> tuple[list[Any], list[tuple[int, int]]]:
+    """Learning rates, and the momenta as fractions, per weight tensor."""
+    spec, t = tree.flatten(state.w)[1], state.t + 1
+    with torch.no_grad():
+        rates = per_leaf(optimizer.lr, lam, t, spec, "lr")
+        momenta = per_leaf(optimizer.momentum, lam, t, spec, "momentum")
+    return rates, [ratio(float(momentum)) for momentum in momenta]
+
+
+def _push(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
+    """What the step adds to the decayed velocity: the velocity it leads to from rest."""
+    at_rest = state._replace(slots=tree.zeros_like(state.slots))
+    return [to_fixed(g, "a gradient") for g in tree.leaves(step(at_rest, lam, batch).slots["momentum"])]
+
+
+def _moved(rate: Any, v: Tensor) -> Tensor:
+    return (rate * v.double()).round().long()
+
+
+def _floats(x: list[Tensor], v: list[Tensor], like: InnerState, t: int) -> InnerState:
+    spec = tree.flatten(like.w)[1]
+    weights = [to_float(fixed, leaf.dtype) for fixed, leaf in zip(x, tree.leaves(like.w), strict=True)]
+    velocities = [to_float(fixed, leaf.dtype) for fixed, leaf in zip(v, tree.leaves(like.w), strict=True)]
+    return InnerState(tree.unflatten(weights, spec), {"momentum": tree.unflatten(velocities, spec)}, t)
