@@ -56,6 +56,17 @@ ESTIMATORS: list[EstimatorCase] = [
     EstimatorCase("DrMAD", lambda T: mo.DrMAD()),
     EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1))),
     EstimatorCase("HyperDistill", lambda T: mo.HyperDistill(gamma=0.9)),
+    EstimatorCase("EvoGrad", lambda T: mo.EvoGrad()),
+    EstimatorCase("PES", lambda T: mo.PES(window=2)),
+    EstimatorCase("NRES", lambda T: mo.NRES()),
+    EstimatorCase("AntitheticES", lambda T: mo.AntitheticES(pairs=2)),
+    EstimatorCase("TruncatedES", lambda T: mo.TruncatedES(window=2)),
+    EstimatorCase("ForwardGradient", lambda T: mo.ForwardGradient(directions=2)),
+    EstimatorCase("UORO", lambda T: mo.UORO()),
+    EstimatorCase("DARTS", lambda T: mo.DARTS()),
+    EstimatorCase("SAMA", lambda T: mo.SAMA()),
+    EstimatorCase("SOBA", lambda T: mo.SOBA(rate=0.1)),
+    EstimatorCase("F2SA", lambda T: mo.F2SA(rate=0.1)),
 ]
 
 TRAJECTORIES: list[TrajectoryCase] = [

@@ -12,26 +12,45 @@ from metaopt.estimators.base import (
     hypergradient,
 )
 from metaopt.estimators.cost import Cost
+from metaopt.estimators.darts import DARTS
+from metaopt.estimators.evograd import EvoGrad
+from metaopt.estimators.evolution import NRES, PES, AntitheticES, TruncatedES
+from metaopt.estimators.f2sa import F2SA
 from metaopt.estimators.first_order import FirstOrder
+from metaopt.estimators.forward_gradient import ForwardGradient
 from metaopt.estimators.hyperdistill import HyperDistill
 from metaopt.estimators.implicit import IFT
 from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
+from metaopt.estimators.sama import SAMA
+from metaopt.estimators.soba import SOBA
 from metaopt.estimators.unroll import UndeclaredTensorWarning, unroll
+from metaopt.estimators.uoro import UORO
 
 __all__ = [
+    "DARTS",
+    "F2SA",
     "IFT",
+    "NRES",
+    "PES",
     "RMD",
+    "SAMA",
+    "SOBA",
+    "UORO",
+    "AntitheticES",
     "Cost",
     "DrMAD",
     "Estimator",
+    "EvoGrad",
     "FinishedRun",
     "FirstOrder",
+    "ForwardGradient",
     "HyperDistill",
     "Hypergradient",
     "OneStep",
     "OuterObjective",
     "Response",
     "Terms",
+    "TruncatedES",
     "TruncatedRMD",
     "UndeclaredTensorWarning",
     "UnusedHyperparameterWarning",

@@ -75,7 +75,7 @@ class CountedStep:
         self.cost.losses += 1
         return self.step.loss(w, lam, batch)
 
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """As the wrapped step."""
         self.cost.steps += 1
         return self.step.adapt(state, lam, batch, alpha)

@@ -59,7 +59,7 @@ class ConstantSlots:
         """As ``step``."""
         return self.step.loss(w, lam, batch)
 
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """As ``step``."""
         return self.step.adapt(state, lam, batch, alpha)
 

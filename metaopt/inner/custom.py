@@ -101,7 +101,7 @@ class CustomStep:
             "a custom step has no inner loss that this estimator could use: build the step with mo.inner_step, or use OneStep, RMD or PES"
         )
 
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """None.
 
         Raises:

@@ -73,8 +73,8 @@ class Step(Protocol):
         """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
         ...
 
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
-        """The optimiser's half of the adjoint: ``alpha · ∂w'/∂g``, the cotangent ``u`` of the inner gradient."""
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
+        """The optimiser's half of the adjoint: the cotangent ``u = alpha · ∂w'/∂g`` of the inner gradient, and λ's own part or ``None``."""
         ...
 
 
@@ -184,12 +184,13 @@ class InnerStep:
         """The inner loss."""
         return self._loss(w, lam, batch)
 
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> Tree:
-        """``alpha · ∂w'/∂g``, element-wise; gradient descent: ``-lr · alpha``. Cost: one gradient."""
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
+        """``alpha · ∂w'/∂g``, element-wise (gradient descent: ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g. Cost: one gradient."""
         with torch.enable_grad():
             w = tree.attach(state.w)
             g = gradient_of(self._loss(w, lam, batch), w, graph=False)
-        return pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")[0]
+        u, _, _, lam_bar = pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")
+        return u, lam_bar
 
     # -- parts -----------------------------------------------------------------------------------
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:

@@ -1,0 +1,58 @@
+"""Random pytrees from an estimator's own generator: the global generators are never touched, and a run can be replayed."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+Law: TypeAlias = Literal["gaussian", "sign"]
+"""``"gaussian"``: standard normal; ``"sign"``: ±1 with equal odds. Both have mean 0 and covariance I."""
+
+
+def start(seed: int) -> Tensor:
+    """The state of a fresh generator, to be carried."""
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+def draw(like: Tree, law: Law, generator: Tensor, *, copies: int | None = None) -> tuple[Tree, Tensor]:
+    """Independent noise in the shape of ``like`` (``[copies, *leaf.shape]`` where asked), and the generator's next state.
+
+    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are no real numbers stay as they are.
+    """
+    source = torch.Generator()
+    source.set_state(generator)
+
+    def leaf_noise(leaf: Tensor) -> Tensor:
+        if not tree.is_float(leaf):
+            return leaf
+        shape = leaf.shape if copies is None else (copies, *leaf.shape)
+        if law == "sign":
+            noise = torch.randint(0, 2, shape, generator=source).to(leaf.dtype) * 2 - 1
+        else:
+            noise = torch.randn(shape, generator=source, dtype=leaf.dtype)
+        return noise.to(leaf.device)
+
+    return tree.map(leaf_noise, like), source.get_state()
+
+
+def check_law(law: str, where: str) -> None:
+    """Raise a ``ValueError`` for an unknown law."""
+    if law not in ("gaussian", "sign"):
+        raise ValueError(f"{where}: noise must be 'gaussian' or 'sign', got {law!r}")
+
+
+def check_at_least(value: float, least: float, where: str) -> None:
+    """Raise a ``ValueError`` for a setting that is too small."""
+    if not value >= least:
+        raise ValueError(f"{where} must be at least {least:g}, got {value}")
+
+
+def check_positive(value: float, where: str) -> None:
+    """Raise a ``ValueError`` for a setting that is not positive."""
+    if not value > 0:
+        raise ValueError(f"{where} must be positive, got {value}")

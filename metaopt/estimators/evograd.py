@@ -1,0 +1,165 @@
+r"""EvoGrad: the inner update replaced by one generation of an evolution strategy.
+
+.. math::
+    \theta_k = w + \varepsilon_k, \quad \ell_k = L(\theta_k, \lambda; D), \quad
+    \theta^* = \sum_k \mathrm{softmax}(-\ell/\tau)_k\, \theta_k, \qquad
+    \frac{dL_{val}(\theta^*)}{d\lambda} = \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
+
+with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative of the loss is needed. Bohdal et al. 2021,
+arXiv 2106.10575.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.estimators import _noise
+from metaopt.estimators.base import Estimator, Pullback, Response, ZeroHypergradientWarning
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.trajectory.replay import Rng
+from metaopt.tree import Tree
+
+
+class EvoGradCarry(NamedTuple):
+    """The weights to perturb, their batch, the random state before that step, and the noise generator's state for it and after it."""
+
+    w: Tree
+    batch: Any
+    rng: Rng | None
+    generator: Tensor
+    next_generator: Tensor
+
+
+@dataclass(frozen=True)
+class EvoGrad(Estimator):
+    r"""First-order hypergradients from a population of K perturbed copies of the weights.
+
+    The outer loss is taken at θ*; the run itself goes on with ordinary inner steps. Cost per hyper-step: K losses and one gradient of
+    them with respect to λ. Memory: K copies of the perturbed weights and one graph of K losses. Bias: horizon 1, and another size: for
+    small σ the mean is :math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}` times :math:`-\alpha\, \partial^2 L/\partial w
+    \partial\lambda` (the 1-step hypergradient at learning rate 1). Either use a scale-free outer optimiser (Adam), or ``unit_rate``.
+
+    In a stacked meta-batch the softmax sees the sum of the tasks' losses: the mean for small σ is the sum over tasks, the noise is larger.
+
+    Args:
+        copies: K ≥ 2.
+        sigma: size of the perturbation.
+        temperature: τ.
+        noise: ``"sign"``, ±σ per coordinate, or ``"gaussian"``.
+        around: perturb the weights ``"before"`` the last inner step or ``"after"`` it (the paper's cross-domain experiments).
+        perturb: glob patterns of the weights to perturb, e.g. ``["head.*"]``; default: all of them.
+        unit_rate: divide the pullback by :math:`\eta_{\mathrm{eff}}`.
+        chunk_size: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another without ``vmap`` (what ``vmap`` cannot
+            do, such as batch norm that updates running statistics).
+        seed: of the perturbations.
+
+    Raises:
+        ValueError: for bad settings, or patterns that match no weight.
+
+    Warns:
+        ZeroHypergradientWarning: if all copies came out identical, so that the pullback is zero whatever λ does.
+    """
+
+    copies: int = 2
+    sigma: float = 1e-3
+    temperature: float = 0.05
+    noise: _noise.Law = "sign"
+    around: Literal["before", "after"] = "before"
+    perturb: Sequence[str] | None = None
+    unit_rate: bool = False
+    chunk_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _noise.check_at_least(self.copies, 2, "EvoGrad: copies")
+        _noise.check_positive(self.sigma, "EvoGrad: sigma")
+        _noise.check_positive(self.temperature, "EvoGrad: temperature")
+        _noise.check_law(self.noise, "EvoGrad")
+        if self.around not in ("before", "after"):
+            raise ValueError(f"EvoGrad: around must be 'before' or 'after', got {self.around!r}")
+        if self.chunk_size is not None:
+            _noise.check_at_least(self.chunk_size, 1, "EvoGrad: chunk_size")
+
+    @property
+    def effective_rate(self) -> float:
+        r""":math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}`."""
+        return (self.copies - 1) / self.copies * self.sigma**2 / self.temperature
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> EvoGradCarry:
+        """Nothing seen yet; the generator of the seed."""
+        generator = _noise.start(self.seed)
+        return EvoGradCarry(state.w, None, None, generator, generator)
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvoGradCarry) -> tuple[InnerState, EvoGradCarry]:
+        """A plain step; where it happened is kept, and the generator moves on."""
+        rng = replay.snapshot(state)
+        new = step(state, lam, batch)
+        _, following = _noise.draw(state.w, self.noise, carry.next_generator, copies=self.copies)
+        return new, EvoGradCarry(state.w if self.around == "before" else new.w, batch, rng, carry.next_generator, following)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: EvoGradCarry) -> tuple[Tree, Pullback]:
+        """``θ*``, and the pullback through the softmax."""
+        epsilon = self.perturbations(carry)
+        with torch.enable_grad():
+            lam_ = tree.attach(lam)
+            losses = self._losses(step, tree.map(lambda w, e: w + e, tree.detach(carry.w), epsilon), lam_, carry)
+            weights = torch.softmax(-losses / self.temperature, 0)
+        point = tree.map(lambda w, e: w + torch.tensordot(weights.detach().to(e.dtype), e, 1), carry.w, epsilon)
+        size = 1.0 / self.effective_rate if self.unit_rate else 1.0
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            if not weights.requires_grad:
+                return Response(tree.map(lambda _: None, lam))
+            seeds = [(a * e).reshape(self.copies, -1).sum(1) for a, e in zip(tree.leaves(alpha), tree.leaves(epsilon), strict=True)]
+            flat, spec = tree.flatten(lam_)
+            seed = size * torch.stack(seeds).sum(0).to(weights.dtype)
+            return Response(tree.unflatten(torch.autograd.grad(weights, flat, seed, retain_graph=True, allow_unused=True), spec))
+
+        return point, pullback
+
+    def perturbations(self, carry: EvoGradCarry) -> Tree:
+        """``ε_k`` of the last step, ``[K, *leaf.shape]``; zero on weights that are not perturbed."""
+        if carry.rng is None:
+            raise ValueError("EvoGrad has seen no inner step yet: it needs the batch of one")
+        noise, _ = _noise.draw(carry.w, self.noise, carry.generator, copies=self.copies)
+        chosen = self._chosen(tree.names(carry.w))
+        flat, spec = tree.flatten(noise)
+        epsilon = [self.sigma * e if keep else torch.zeros_like(e) for e, keep in zip(flat, chosen, strict=True)]
+        if all(bool((e == e[:1]).all()) for e in epsilon):
+            warnings.warn(
+                f"EvoGrad: all {self.copies} perturbed copies of the weights are identical, so this hypergradient is zero whatever lam does. "
+                "Use noise='gaussian', more copies, or perturb more weights",
+                ZeroHypergradientWarning,
+                stacklevel=3,
+            )
+        return tree.unflatten(epsilon, spec)
+
+    def _chosen(self, names: list[str]) -> list[bool]:
+        if self.perturb is None:
+            return [True] * len(names)
+        plain = [name.replace("']['", ".").removeprefix("['").removesuffix("']") for name in names]
+        for pattern in self.perturb:
+            if not any(fnmatchcase(name, pattern) for name in plain):
+                raise ValueError(f"EvoGrad: the pattern {pattern!r} in perturb matches no weight; names are {plain}")
+        return [any(fnmatchcase(name, pattern) for pattern in self.perturb) for name in plain]
+
+    def _losses(self, step: Step, population: Tree, lam: Tree, carry: EvoGradCarry) -> Tensor:
+        assert carry.rng is not None  # perturbations() has checked it
+        with replay.preserved(carry.w):
+            replay.restore(carry.rng)
+            if self.chunk_size == 1:
+                return torch.stack([step.loss(tree.select(population, k), lam, carry.batch) for k in range(self.copies)])
+            mapped = torch.vmap(lambda w: step.loss(w, lam, carry.batch), chunk_size=self.chunk_size, randomness="different")
+            return mapped(population)

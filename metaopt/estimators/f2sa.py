@@ -1,0 +1,104 @@
+r"""F2SA: the bilevel problem as a penalty on the lower level's value function, by first derivatives alone.
+
+.. math::
+    \frac{dL_{val}}{d\lambda} \approx \nabla_\lambda L_{val}(y, \lambda)
+      + \kappa\, \bigl(\nabla_\lambda L(y, \lambda) - \nabla_\lambda L(w, \lambda)\bigr)
+
+which is the gradient of :math:`L_{val}(y, \lambda) + \kappa\, (L(y, \lambda) - \min_w L(w, \lambda))`,
+with w the ordinary inner run and y a second one on :math:`L + L_{val}/\kappa`. Kwon et al. 2023, "A fully first-order method for stochastic bilevel
+optimization", arXiv 2301.10945.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt import tree
+from metaopt.estimators import _noise
+from metaopt.estimators._mixed_difference import lam_gradient
+from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, outer_gradient
+from metaopt.estimators.implicit import LastBatch
+from metaopt.inner import SGD, InnerState, Step, inner_step
+from metaopt.trajectory import replay
+from metaopt.tree import Tree
+
+
+class F2SACarry(NamedTuple):
+    """The second run's weights, and the last batch."""
+
+    y: Tree
+    last: LastBatch
+
+
+@dataclass(frozen=True)
+class F2SA(Estimator):
+    r"""A difference of two first-order gradients, for problems whose lower level is solved along the run.
+
+    Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two gradients with respect to λ. Memory: one more
+    copy of the weights. Bias: :math:`O(1/\kappa)` where both runs have converged; elsewhere κ times the error of either. Sees no
+    hyperparameter that enters through the optimiser alone.
+
+    Args:
+        rate: of the second run's gradient descent.
+        multiplier: κ. In float32 keep it below about 1e3: the difference loses that many digits.
+
+    Raises:
+        ValueError: for settings that are not positive.
+        TypeError: for a custom step, whose loss is not known.
+    """
+
+    rate: float = 0.01
+    multiplier: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _noise.check_positive(self.rate, "F2SA: rate")
+        _noise.check_positive(self.multiplier, "F2SA: multiplier")
+
+    @property
+    def needs_outer_loss(self) -> bool:
+        """Yes: the second run descends it too."""
+        return True
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> F2SACarry:
+        """Both runs start at the same weights."""
+        return F2SACarry(state.w, LastBatch())
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: F2SACarry) -> tuple[InnerState, F2SACarry]:
+        """A plain step; its batch is kept."""
+        rng = replay.snapshot(state)
+        return step(state, lam, batch), carry._replace(last=LastBatch(batch, rng))
+
+    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> F2SACarry:
+        """A step of the second run, on the same batch."""
+        batch, rng = self._seen(carry)
+
+        def penalised(y: Tree, lam: Tree, batch: Any) -> Any:
+            return step.loss(y, lam, batch) + outer.loss(y, lam, outer.batch) / self.multiplier
+
+        with replay.preserved(state):
+            replay.restore(rng)
+            y = inner_step(penalised, SGD(lr=self.rate))(InnerState(carry.y), lam, batch).w
+        return carry._replace(y=y)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: F2SACarry) -> tuple[Tree, Pullback]:
+        """None.
+
+        Raises:
+            TypeError: always; the second run belongs to one outer loss.
+        """
+        raise TypeError("F2SA descends one outer loss along the run and has no pullback for another: use mo.hypergradient or mo.online")
+
+    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> Terms:
+        """The direct term at y, and κ times the difference; the outer loss reported is the one at y."""
+        batch, rng = self._seen(carry)
+        loss, _, direct = outer_gradient(outer.loss, carry.y, lam, outer.batch)
+        at_y = lam_gradient(step, carry.y, lam, batch, rng)
+        at_w = lam_gradient(step, state.w, lam, batch, rng)
+        return Terms(loss, direct, tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w))
+
+    def _seen(self, carry: F2SACarry) -> tuple[Any, Any]:
+        if carry.last.rng is None:
+            raise ValueError("F2SA has seen no inner step yet")
+        return carry.last

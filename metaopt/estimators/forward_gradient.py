@@ -1,0 +1,86 @@
+r"""The forward gradient: the response along random directions of λ, rolled forward.
+
+.. math::
+    \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
+    \qquad \mathbb{E}\, v v^\top = I
+
+Baydin et al. 2022, "Gradients without backpropagation", arXiv 2202.08587; Silver et al. 2021, "Learning by directional gradient
+descent" (ICLR 2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt import tree
+from metaopt.estimators import _noise
+from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.tree import Tree
+
+
+class ForwardGradientCarry(NamedTuple):
+    """The directions ``v`` in λ, and the state's tangent along each."""
+
+    directions: list[Tree]
+    tangents: list[InnerState]
+
+
+@dataclass(frozen=True)
+class ForwardGradient(Estimator):
+    """Unbiased hypergradients over the whole horizon in constant memory, from random directional derivatives.
+
+    Cost: ``directions`` tangents per inner step. Memory: as many states. Bias: none (online: that of forward mode, the Jacobians of the
+    λ they were taken at); the variance grows with the number of hyperparameters and falls with ``directions``. The pullback is linear
+    in α. Directions are drawn once per run.
+
+    Args:
+        directions: n ≥ 1.
+        noise: ``"sign"`` (the smaller variance) or ``"gaussian"``.
+        seed: of the directions.
+
+    Raises:
+        ValueError: for bad settings.
+    """
+
+    directions: int = 1
+    noise: _noise.Law = "sign"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _noise.check_at_least(self.directions, 1, "ForwardGradient: directions")
+        _noise.check_law(self.noise, "ForwardGradient")
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardGradientCarry:
+        """Directions, and zero tangents."""
+        generator, directions = _noise.start(self.seed), []
+        for _ in range(self.directions):
+            direction, generator = _noise.draw(lam, self.noise, generator)
+            directions.append(direction)
+        return ForwardGradientCarry(directions, [tree.zeros_like(state)] * self.directions)
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardGradientCarry) -> tuple[InnerState, ForwardGradientCarry]:
+        """A step, and every tangent's."""
+        rng = replay.snapshot(state)
+        new, tangents = step(state, lam, batch), []
+        with replay.preserved(state):
+            for direction, tangent in zip(carry.directions, carry.tangents, strict=True):
+                replay.restore(rng)
+                tangents.append(step.jvp(state, lam, batch, tangent, direction))
+        return new, ForwardGradientCarry(carry.directions, tangents)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: ForwardGradientCarry) -> tuple[Tree, Pullback]:
+        """The weights, and the mean over directions of ``(α · ẇ) v``."""
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            total = tree.zeros_like(lam)
+            for direction, tangent in zip(carry.directions, carry.tangents, strict=True):
+                total = tree.add(total, tree.scale(tree.dot(alpha, tangent.w) / self.directions, direction))
+            return Response(total)
+
+        return state.w, pullback

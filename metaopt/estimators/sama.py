@@ -1,0 +1,72 @@
+r"""SAMA: implicit differentiation with the identity for the Hessian, preconditioned by the optimiser's own derivative.
+
+.. math::
+    \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val}
+      - \frac{\nabla_\lambda L(w_t + \epsilon v) - \nabla_\lambda L(w_t - \epsilon v)}{2\epsilon}, \qquad
+    v = \frac{\partial u}{\partial g}\, \alpha_t, \quad \epsilon = r / \|v\|
+
+with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et al. 2023, "Making scalable meta learning practical", arXiv
+2310.05674. (Its extra push of the base weights along v is a change of the inner run, not of the hypergradient, and is not made here.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt import tree
+from metaopt.estimators import _noise
+from metaopt.estimators._mixed_difference import mixed_difference
+from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.implicit import LastBatch
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class SAMA(Estimator):
+    """One finite difference along the preconditioned cotangent, at the last weights.
+
+    Cost per hyper-step: one gradient and two gradients with respect to λ. Memory: nothing but the batch. Bias: the inverse Hessian is
+    replaced by (the diagonal of) the update's derivative, so the direction is right only where those are proportional; like every implicit
+    method it does not see hyperparameters that enter through the optimiser alone.
+
+    Args:
+        radius: r, the length of the step in weight space.
+
+    Raises:
+        ValueError: for a radius that is not positive.
+        TypeError: for a custom step, whose loss and optimiser are not known.
+    """
+
+    radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the radius."""
+        _noise.check_positive(self.radius, "SAMA: radius")
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> LastBatch:
+        """Nothing yet."""
+        return LastBatch()
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch) -> tuple[InnerState, LastBatch]:
+        """A plain step; its batch is kept."""
+        rng = replay.snapshot(state)
+        return step(state, lam, batch), LastBatch(batch, rng)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastBatch) -> tuple[Tree, Pullback]:
+        """The weights, and the difference quotient."""
+        batch, rng = carry
+        if rng is None:
+            raise ValueError("SAMA has seen no inner step yet: it needs the batch of the last one")
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            with replay.preserved(state):
+                replay.restore(rng)
+                u, _ = step.adapt(state, lam, batch, alpha)  # u = -v
+            return Response(mixed_difference(step, state.w, lam, batch, rng, u, self.radius))
+
+        return state.w, pullback

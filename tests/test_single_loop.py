@@ -1,0 +1,128 @@
+"""Methods from first derivatives: DARTS, SAMA (finite differences), SOBA (one loop), F2SA (penalty)."""
+
+import itertools
+
+import pytest
+import torch
+from cases import OPTIMIZERS, ids
+from test_stochastic import F64, flat, gradient, small_problem, t64
+
+import metaopt as mo
+from metaopt.estimators.base import outer_gradient
+
+FIRST_DERIVATIVES = [mo.DARTS(), mo.SAMA(), mo.SOBA(rate=0.05), mo.F2SA(rate=0.05)]
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+def test_darts_is_one_step_to_second_order(case):
+    problem = small_problem(case.make())
+    one_step = flat(gradient(problem, mo.OneStep()).indirect)
+    errors = [float((flat(gradient(problem, mo.DARTS(radius=r)).indirect) - one_step).norm()) for r in (0.1, 0.01)]
+    assert errors[0] > 1e-9
+    assert errors[1] < 0.02 * errors[0]
+
+
+def test_darts_learns_learning_rates():
+    lr = mo.inner.SGD(lr=lambda lam, t: lam["lr"], momentum=0.9)
+    step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam["target"]) ** 2).sum(), lr)
+    args = (step, lambda w, lam, _: (w**2).sum(), t64(1.0, 2.0), {"lr": t64(0.1), "target": t64(0.5, 0.2)}, [None] * 3, None)
+    torch.testing.assert_close(flat(mo.hypergradient(*args, mo.DARTS()).total), flat(mo.hypergradient(*args, mo.OneStep()).total))
+    with pytest.warns(mo.UnusedHyperparameterWarning, match="lr"):
+        mo.hypergradient(*args, mo.SAMA())
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+def test_sama_formula(case):
+    problem = small_problem(case.make())
+    hg = gradient(problem, mo.SAMA(radius=1e-4))
+    _, alpha, _ = outer_gradient(problem.outer, hg.state.w, problem.lam, None)
+    w, lam = mo.tree.attach(hg.state.w), mo.tree.attach(problem.lam)
+    loss = problem.step.loss(w, lam, problem.batches[-1])
+    g = dict(zip(w, torch.autograd.grad(loss, list(w.values()), create_graph=True), strict=True))
+    g_leaf = mo.tree.attach(g)
+    update, _ = case.make().update(g_leaf, hg.state.w, hg.state.slots, problem.lam, hg.state.t + 1)
+    v = torch.autograd.grad([-u for u in update.values()], list(g_leaf.values()), list(alpha.values()))
+    mixed = torch.autograd.grad(list(g.values()), list(lam.values()), v)
+    torch.testing.assert_close(flat(hg.indirect), -torch.cat(mixed), rtol=1e-5, atol=1e-9)
+
+
+def test_soba_recursion():
+    """By hand on a quadratic with H = diag(h): v follows -(1/h) ∂L_val/∂w."""
+    h, lam, w, rate, lr = t64(0.5, 2.0), t64(1.0, -1.0), t64(3.0, 1.0), 0.2, 0.3
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - lam) ** 2).sum(), mo.inner.SGD(lr=lr))
+    v, w_t = torch.zeros(2, dtype=F64), w
+    for _ in range(5):
+        w_t = w_t - lr * h * (w_t - lam)
+        v = v - rate * (h * v + 2 * w_t)
+    hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), w, lam, [None] * 5, None, mo.SOBA(rate=rate))
+    torch.testing.assert_close(hg.total, -h * v, rtol=1e-12, atol=0)
+
+
+def ridge():
+    """Learnable log-L2: ``w* = (XᵀX + e^λ I)^{-1} Xᵀy``."""
+    g = torch.Generator().manual_seed(4)
+    X, y = torch.randn(12, 3, generator=g, dtype=F64) / 12**0.5, torch.randn(12, generator=g, dtype=F64) / 12**0.5
+    Xv, yv = torch.randn(8, 3, generator=g, dtype=F64), torch.randn(8, generator=g, dtype=F64)
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (X @ w - y).pow(2).sum() + 0.5 * lam.exp() * (w**2).sum(), mo.inner.SGD(lr=0.3))
+
+    def outer(w, lam, _):
+        return 0.5 * (Xv @ w - yv).pow(2).mean()
+
+    lam = torch.tensor(-1.0, dtype=F64, requires_grad=True)
+    solution = torch.linalg.solve(X.T @ X + lam.exp() * torch.eye(3, dtype=F64), X.T @ y)
+    (exact,) = torch.autograd.grad(outer(solution, lam, None), lam)
+    return (step, outer, torch.zeros(3, dtype=F64), lam.detach(), [None] * 150, None), exact
+
+
+def test_ridge_soba_is_exact_at_convergence():
+    args, exact = ridge()
+    torch.testing.assert_close(mo.hypergradient(*args, mo.SOBA(rate=0.3)).total, exact, rtol=1e-8, atol=0)
+
+
+def test_ridge_f2sa_error_vanishes_with_the_multiplier():
+    args, exact = ridge()
+    errors = [abs(float(mo.hypergradient(*args, mo.F2SA(rate=0.3, multiplier=m)).total - exact)) for m in (1e1, 1e2, 1e3, 1e4)]
+    assert errors[0] > 1e-6
+    for previous, error in itertools.pairwise(errors):
+        assert 0.05 < error / previous < 0.2  # O(1/κ)
+
+
+@pytest.mark.parametrize("estimator", FIRST_DERIVATIVES, ids=lambda e: type(e).__name__)
+class TestFirstDerivatives:
+    @pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+    def test_every_optimiser_online(self, estimator, case):
+        problem = small_problem(case.make())
+        args = (problem.step, problem.outer, problem.w, problem.lam, problem.batches, [None] * 4)
+        reports = list(mo.online(*args, estimator, lambda p: torch.optim.SGD(p, lr=1e-3)))
+        assert all(mo.tree.is_finite(report.hypergradient.total) for report in reports)
+        assert not torch.equal(flat(reports[-1].lam), flat(problem.lam))
+
+    def test_meta_batch_is_the_sum_over_tasks(self, estimator):
+        one = small_problem()
+        stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.inner.SGD(lr=0.1))
+        outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
+        w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
+        batches = [torch.stack([x, x + 1]) for x in one.batches]
+        together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator).total
+        first = gradient(one, estimator).total
+        second = gradient(one._replace(w=mo.tree.scale(0.5, one.w), batches=[x + 1 for x in one.batches]), estimator).total
+        torch.testing.assert_close(flat(together), flat(first) + flat(second), rtol=1e-3, atol=1e-4)
+
+    def test_a_custom_step_is_refused(self, estimator):
+        step = mo.custom_step(lambda state, lam, _: state._replace(w=0.5 * (state.w + lam)))
+        with pytest.raises((TypeError, ValueError), match="custom step"):
+            mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(1.0), [None] * 2, None, estimator)
+
+    def test_bad_settings(self, estimator):
+        name = "radius" if hasattr(estimator, "radius") else "rate"
+        with pytest.raises(ValueError, match=f"{type(estimator).__name__}: {name} must be positive"):
+            type(estimator)(**{name: 0.0})
+
+
+@pytest.mark.parametrize("estimator", [mo.SOBA(), mo.F2SA()], ids=lambda e: type(e).__name__)
+def test_no_pullback_without_an_outer_loss(estimator):
+    problem = small_problem()
+    state = problem.step.init(problem.w, problem.lam)
+    with pytest.raises(TypeError, match="outer loss"):
+        estimator.respond(problem.step, state, problem.lam, estimator.init(problem.step, state, problem.lam))
+    assert estimator.needs_outer_loss
