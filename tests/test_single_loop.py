@@ -126,3 +126,14 @@ def test_no_pullback_without_an_outer_loss(estimator):
     with pytest.raises(TypeError, match="outer loss"):
         estimator.respond(problem.step, state, problem.lam, estimator.init(problem.step, state, problem.lam))
     assert estimator.needs_outer_loss
+
+
+@pytest.mark.parametrize(
+    "estimator", [mo.EvoGrad(noise="gaussian"), mo.ForwardGradient(), mo.UORO(), mo.DARTS(), mo.SAMA()], ids=lambda e: type(e).__name__
+)
+def test_unroll_gives_the_same(estimator):
+    problem = small_problem()
+    lam = mo.tree.attach(problem.lam)
+    state = mo.unroll(problem.step, problem.w, lam, problem.batches, estimator=estimator)
+    total = torch.autograd.grad(problem.outer(state.w, lam, None), mo.tree.leaves(lam))
+    torch.testing.assert_close(torch.cat(total), flat(gradient(problem, estimator).total), rtol=1e-10, atol=1e-12)

@@ -21,7 +21,8 @@ class Cost:
         linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and the graph's memory).
         products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers call JVPs.
         tangents: Jacobian-vector products of Φ, in forward mode.
-        losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where the method takes it.
+        losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where the method takes it;
+            a population under vmap counts once.
     """
 
     steps: int = 0
