@@ -1,6 +1,6 @@
 """Task distributions."""
 
-from metaopt.tasks import sinusoid
+from metaopt.tasks import label_noise, sinusoid
 from metaopt.tasks.sinusoid import Sinusoid
 
-__all__ = ["Sinusoid", "sinusoid"]
+__all__ = ["Sinusoid", "label_noise", "sinusoid"]
