@@ -1,6 +1,6 @@
 """metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
 
-from metaopt import inner, linsolve, meta, models, tasks, trajectory, tree
+from metaopt import inner, linsolve, meta, models, tasks, trajectory, tree, verify
 from metaopt.estimators import (
     DARTS,
     F2SA,
@@ -85,4 +85,5 @@ __all__ = [
     "trajectory",
     "tree",
     "unroll",
+    "verify",
 ]

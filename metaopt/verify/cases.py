@@ -1,0 +1,264 @@
+r"""Closed forms: problems whose hypergradient is known at every horizon.
+
+Outer loss throughout: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term; so :math:`\alpha_T = w_T - b`.
+Each function returns a :class:`Problem`; its docstring is the derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt.inner.sgd import SGD
+from metaopt.inner.step import Step, inner_step
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bilevel problem.
+
+    Attributes:
+        name: what it is called in tables.
+        step: Φ.
+        outer_loss: ``(w, lam, batch) -> scalar``.
+        w0: initial weights.
+        lam: hyperparameters.
+        batches: ``D_1 … D_T``.
+        outer_batch: what the outer loss is taken on.
+        exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form is known.
+        constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or not (then it is exact).
+        converged: whether ``w0`` minimises the inner loss already.
+        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, where there is one.
+    """
+
+    name: str
+    step: Step
+    outer_loss: Callable[[Tree, Tree, Any], Tensor]
+    w0: Tree
+    lam: Tree
+    batches: list[Any]
+    outer_batch: Any = None
+    exact: Callable[[int], Tree] | None = None
+    constant_jacobians: bool = False
+    converged: bool = False
+    contraction: float | None = None
+
+
+class Quadratic(NamedTuple):
+    """The random parts of a quadratic problem, float64."""
+
+    H: Tensor
+    w0: Tensor
+    lam: Tensor
+    target: Tensor
+
+
+def draw_quadratic(size: int, conditioning: float, seed: int, *, diagonal: bool = False) -> Quadratic:
+    """A symmetric positive H with eigenvalues spread over ``[1/conditioning, 1]``, and random vectors."""
+    if size < 1 or conditioning < 1:
+        raise ValueError(f"size and conditioning must be at least 1, got size={size}, conditioning={conditioning}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    eigenvalues = torch.logspace(0, -torch.log10(torch.tensor(conditioning)).item(), size, dtype=torch.float64)
+    basis = torch.eye(size, dtype=torch.float64) if diagonal else torch.linalg.qr(normal(size, size))[0]
+    return Quadratic(basis @ torch.diag(eigenvalues) @ basis.T, normal(size), normal(size), normal(size))
+
+
+def quadratic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, diagonal: bool = False) -> Problem:
+    r"""1. :math:`L = \tfrac12 (w-\lambda)^\top H (w-\lambda)`, gradient descent.
+
+    :math:`w_t - \lambda = (I - \eta H)(w_{t-1} - \lambda)`, so :math:`w_T = \lambda + M (w_0 - \lambda)` and
+    :math:`dw_T/d\lambda = I - M` with :math:`M = (I - \eta H)^T`.
+    """
+    q = draw_quadratic(size, conditioning, seed, diagonal=diagonal)
+    contraction = _eye(size) - lr * q.H
+
+    def exact(T: int) -> Tensor:
+        M = torch.linalg.matrix_power(contraction, T)
+        return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
+
+    step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr))
+    name = "quadratic, diagonal" if diagonal else "quadratic"
+    return Problem(name, step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
+
+
+def non_commuting(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+    r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`, a *descending* product.
+
+    The batch of step t is :math:`H_t`; these do not commute, so a product in ascending order is wrong.
+    """
+    q = draw_quadratic(size, conditioning, seed)
+    batches = [draw_quadratic(size, conditioning, 1000 + seed + t).H for t in range(horizon)]
+
+    def exact(T: int) -> Tensor:
+        M = _eye(size)
+        for H in batches[:T]:
+            M = (_eye(size) - lr * H) @ M
+        return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
+
+    step = inner_step(lambda w, lam, H: 0.5 * (w - lam) @ H @ (w - lam), SGD(lr=lr))
+    return Problem("non-commuting Hessians", step, _to(q.target), q.w0, q.lam, batches, exact=exact, constant_jacobians=True)
+
+
+def momentum(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, mu: float = 0.7) -> Problem:
+    r"""2. Problem 1 with heavy-ball momentum.
+
+    With :math:`e = w - \lambda`: :math:`v' = \mu v + H e,\; e' = e - \eta v'`, so :math:`(e, v)` is multiplied by
+    :math:`M = \begin{pmatrix} I-\eta H & -\eta\mu I \\ H & \mu I \end{pmatrix}`, and with :math:`m = (M^T)_{00}`: :math:`dw_T/d\lambda = I - m`.
+    """
+    q = draw_quadratic(size, conditioning, seed)
+    eye = _eye(size)
+    block = torch.cat([torch.cat([eye - lr * q.H, -lr * mu * eye], 1), torch.cat([q.H, mu * eye], 1)])
+
+    def exact(T: int) -> Tensor:
+        m = torch.linalg.matrix_power(block, T)[:size, :size]
+        return (eye - m).T @ (q.lam + m @ (q.w0 - q.lam) - q.target)
+
+    step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr, momentum=mu))
+    return Problem("momentum", step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
+
+
+def log_l2(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2, direct: float = 0.3) -> Problem:
+    r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`; the outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
+
+    Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T (w_0 - w^*)`, and by
+    :math:`dc/d\lambda = e^\lambda`: :math:`dw_T/d\lambda = e^\lambda [-\tfrac{ha}{c^2}(1 - r^T) - \eta T r^{T-1} (w_0 - w^*)]`.
+    """
+    q = draw_quadratic(size, conditioning, seed, diagonal=True)
+    h, a, lam = q.H.diagonal(), q.lam, 0.3 * q.target
+
+    def exact(T: int) -> Tensor:
+        w_T, slope = _shrunk(h, a, lam.exp(), q.w0, lr, T)
+        return (w_T - q.target) * slope * lam.exp() + direct * lam
+
+    step = inner_step(lambda w, lam, _: 0.5 * (h * (w - a) ** 2).sum() + 0.5 * (lam.exp() * w**2).sum(), SGD(lr=lr))
+
+    def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        return 0.5 * ((w - q.target) ** 2).sum() + 0.5 * direct * (lam**2).sum()
+
+    return Problem("log-L2, direct term", step, outer_loss, q.w0, lam, [None] * horizon, exact=exact)
+
+
+def learning_rate(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+    r"""4. λ = η on :math:`L = \tfrac12 w^\top H w`: :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`."""
+    q = draw_quadratic(size, conditioning, seed)
+    contraction = _eye(size) - lr * q.H
+
+    def exact(T: int) -> Tensor:
+        before = torch.linalg.matrix_power(contraction, T - 1) @ q.w0
+        return -T * (contraction @ before - q.target) @ q.H @ before
+
+    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam))
+    return Problem("learning rate", step, _to(q.target), q.w0, torch.tensor(lr, dtype=torch.float64), [None] * horizon, exact=exact)
+
+
+def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Problem:
+    r"""4b. One learning rate per step: :math:`dw_T/d\eta_t = -H \prod_{s \ne t} (I-\eta_s H)\, w_0` (the factors commute)."""
+    q = draw_quadratic(size, conditioning, seed)
+    rates = torch.linspace(0.1, 0.5, horizon, dtype=torch.float64)
+
+    def product(skip: int | None, T: int) -> Tensor:
+        w = q.w0
+        for s in range(T):
+            w = w if s == skip else w - rates[s] * (q.H @ w)
+        return w
+
+    def exact(T: int) -> Tensor:
+        alpha = product(None, T) - q.target
+        return torch.stack([-alpha @ q.H @ product(t, T) if t < T else torch.zeros((), dtype=torch.float64) for t in range(horizon)])
+
+    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam[t - 1]))
+    return Problem("schedule", step, _to(q.target), q.w0, rates, [None] * horizon, exact=exact)
+
+
+def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+    r"""5. :math:`L = \tfrac12 w^\top H w - b^\top w + \tfrac12 e^\lambda |w|^2`, started at its minimum.
+
+    That is :math:`w^* = K^{-1} b` with :math:`K = H + e^\lambda`.
+
+    Every state is :math:`w^*`, with :math:`A = I - \eta K,\; B = -\eta e^\lambda w^*`, so T steps give
+    :math:`-\alpha (I - A^T) K^{-1} e^\lambda w^*`; the limit :math:`T \to \infty` is implicit differentiation's answer.
+    """
+    q = draw_quadratic(size, conditioning, seed)
+    lam = torch.tensor(-0.5, dtype=torch.float64)
+    K = q.H + lam.exp() * _eye(size)
+    minimum = torch.linalg.solve(K, q.w0)
+
+    def exact(T: int) -> Tensor:
+        M = torch.linalg.matrix_power(_eye(size) - lr * K, T)
+        return -(minimum - q.target) @ (_eye(size) - M) @ torch.linalg.solve(K, lam.exp() * minimum)
+
+    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w - q.w0 @ w + 0.5 * lam.exp() * (w @ w), SGD(lr=lr))
+    return Problem("ridge at its minimum", step, _to(q.target), minimum, lam, [None] * horizon, exact=exact, constant_jacobians=True, converged=True)
+
+
+def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Problem:
+    r"""7. :math:`L = \tfrac12 h |w-a|^2 + \tfrac12 \lambda |w|^2` with a single h (:math:`1/` ``conditioning``): problem 3 without the exponential.
+
+    A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so :math:`\sum_i \gamma^{t-i} B_i` is a product with B at the γ-weighted mean of the
+    weights: HyperDistill with that γ and θ = 1 is exact at every horizon.
+    """
+    q = draw_quadratic(size, conditioning, seed)
+    h, lam = torch.tensor(1.0 / conditioning, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+
+    def exact(T: int) -> Tensor:
+        w_T, slope = _shrunk(h, q.lam, lam, q.w0, lr, T)
+        return (w_T - q.target) @ slope
+
+    step = inner_step(lambda w, lam, _: 0.5 * h * ((w - q.lam) ** 2).sum() + 0.5 * lam * (w**2).sum(), SGD(lr=lr))
+    gamma = float(1.0 - lr * (h + lam))
+    return Problem("isotropic", step, _to(q.target), q.w0, lam, [None] * horizon, exact=exact, contraction=gamma)
+
+
+def evograd_truth(lam: Tensor) -> Tensor:
+    r"""6. Inner :math:`(x-1)^2 + \lambda x^2`, outer :math:`(x-\tfrac12)^2`.
+
+    At :math:`x^* = 1/(1+\lambda)` the hypergradient is :math:`(\lambda-1)/(\lambda+1)^3`.
+    """
+    return (lam - 1) / (lam + 1) ** 3
+
+
+def evograd_limit(lam: Tensor) -> Tensor:
+    r"""6, EvoGrad's own limit :math:`K \to \infty` (Gaussian σ = 1, τ = ½, x ~ N(0, 1)): :math:`-8 [17/(5+4\lambda)^3 - 2/(5+4\lambda)^2]`.
+
+    Averaging :math:`x + \epsilon` with weights :math:`e^{-2\ell}` is a Gaussian integral with mean :math:`\theta^* = (x + 4)/(5 + 4\lambda)`; the
+    hypergradient is :math:`2(\theta^* - \tfrac12)\, d\theta^*/d\lambda` averaged over x, with :math:`E(x+4)^2 = 17` and :math:`E(x+4) = 4`.
+    """
+    return -8 * (17 / (5 + 4 * lam) ** 3 - 2 / (5 + 4 * lam) ** 2)
+
+
+def shared_window_error(error: float, drift: float, window: int) -> float:
+    r"""8. FDS's bound :math:`MSE_W \le MSE_1/W + \epsilon^2 (W^2-1)/12`, with equality for linear drift :math:`\epsilon` per step.
+
+    The mean of W independent estimates has variance :math:`MSE_1/W`; the mean square distance of W equally spaced points from their mean is
+    :math:`\epsilon^2 (W^2-1)/12`.
+    """
+    return error / window + drift**2 * (window**2 - 1) / 12
+
+
+CLOSED_FORMS: list[Callable[..., Problem]] = [quadratic, non_commuting, momentum, log_l2, learning_rate, schedule, ridge, isotropic]
+"""Every closed form at horizon T: functions of ``(size, conditioning, seed, horizon)``."""
+
+
+def _shrunk(h: Tensor, a: Tensor, penalty: Tensor, w0: Tensor, lr: float, T: int) -> tuple[Tensor, Tensor]:
+    """``w_T`` of gradient descent on ``½h(w-a)² + ½ penalty w²``, and its derivative with respect to the penalty."""
+    c = h + penalty
+    r, minimum = 1 - lr * c, h * a / c
+    slope = -h * a / c**2 * (1 - r**T) - lr * T * r ** (T - 1) * (w0 - minimum)
+    return minimum + r**T * (w0 - minimum), slope
+
+
+def _eye(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64)
+
+
+def _to(target: Tensor) -> Callable[[Tree, Tree, Any], Tensor]:
+    return lambda w, lam, batch: 0.5 * ((w - target) ** 2).sum()

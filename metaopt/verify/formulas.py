@@ -1,0 +1,196 @@
+"""Each estimator's own formula, written out with dense matrices: what it is held to, whether or not that is the true hypergradient.
+
+To verify a new estimator, add one row to :data:`ENTRIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.estimators import DARTS, IFT, RMD, SAMA, SOBA, DrMAD, Estimator, FirstOrder, ForwardGradient, HyperDistill, OneStep, TruncatedRMD
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import InnerStep
+from metaopt.linsolve import Neumann
+from metaopt.verify.cases import Problem
+from metaopt.verify.reference import Jacobians, dense_sweep, jacobians, outer_cotangent, states, vector
+
+
+class Formula(NamedTuple):
+    """One estimator's own hypergradient.
+
+    Attributes:
+        make: problem and horizon to the estimator as it is verified.
+        indirect: ``(problem, horizon, estimator, alpha) -> `` the indirect term over flattened λ, from dense matrices alone.
+        exact_where: whether theory makes it the true hypergradient on this problem, and why; ``None`` where it does not.
+        applies: whether the formula can be evaluated on this problem.
+    """
+
+    make: Callable[[Problem, int], Estimator]
+    indirect: Callable[[Problem, int, Any, Tensor], Tensor]
+    exact_where: Callable[[Problem, int, Any], str | None]
+    applies: Callable[[Problem], bool] = lambda problem: True
+
+
+def along(problem: Problem, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
+    """Dense Jacobians of the last steps of a run at the given states ``s_0 … s_{T-1}``, oldest first."""
+    first = 0 if last is None else max(horizon - last, 0)
+    return [jacobians(problem.step, run[t], problem.lam, problem.batches[t]) for t in range(first, horizon)]
+
+
+def _first_order(problem: Problem, horizon: int, estimator: FirstOrder, alpha: Tensor) -> Tensor:
+    return torch.zeros_like(vector(problem.lam))
+
+
+def _all_steps(problem: Problem, horizon: int, estimator: Estimator, alpha: Tensor) -> Tensor:
+    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon))
+
+
+def _one_step(problem: Problem, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
+    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=1))
+
+
+def _truncated(problem: Problem, horizon: int, estimator: TruncatedRMD, alpha: Tensor) -> Tensor:
+    if estimator.horizon == 0:
+        return torch.zeros_like(vector(problem.lam))
+    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=estimator.horizon))
+
+
+def _straight_line(problem: Problem, horizon: int, estimator: DrMAD, alpha: Tensor) -> Tensor:
+    first, last = (states(problem, horizon)[i] for i in (0, horizon))
+    line = []
+    for t in range(1, horizon + 1):
+        part = (t - 1) / horizon
+        line.append(tree.add(tree.scale(1 - part, first), tree.scale(part, last))._replace(t=t - 1))
+    return dense_sweep(alpha, along(problem, line, horizon))
+
+
+def _implicit(problem: Problem, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
+    """``-a Σ_j α (I - aH)^j ∂²L/∂w∂λ`` at the last weights, with H and the mixed derivative from the loss itself."""
+    solver = estimator.solver
+    assert isinstance(solver, Neumann)
+    rate = solver.rate if solver.rate is not None else _rate(problem)
+    H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
+    total = power = alpha[: len(H)]
+    for _ in range(solver.terms):
+        power = power - rate * (power @ H)
+        total = total + power
+    return -rate * (total @ mixed)
+
+
+def _preconditioned(problem: Problem, horizon: int, estimator: SAMA, alpha: Tensor) -> Tensor:
+    """``-η α ∂²L/∂w∂λ`` at the last weights: SGD's preconditioner is its rate (the finite difference has no error on a quadratic)."""
+    H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
+    return -_rate(problem) * (alpha[: len(H)] @ mixed)
+
+
+def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor) -> Tensor:
+    """``v_T ∂²L/∂w∂λ`` with ``v_t = v_{t-1} - ρ (H_t v_{t-1} + α_t)``, everything at ``w_t`` and batch t."""
+    run, v, mixed = states(problem, horizon), torch.zeros_like(vector(problem.w0)), None
+    for t in range(1, horizon + 1):
+        alpha_t, _ = outer_cotangent(problem.outer_loss, run[t], problem.lam, problem.outer_batch)
+        H, mixed = _second_derivatives(problem, run[t].w, problem.batches[t - 1])
+        v = v - estimator.rate * (H @ v + alpha_t[: len(H)])
+    assert mixed is not None
+    return v @ mixed
+
+
+def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
+    """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
+    g = _all_steps(problem, horizon, estimator, alpha)
+    carry = estimator.init(problem.step, problem.step.init(problem.w0, problem.lam), problem.lam)
+    directions = torch.stack([vector(direction) for direction in carry.directions])
+    return (directions @ g) @ directions / len(directions)
+
+
+def _second_derivatives(problem: Problem, w: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """``H`` and ``∂²L/∂w∂λ`` [|w|, |λ|] of the inner loss itself."""
+    step = problem.step
+    assert isinstance(step, InnerStep)
+    (H, mixed), _ = torch.autograd.functional.hessian(lambda w, lam: step.inner_loss(w, lam, batch), (w, problem.lam))
+    return H, mixed.reshape(len(H), -1)
+
+
+def _rate(problem: Problem) -> float:
+    return getattr(getattr(problem.step, "optimizer", None), "lr", float("nan"))
+
+
+def _distilled(problem: Problem, horizon: int, estimator: HyperDistill, alpha: Tensor) -> Tensor:
+    """``θ Σ_i γ^{t-i} · α B(w*)`` with ``w*`` the γ-weighted mean of ``s_0 … s_{t-1}``, on one repeated batch."""
+    run = states(problem, horizon)
+    weights = [estimator.gamma ** (horizon - i) for i in range(1, horizon + 1)]
+    mean = tree.scale(0.0, run[0])
+    for weight, state in zip(weights, run[:-1], strict=True):
+        mean = tree.add(mean, tree.scale(weight / sum(weights), state))
+    point = jacobians(problem.step, mean._replace(t=horizon - 1), problem.lam, problem.batches[horizon - 1])
+    return estimator.theta * sum(weights) * (alpha @ point.B)
+
+
+def _never(problem: Problem, horizon: int, estimator: Any) -> str | None:
+    return None
+
+
+def _always(problem: Problem, horizon: int, estimator: Any) -> str | None:
+    return "exact"
+
+
+def _when_complete(problem: Problem, horizon: int, estimator: Any) -> str | None:
+    return "T ≤ K" if horizon <= getattr(estimator, "horizon", 1) else None
+
+
+def _when_constant(problem: Problem, horizon: int, estimator: DrMAD) -> str | None:
+    return "A, B constant" if problem.constant_jacobians else "T = 1" if horizon == 1 else None
+
+
+def _when_series(problem: Problem, horizon: int, estimator: IFT) -> str | None:
+    full = isinstance(estimator.solver, Neumann) and estimator.solver.terms == horizon - 1
+    return "converged, N = T-1" if problem.converged and full else None
+
+
+def _when_isotropic(problem: Problem, horizon: int, estimator: HyperDistill) -> str | None:
+    if estimator.theta != 1.0:
+        return None
+    return "T = 1" if horizon == 1 else "isotropic" if problem.contraction == estimator.gamma else None
+
+
+def _one_batch(problem: Problem) -> bool:
+    return all(batch is problem.batches[0] for batch in problem.batches)
+
+
+def _has_fixed_rate(problem: Problem) -> bool:
+    """The mixed derivative of a learning rate is zero: implicit differentiation refuses it."""
+    optimizer = getattr(problem.step, "optimizer", None)
+    return isinstance(getattr(optimizer, "lr", None), float)
+
+
+ENTRIES: dict[type[Estimator], Formula] = {
+    FirstOrder: Formula(lambda p, T: FirstOrder(), _first_order, _never),
+    OneStep: Formula(lambda p, T: OneStep(), _one_step, _when_complete),
+    TruncatedRMD: Formula(lambda p, T: TruncatedRMD(3), _truncated, _when_complete),
+    RMD: Formula(lambda p, T: RMD(), _all_steps, _always),
+    DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
+    IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
+    HyperDistill: Formula(lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch),
+    ForwardGradient: Formula(lambda p, T: ForwardGradient(directions=2), _projected, _never),
+    DARTS: Formula(lambda p, T: DARTS(), _one_step, _when_complete),
+    SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
+    SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),
+}
+"""Estimator class to its formula: one row each."""
+
+
+def formula_of(estimator: Estimator | type[Estimator]) -> Formula | None:
+    """The row of an estimator's class, or of the nearest base class that has one."""
+    kind = estimator if isinstance(estimator, type) else type(estimator)
+    return next((ENTRIES[base] for base in kind.__mro__ if base in ENTRIES), None)
+
+
+def own_hypergradient(problem: Problem, horizon: int, estimator: Estimator, formula: Formula) -> Tensor:
+    """The estimator's own formula plus the direct term, over flattened λ."""
+    last = states(problem, horizon)[-1]
+    alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
+    return direct + formula.indirect(problem, horizon, estimator, alpha)

@@ -1,0 +1,119 @@
+r"""Slow, obviously right references: dense Jacobians, autograd through the whole loop, finite differences with an error estimate.
+
+None of them uses a step's ``vjp``, ``jvp`` or ``linearize``, nor any trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.estimators.base import OuterLoss
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.tree import Tree
+from metaopt.verify.cases import Problem
+
+
+class Jacobians(NamedTuple):
+    """``A = ∂Φ/∂s`` of shape [|s|, |s|] and ``B = ∂Φ/∂λ`` of shape [|s|, |λ|], over flattened weights then slots."""
+
+    A: Tensor
+    B: Tensor
+
+
+class Estimate(NamedTuple):
+    """A number per coordinate, and how far off it may be."""
+
+    value: Tensor
+    error: float
+
+
+def vector(values: Tree) -> Tensor:
+    """All floating-point leaves as one vector."""
+    return torch.cat([leaf.reshape(-1) for leaf in tree.floats(values)])
+
+
+def unvector(flat: Tensor, like: Tree) -> Tree:
+    """Inverse of :func:`vector`."""
+    supply = iter(flat.split([leaf.numel() for leaf in tree.floats(like)]))
+    return tree.map(lambda x: next(supply).reshape(x.shape) if tree.is_float(x) else x, like)
+
+
+def states(problem: Problem, horizon: int) -> list[InnerState]:
+    """``s_0 … s_T``."""
+    run = [problem.step.init(problem.w0, problem.lam)]
+    for t in range(horizon):
+        run.append(problem.step(run[-1], problem.lam, problem.batches[t]))
+    return run
+
+
+def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians:
+    """Dense ``(A, B)`` of one step, a row at a time, by autograd through the step itself."""
+    with torch.enable_grad():
+        state_, lam_ = tree.attach(state), tree.attach(lam)
+        out = vector(step(state_, lam_, batch))
+        inputs = tree.floats(state_) + tree.floats(lam_)
+        rows = []
+        for entry in out:
+            row = torch.autograd.grad(entry, inputs, retain_graph=True, allow_unused=True) if entry.requires_grad else [None] * len(inputs)
+            rows.append(torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(row, inputs, strict=True)]))
+    matrix, size = torch.stack(rows), len(out)
+    return Jacobians(matrix[:, :size], matrix[:, size:])
+
+
+def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: Any) -> tuple[Tensor, Tensor]:
+    """``α`` as a row over the flattened state (zero on the slots), and the direct term over flattened λ."""
+    with torch.enable_grad():
+        w, lam_ = tree.attach(state.w), tree.attach(lam)
+        inputs = tree.floats(w) + tree.floats(lam_)
+        gradients = torch.autograd.grad(outer_loss(w, lam_, batch), inputs, allow_unused=True)
+    flat = torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(gradients, inputs, strict=True)])
+    n_w, n_state = vector(state.w).numel(), vector(state).numel()
+    return torch.cat([flat[:n_w], flat.new_zeros(n_state - n_w)]), flat[n_w:]
+
+
+def dense_sweep(alpha: Tensor, steps: Sequence[Jacobians]) -> Tensor:
+    r"""Equation 3: :math:`\sum_t \alpha A_T \cdots A_{t+1} B_t` for the given steps (oldest first)."""
+    total = alpha.new_zeros(steps[-1].B.shape[1]) if steps else alpha.new_zeros(0)
+    for A, B in reversed(steps):
+        total, alpha = total + alpha @ B, alpha @ A
+    return total
+
+
+def through_loop(problem: Problem, horizon: int) -> Tree:
+    """Plain autograd through all T steps and the outer loss."""
+    with torch.enable_grad():
+        lam = tree.attach(problem.lam)
+        state = problem.step.init(problem.w0, problem.lam)
+        for t in range(horizon):
+            state = problem.step(state, lam, problem.batches[t])
+        loss = problem.outer_loss(state.w, lam, problem.outer_batch)
+        flat, spec = tree.flatten(lam)
+        gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+    return tree.filled(tree.unflatten(gradients, spec), problem.lam)
+
+
+def finite_differences(problem: Problem, horizon: int, radius: float = 1e-3) -> Estimate:
+    """Central differences at two radii, extrapolated (fourth order); the error estimate is what extrapolation changed, and rounding."""
+    flat = vector(problem.lam)
+
+    def value(shifted: Tensor) -> Tensor:
+        lam = unvector(shifted, problem.lam)
+        state = problem.step.init(problem.w0, lam)
+        for t in range(horizon):
+            state = problem.step(state, lam, problem.batches[t])
+        return problem.outer_loss(state.w, lam, problem.outer_batch).detach()
+
+    def central(h: float) -> Tensor:
+        shifts = h * torch.eye(flat.numel(), dtype=flat.dtype)
+        return torch.stack([(value(flat + e) - value(flat - e)) / (2 * h) for e in shifts])
+
+    coarse, fine = central(radius), central(radius / 2)
+    better = fine + (fine - coarse) / 3
+    rounding = torch.finfo(flat.dtype).eps * float(value(flat).abs() + 1) / radius
+    return Estimate(better, float((better - fine).abs().max()) + 10 * rounding)

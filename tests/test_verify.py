@@ -1,0 +1,250 @@
+"""The verification kit: its references agree, it passes what is right, and it fails, and says where, what is planted wrong."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import metaopt as mo
+from metaopt import tree
+from metaopt.estimators import Estimator, Response
+from metaopt.estimators.reverse import sweep
+from metaopt.inner import InnerState
+from metaopt.verify import cases, check, command, formulas, reference
+
+CASES = pytest.mark.parametrize("make", cases.CLOSED_FORMS, ids=lambda make: make.__name__)
+DRAWS = {"size": st.integers(1, 4), "conditioning": st.floats(1.0, 20.0), "seed": st.integers(0, 1000), "T": st.integers(1, 5)}
+
+
+def exact_error(problem, T, estimator):
+    hg = mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=T)
+    want = reference.vector(problem.exact(T))
+    return float((reference.vector(hg.total) - want).norm() / want.norm().clamp_min(1.0))
+
+
+@CASES
+@given(**DRAWS)
+def test_closed_forms_are_autograd_through_the_loop(make, size, conditioning, seed, T):
+    problem = make(size, conditioning, seed, T)
+    torch.testing.assert_close(reference.through_loop(problem, T), problem.exact(T), rtol=1e-10, atol=1e-10)
+
+
+@CASES
+@given(**DRAWS)
+def test_rmd_and_truncated_rmd_are_the_closed_forms(make, size, conditioning, seed, T):
+    problem = make(size, conditioning, seed, T)
+    assert exact_error(problem, T, mo.RMD()) < 1e-10
+    assert exact_error(problem, T, mo.TruncatedRMD(T)) < 1e-10
+
+
+@CASES
+def test_closed_forms_are_finite_differences_within_their_error(make):
+    estimate = reference.finite_differences(make(horizon=4), 4)
+    want = reference.vector(make(horizon=4).exact(4))
+    assert float((estimate.value - want).abs().max()) <= estimate.error < 1e-4
+    assert want.norm() > 1e-3
+
+
+@given(lam=st.floats(0.1, 3.0))
+def test_evograds_truth_is_implicit_differentiation(lam):
+    x = torch.tensor([1 / (1 + lam)], dtype=torch.float64)
+    step = mo.inner_step(lambda w, lam, _: ((w - 1) ** 2 + lam * w**2).sum(), mo.inner.SGD(lr=0.1))
+    solver = mo.linsolve.Neumann(60, rate=1 / (2 * (1 + lam)))
+    lam_ = torch.tensor(lam, dtype=torch.float64)
+    hg = mo.hypergradient(step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), x, lam_, [None], None, mo.IFT(solver))
+    torch.testing.assert_close(hg.total, cases.evograd_truth(lam_), rtol=1e-10, atol=1e-12)
+
+
+@given(lam=st.floats(0.1, 2.0))
+def test_evograds_limit_is_its_gaussian_integral(lam):
+    x, lam_ = torch.linspace(-9, 9, 4001, dtype=torch.float64), torch.tensor(lam, dtype=torch.float64, requires_grad=True)
+    theta = x[None] + x[:, None]  # x (columns) perturbed by every ε (rows)
+    density = (-(x**2) / 2).exp()
+    weight = density[:, None] * (-2 * ((theta - 1) ** 2 + lam_ * theta**2)).exp()
+    mean = (weight * theta).sum(0) / weight.sum(0)
+    value = (density * (mean - 0.5) ** 2).sum() / density.sum()
+    (slope,) = torch.autograd.grad(value, lam_)
+    torch.testing.assert_close(slope, cases.evograd_limit(lam_.detach()), rtol=1e-6, atol=1e-8)
+
+
+@given(window=st.integers(1, 30), drift=st.floats(0, 2), error=st.floats(0, 3))
+def test_shared_window_error_has_equality_for_linear_drift(window, drift, error):
+    steps = drift * torch.arange(window, dtype=torch.float64)
+    assert math.isclose(cases.shared_window_error(error, drift, window), error / window + float(steps.var(correction=0)), abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", [kind.__name__ for kind in formulas.ENTRIES])
+def test_every_estimator_with_a_row_passes(name):
+    assert command.run(name)
+
+
+def test_an_estimator_without_a_row_fails(monkeypatch):
+    monkeypatch.delitem(formulas.ENTRIES, mo.DrMAD)
+    assert not command.run("DrMAD")
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match="no estimator is called 'Nonsense'; there are"):
+        command.run("Nonsense")
+
+
+# -- planted faults ------------------------------------------------------------------------------
+class Planted(mo.RMD):
+    """RMD whose response a fault has changed."""
+
+    def change(self, response, step, state, lam, carry, alpha):
+        raise NotImplementedError
+
+    def respond(self, step, state, lam, carry):
+        point, pullback = super().respond(step, state, lam, carry)
+        return point, lambda alpha: self.change(pullback(alpha), step, state, lam, carry, alpha)
+
+
+class SignError(Planted):
+    def change(self, response, step, state, lam, carry, alpha):
+        return response._replace(lam=tree.scale(-1.0, response.lam))
+
+
+class DroppedTerm(Planted):
+    def change(self, response, step, state, lam, carry, alpha):
+        moments = list(self.remembered.moments(carry, step, state))
+        if len(moments) == 1:
+            return response
+        *_, (total, _) = sweep(step, iter(moments[:-1]), InnerState(alpha, None, state.t), lam, to_start=False)
+        return Response(total)
+
+
+class AscendingOrder(Planted):
+    def change(self, response, step, state, lam, carry, alpha):
+        moments = list(self.remembered.moments(carry, step, state))[::-1]
+        *_, (total, _) = sweep(step, iter(moments), InnerState(alpha, None, state.t), lam, to_start=False)
+        return Response(total)
+
+
+class ConstantMomentum(Planted):
+    def respond(self, step, state, lam, carry):
+        return super(Planted, self).respond(mo.inner.ConstantSlots(step), state, lam, carry)
+
+
+class OffByOneDrMAD(mo.DrMAD):
+    def respond(self, step, state, lam, carry):
+        def pullback(alpha):
+            T, moments = len(carry.batches), list(self.remembered.moments(carry, step, state))
+            shifted = [m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t)) for i, m in enumerate(moments)]
+            *_, (total, _) = sweep(step, iter(shifted), InnerState(alpha, None, state.t), lam, to_start=False)
+            return Response(total)
+
+        return state.w, pullback
+
+
+@dataclass(frozen=True)
+class ReversedWeights(mo.HyperDistill):
+    def respond(self, step, state, lam, carry):
+        d = carry.distillate
+        return mo.HyperDistill(gamma=1.0, theta=self.theta * self.memory_size(d.t) / d.t).respond(step, state, lam, carry)
+
+    def memory_size(self, t):
+        return sum(self.gamma ** (-i) for i in range(t))
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (SignError(), "quadratic"),
+        (DroppedTerm(), "quadratic"),
+        (AscendingOrder(), "non-commuting Hessians"),
+        (ConstantMomentum(), "momentum"),
+        (OffByOneDrMAD(), "log-L2, direct term"),
+        (ReversedWeights(gamma=0.8), "quadratic"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Estimator) else "",
+)
+def test_a_planted_fault_in_an_estimator_is_found(fault, where):
+    report = check(fault)
+    assert not report.passed
+    assert any(row.case.startswith(where) for row in report.failures)
+    assert "FAIL " in repr(report)
+
+
+def test_an_ascending_product_fails_only_where_order_matters():
+    failures = check(AscendingOrder()).failures
+    assert failures
+    assert not any("T=1" in row.case or row.case.startswith(("quadratic", "ridge")) for row in failures)
+
+
+W, LAM = torch.tensor([0.3, -1.2], dtype=torch.float64), {"a": torch.tensor([0.4, 0.8], dtype=torch.float64)}
+
+
+def descent(state, lam, batch):
+    (g,) = torch.autograd.grad((torch.cosh(state.w - lam["a"])).sum(), state.w, create_graph=True)
+    return InnerState(state.w - 0.1 * g)
+
+
+def test_a_right_step_passes():
+    report = check(mo.custom_step(descent), W, LAM)
+    assert report.passed, report
+    assert check(mo.inner_step(lambda w, lam, _: torch.cosh(w - lam["a"]).sum(), mo.inner.SGD(lr=0.1, momentum=0.9)), W, LAM).passed
+
+
+def failing(step):
+    return [row.case for row in check(step, W.clone(), tree.clone(LAM)).failures]
+
+
+def test_a_step_that_ignores_lam_is_found():
+    def ignores(state, lam, batch):
+        return descent(state, tree.detach(lam), batch)
+
+    report = check(mo.custom_step(ignores), W, LAM)
+    assert "uses lam" in [row.case for row in report.failures]
+    assert "Φ ignores lam at ['a']" in repr(report)
+
+
+def test_a_step_that_writes_into_its_inputs_is_found():
+    def writes(state, lam, batch):
+        with torch.no_grad():
+            lam["a"] += 1
+        return descent(state, lam, batch)
+
+    assert "purity" in failing(mo.custom_step(writes))
+
+
+def test_a_step_with_hidden_state_is_found():
+    calls = []
+
+    def counts(state, lam, batch):
+        calls.append(1)
+        new = descent(state, lam, batch)
+        return new._replace(w=new.w * (1 + len(calls)))
+
+    assert failing(mo.custom_step(counts)) == ["replay"]
+
+
+def test_a_wrong_derivative_is_found():
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 3 * g
+
+    def wrong(state, lam, batch):
+        return descent(state, lam, batch)._replace(w=Scale.apply(descent(state, lam, batch).w))
+
+    assert failing(mo.custom_step(wrong)) == ["jvp"]
+
+
+def test_a_step_needs_its_point_in_float64():
+    with pytest.raises(ValueError, match="needs w"):
+        check(mo.custom_step(descent))
+    with pytest.raises(ValueError, match=r"lam at \['a'\] is torch.float32"):
+        check(mo.custom_step(descent), W, {"a": torch.ones(2)})
+
+
+@given(seed=st.integers(0, 1000))
+def test_checks_pass_for_every_seed(seed):
+    assert check(mo.DrMAD(), seed=seed, problems=cases.CLOSED_FORMS[:4]).passed
