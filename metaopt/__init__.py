@@ -1,6 +1,6 @@
 """metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
 
-from metaopt import inner, linsolve, meta, models, tasks, trajectory, tree, verify
+from metaopt import inner, interop, linsolve, meta, models, tasks, trajectory, tree, verify
 from metaopt.estimators import (
     DARTS,
     F2SA,
@@ -75,6 +75,7 @@ __all__ = [
     "hypergradient",
     "inner",
     "inner_step",
+    "interop",
     "linsolve",
     "merge",
     "meta",

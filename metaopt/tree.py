@@ -113,6 +113,16 @@ def names(tree: Tree) -> list[str]:
     return [pytree.keystr(path) or "(the leaf itself)" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
+def dotted_names(tree: Tree) -> list[str]:
+    """One name per leaf, keys and indices joined by dots: ``0.weight``.
+
+    >>> dotted_names({"0.weight": 1, "head": [2, 3]})
+    ['0.weight', 'head.0', 'head.1']
+    """
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path) for path in paths]
+
+
 def is_float(leaf: Any) -> bool:
     """Whether a leaf can carry a derivative: a tensor of real floating-point numbers."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -189,7 +199,7 @@ def norm(a: Tree) -> Tensor:
 
 def filled(tree: Tree, like: Tree) -> Tree:
     """``tree`` with zeros where a leaf is missing (``None``)."""
-    return map(lambda x, y: torch.zeros_like(y) if x is None else x, tree, like)
+    return map(lambda x, y: torch.zeros_like(y) if x is None and is_float(y) else x, tree, like)
 
 
 def is_finite(tree: Tree) -> bool:

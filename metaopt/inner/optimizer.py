@@ -71,6 +71,16 @@ class Optimizer:
         return tree.unflatten(new_w, spec), _transpose(new_slots, spec)
 
     @property
+    def steps_taken(self) -> int:
+        """Steps taken before the first one here."""
+        return 0
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each number's update depends on its own gradient alone, so that a stacked meta-batch needs no ``PerTask``."""
+        return True
+
+    @property
     def reads_lam(self) -> bool:
         """Whether λ enters the update directly, through a callable hyperparameter."""
         return any(_is_callable(getattr(self, name)) for name in self.hypers)
@@ -84,7 +94,7 @@ def per_leaf(value: Hyper, lam: Tree, t: int, spec: tree.Spec, name: str) -> lis
     """
     if callable(value):
         value = value(lam, t)
-    if isinstance(value, (int, float, Tensor)):
+    if value is None or isinstance(value, (int, float, Tensor)):
         return [value] * spec.num_leaves
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return list(zip(*(per_leaf(entry, lam, t, spec, name) for entry in value), strict=True))
@@ -129,7 +139,9 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
         if cotangent.slots is not None:
             outputs, seeds = outputs + tree.leaves(slots_new), seeds + tree.leaves(cotangent.slots)
         live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if isinstance(o, Tensor) and o.requires_grad]
-    bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
+    bars: Any = [None] * len(inputs)
+    if live:
+        bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
     u = tree.unflatten([torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)], tree.flatten(g)[1])
     w_bar = tree.unflatten(bars[n_g : n_g + n_w], tree.flatten(state.w)[1]) if wrt != "lam" else None
     slots_bar = _into_floats(bars[n_g + n_w : n_g + n_w + n_slots], state.slots) if wrt != "lam" else None

@@ -122,7 +122,7 @@ class InnerStep:
         """
         check_weights(w)
         w = tree.detach(w)
-        return InnerState(w, self.optimizer.init(w), 0)
+        return InnerState(w, self.optimizer.init(w), self.optimizer.steps_taken)
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ. Cost: one gradient."""
