@@ -24,11 +24,16 @@ class EstimatorCase(NamedTuple):
 
 
 class OptimizerCase(NamedTuple):
-    """``make()`` is ours; ``torch`` makes the same one of torch.optim over given parameters (``None``: torch has none)."""
+    """``make()`` is ours; ``torch`` makes the same one of torch.optim over given parameters (``None``: torch has none).
+
+    ``plain`` says that it takes weights of any shape and name, and that each of its steps responds smoothly to the gradient (the sign
+    methods do not, nor accumulation between its updates).
+    """
 
     name: str
     make: Callable[[], Optimizer]
     torch: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None
+    plain: bool = True
 
 
 class TrajectoryCase(NamedTuple):
@@ -141,23 +146,26 @@ OPTIMIZERS: list[OptimizerCase] = [
         lambda: mo.inner.ASGD(lr=0.1, lambd=0.1, t0=10.0, weight_decay=0.1),
         lambda p: torch.optim.ASGD(p, lr=0.1, lambd=0.1, t0=10.0, weight_decay=0.1),
     ),
-    OptimizerCase("Rprop", lambda: mo.inner.Rprop(lr=0.05), lambda p: torch.optim.Rprop(p, lr=0.05)),
-    OptimizerCase("Lion", lambda: mo.inner.Lion(lr=0.05, weight_decay=0.1), None),
+    OptimizerCase("Rprop", lambda: mo.inner.Rprop(lr=0.05), lambda p: torch.optim.Rprop(p, lr=0.05), plain=False),
+    OptimizerCase("Lion", lambda: mo.inner.Lion(lr=0.05, weight_decay=0.1), None, plain=False),
     OptimizerCase("Adafactor", lambda: mo.inner.Adafactor(lr=0.05, weight_decay=0.1), lambda p: torch.optim.Adafactor(p, lr=0.05, weight_decay=0.1)),
     OptimizerCase(
         "Muon",  # for matrices; the rest goes to SGD
         lambda: mo.inner.Groups([(["a", "*weight"], mo.inner.Muon(lr=0.05, dtype=None)), (["*"], mo.inner.SGD(lr=0.1))]),
         None,
+        plain=False,
     ),
     OptimizerCase("Maximise", lambda: mo.inner.Maximise(mo.inner.Adam(lr=0.01)), lambda p: torch.optim.Adam(p, lr=0.01, maximize=True)),
     OptimizerCase("ClipValue", lambda: mo.inner.ClipValue(mo.inner.SGD(lr=0.1), limit=0.3), None),
     OptimizerCase("ClipNorm", lambda: mo.inner.ClipNorm(mo.inner.SGD(lr=0.1, momentum=0.9), max_norm=0.5), None),
-    OptimizerCase("Accumulate", lambda: mo.inner.Accumulate(mo.inner.Adam(lr=0.05), every=2), None),
+    OptimizerCase("Accumulate", lambda: mo.inner.Accumulate(mo.inner.Adam(lr=0.05), every=2), None, plain=False),
     OptimizerCase("EMA", lambda: mo.inner.EMA(mo.inner.SGD(lr=0.1), decay=0.9), None),
-    OptimizerCase("Groups", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Adam(lr=0.05))]), None),
-    OptimizerCase("Frozen", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Frozen())]), None),
+    OptimizerCase("Groups", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Adam(lr=0.05))]), None, plain=False),
+    OptimizerCase("Frozen", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Frozen())]), None, plain=False),
     OptimizerCase("Precondition", lambda: mo.inner.Precondition(mo.inner.SGD(lr=0.1), lambda g, lam, t: mo.tree.map(torch.tanh, g)), None),
 ]
+
+PLAIN_OPTIMIZERS = [case for case in OPTIMIZERS if case.plain]
 
 
 def ids(table: list[Any]) -> list[str]:

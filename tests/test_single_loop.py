@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import OPTIMIZERS, ids
+from cases import PLAIN_OPTIMIZERS, ids
 from test_stochastic import F64, flat, gradient, small_problem, t64
 
 import metaopt as mo
@@ -13,7 +13,7 @@ from metaopt.estimators.base import outer_gradient
 FIRST_DERIVATIVES = [mo.DARTS(), mo.SAMA(), mo.SOBA(rate=0.05), mo.F2SA(rate=0.05)]
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+@pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
 def test_darts_is_one_step_to_second_order(case):
     problem = small_problem(case.make())
     one_step = flat(gradient(problem, mo.OneStep()).indirect)
@@ -31,7 +31,7 @@ def test_darts_learns_learning_rates():
         mo.hypergradient(*args, mo.SAMA())
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+@pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
 def test_sama_formula(case):
     problem = small_problem(case.make())
     hg = gradient(problem, mo.SAMA(radius=1e-4))
@@ -89,7 +89,7 @@ def test_ridge_f2sa_error_vanishes_with_the_multiplier():
 
 @pytest.mark.parametrize("estimator", FIRST_DERIVATIVES, ids=lambda e: type(e).__name__)
 class TestFirstDerivatives:
-    @pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+    @pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
     def test_every_optimiser_online(self, estimator, case):
         problem = small_problem(case.make())
         args = (problem.step, problem.outer, problem.w, problem.lam, problem.batches, [None] * 4)

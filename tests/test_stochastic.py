@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import OPTIMIZERS, ids
+from cases import PLAIN_OPTIMIZERS, ids
 
 import metaopt as mo
 from metaopt.estimators.base import evaluate
@@ -86,7 +86,7 @@ class TestRandomMethods:
         torch.testing.assert_close(flat(both), 2 * flat(pullback(one).lam) + flat(pullback(two).lam), rtol=1e-9, atol=1e-12)
         assert flat(both).abs().max() > 0
 
-    @pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
+    @pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
     def test_every_optimiser_and_online(self, estimator, case):
         problem = small_problem(case.make())
         assert mo.tree.is_finite(gradient(problem, estimator).total)
