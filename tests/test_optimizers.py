@@ -130,6 +130,35 @@ def test_ema_averages_beside_the_run():
     assert torch.allclose(slots["average"], b, atol=1e-14)
 
 
+def test_the_averages_decay_is_differentiable_through_the_slot():
+    w0, lam, batches = problem(OPTIMIZERS[0], T=4)
+    step = mo.inner_step(loss, mo.inner.EMA(mo.inner.SGD(lr=0.1), decay=lambda lam, t: lam["x"]))
+
+    def value(x):
+        state, here = step.init(w0, {**lam, "x": x}), {**lam, "x": x}
+        for batch in batches:
+            state = step(state, here, batch)
+        return outer(state.slots["average"], here, None)
+
+    x = torch.tensor(0.7, requires_grad=True)
+    by_loop = torch.autograd.grad(value(x), x)[0]
+    difference = (value(torch.tensor(0.7 + 1e-6)) - value(torch.tensor(0.7 - 1e-6))) / 2e-6
+    state, here, states = step.init(w0, {**lam, "x": torch.tensor(0.7)}), {**lam, "x": torch.tensor(0.7)}, []
+    for batch in batches:
+        states.append(state)
+        state = step(state, here, batch)
+    average = tree.attach(state.slots["average"])
+    bar = tree.zeros_like(state)
+    bar.slots["average"].update(zip(average, torch.autograd.grad(outer(average, here, None), list(average.values())), strict=True))
+    by_sweep = 0.0
+    for before, batch in zip(reversed(states), reversed(batches), strict=True):
+        bar, lam_bar = step.vjp(before, here, batch, bar)
+        by_sweep = by_sweep + lam_bar["x"]
+    assert float(by_loop) == pytest.approx(float(difference), rel=1e-6)
+    assert float(by_sweep) == pytest.approx(float(by_loop), rel=1e-10)
+    assert abs(float(by_loop)) > 1e-3
+
+
 def test_groups_give_each_weight_its_optimiser():
     w, g = {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}, {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}
     ours = mo.inner.Groups([(["head"], mo.inner.SGD(lr=0.5)), (["body.*"], mo.inner.Frozen())])
@@ -240,6 +269,10 @@ def settings():
             )
     yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, etas=(h, 1.2)), 0.5, "Rprop", id="Rprop.eta-")
     yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, etas=(0.5, h)), 1.2, "Rprop", id="Rprop.eta+")
+    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, step_sizes=(1e-6, h)), 0.055, "Rprop", id="Rprop.largest")
+    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, step_sizes=(h, 50.0)), 0.045, "Rprop", id="Rprop.smallest")
+    yield pytest.param(lambda h: mo.inner.Adafactor(lr=0.05, eps=(None, h)), 3.0, "Adafactor", id="Adafactor.eps2")
+    yield pytest.param(lambda h: mo.inner.Adafactor(lr=0.05, eps=(h, 1e-3)), 0.5, "Adafactor", id="Adafactor.eps1")
     yield pytest.param(lambda h: mo.inner.ClipNorm(mo.inner.SGD(lr=0.1), max_norm=h), 0.5, "ClipNorm", id="ClipNorm.max_norm")
     yield pytest.param(lambda h: mo.inner.ClipValue(mo.inner.SGD(lr=0.1), limit=h), 0.3, "ClipValue", id="ClipValue.limit")
 
