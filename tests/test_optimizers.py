@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import metaopt as mo
 from metaopt import tree
 from metaopt.inner import InnerState, schedules
+from metaopt.inner.optimizer import pull_back
 
 F64 = torch.float64
 each_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
@@ -233,6 +234,26 @@ def test_pullback_and_tangent_are_transposes(case, seed):
     left = tree.dot((forward.w, forward.slots), (bar.w, bar.slots))
     right = tree.dot((dot.w, dot.slots), (state_bar.w, state_bar.slots)) + tree.dot(lam_dot, tree.filled(lam_bar, lam))
     assert float(left) == pytest.approx(float(right), rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS if type(c.make()).transpose_leaf is not mo.inner.Optimizer.transpose_leaf], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("with_slots", [True, False])
+@pytest.mark.parametrize("t", [0, 3])
+def test_the_transpose_shortcut_is_what_autograd_gives(case, with_slots, t):
+    ours, w, g = case.make(), {"a": torch.randn(3), "b": torch.randn(2, 2)}, {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    state = InnerState(w, tree.map(torch.randn_like, ours.init(w)), t)
+    bar = InnerState(tree.map(torch.randn_like, w), tree.map(torch.randn_like, state.slots) if with_slots else None)
+    g_, state_ = tree.attach(g), tree.attach(state)
+    new_w, new_slots = ours.update(g_, state_.w, state_.slots, None, t + 1)
+    outputs, seeds = tree.leaves(new_w), tree.leaves(bar.w)
+    if with_slots:
+        outputs, seeds = outputs + tree.leaves(new_slots), seeds + tree.leaves(bar.slots)
+    expected = torch.autograd.grad(outputs, tree.leaves(g_) + tree.floats(state_), seeds)
+    u, w_bar, slots_bar, _ = pull_back(ours, g, state, None, bar, "state")
+    for mine, theirs in zip(tree.leaves((u, w_bar, slots_bar)), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-14, atol=1e-14)
 
 
 def settings():

@@ -40,6 +40,13 @@ class Optimizer:
         """One tensor's update at step ``t`` (1 … T): new tensor, new slots. Pure, out of place, differentiable in everything."""
         raise NotImplementedError
 
+    def transpose_leaf(self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int) -> tuple[Tensor, Tensor, Slots] | None:
+        """Cotangents of ``(g, w, slots)`` of one tensor, where the update is linear in them; ``None`` (the default): by autograd.
+
+        A shortcut for small problems, in which autograd's own cost shows; ``slots_bar`` may be ``None`` (zero).
+        """
+        return None
+
     # -- written once ----------------------------------------------------------------------------
     def init(self, w: Tree) -> Tree:
         """Slots for all weights: slot name to a pytree like ``w``."""
@@ -120,6 +127,8 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
 
     Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero).
     """
+    if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
+        return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
     with torch.enable_grad():
         g_, w, slots = tree.attach(g), state.w, state.slots
         inputs = tree.leaves(g_)
@@ -147,6 +156,24 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
     slots_bar = _into_floats(bars[n_g + n_w : n_g + n_w + n_slots], state.slots) if wrt != "lam" else None
     lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
     return u, w_bar, slots_bar, lam_bar
+
+
+def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[Tree, Tree, Tree, None]:
+    """:func:`pull_back` from :meth:`Optimizer.transpose_leaf`."""
+    w_bars, spec = tree.flatten(cotangent.w)
+    slots_bars = None if cotangent.slots is None else {name: tree.leaves(bar) for name, bar in cotangent.slots.items()}
+    hyper = {name: per_leaf(getattr(optimizer, name), lam, state.t + 1, spec, name) for name in optimizer.hypers}
+    u, w, slots = [], [], []
+    for i, w_bar in enumerate(w_bars):
+        slots_bar = None if slots_bars is None else {name: bar[i] for name, bar in slots_bars.items()}
+        bars = optimizer.transpose_leaf(w_bar, slots_bar, {name: value[i] for name, value in hyper.items()}, state.t + 1)
+        assert bars is not None  # an optimiser that overrides it answers for every leaf
+        u.append(bars[0])
+        w.append(bars[1])
+        slots.append(bars[2])
+    if wrt == "lam":
+        return tree.unflatten(u, spec), None, None, None
+    return tree.unflatten(u, spec), tree.unflatten(w, spec), _transpose(slots, spec), None
 
 
 def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree) -> tuple[Tree, Tree]:

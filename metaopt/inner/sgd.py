@@ -71,6 +71,20 @@ class SGD(Optimizer):
         direction = g + hyper["momentum"] * v if self.nesterov else v
         return w - hyper["lr"] * direction, {"momentum": v}
 
+    def transpose_leaf(self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int) -> tuple[Tensor, Tensor, Slots]:
+        r"""With :math:`\bar d = -\eta \bar w`: :math:`\bar v = \bar v + \bar d`, :math:`\bar g = (1-\text{damp})\,\bar v`, and so on, backwards."""
+        d_bar = -(hyper["lr"] * w_bar)
+        slots: Slots = {}
+        g_bar = d_bar
+        if not _is_zero(self.momentum):
+            v_bar = hyper["momentum"] * d_bar if self.nesterov else d_bar
+            if slots_bar is not None:
+                v_bar = slots_bar["momentum"] + v_bar
+            slots = {"momentum": hyper["momentum"] * v_bar}
+            kept = v_bar if t == 1 or _is_zero(self.dampening) else (1.0 - hyper["dampening"]) * v_bar
+            g_bar = g_bar + kept if self.nesterov else kept
+        return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
+
 
 def _is_zero(value: Hyper) -> bool:
     return isinstance(value, (int, float)) and value == 0
