@@ -1,12 +1,16 @@
 """The loops: outer optimisers, online runs, initial weights, meta-training."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import metaopt as mo
-from metaopt.meta import FOMAML, Fixed, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
+from metaopt.meta import FOMAML, Checkpoint, Fixed, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
 
 F64 = torch.float64
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -177,3 +181,54 @@ def test_calibration_happens_when_it_is_due():
     thetas = [r.estimator.theta for r in training.runs(torch.zeros(2, dtype=F64), Outer(torch.zeros(2, dtype=F64), sgd), tasks, 4)]
     assert asked == [0, 1, 2, -2, 3, 4]
     assert thetas[0] == thetas[1] != thetas[2] == thetas[3]
+
+
+# -- going on after a kill -----------------------------------------------------------------------
+KILLED = """
+import sys
+from pathlib import Path
+from test_training import trained
+trained(Path(sys.argv[1]), stop_after=2)
+"""
+
+
+def trained(path, stop_after=None):
+    """Five runs with HyperDistill, a checkpoint after each; goes on from the file where there is one."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(9, 4, 2, 3, generator=generator, dtype=F64)
+
+    def inner_loss(w, lam, batch):
+        return ((w - batch).tanh().square().sum(-1) * lam.exp().sum()).mean()
+
+    step = mo.inner_step(stacked(inner_loss), mo.inner.SGD(lr=0.3, momentum=0.9))
+    outer = Outer(torch.zeros(2, dtype=F64), functools.partial(torch.optim.Adam, lr=0.1), scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o))
+    training = MetaTraining(step, stacked(inner_loss), mo.HyperDistill(0.9, example_axis=1), 4, initialisation=Reptile(0.5), calibration_period=2)
+    resume = Checkpoint.load(path) if path is not None and path.exists() else None
+    losses = list(resume.notes) if resume else []
+    for report in training.runs(torch.ones(3, dtype=F64), outer, lambda run: MetaTask([data[run]] * 4, [data[run - 1]] * 4, 4), 5, resume=resume):
+        losses += report.outer_losses
+        if path is not None:
+            report.checkpoint(outer, losses).save(path)
+        if report.run == stop_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return losses, report.phi, outer.lam
+
+
+def test_a_killed_meta_training_goes_on_with_the_same_numbers(tmp_path):
+    path = tmp_path / "deep" / "training.pt"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert Checkpoint.load(path).run == 2
+    losses, phi, lam = trained(path)
+    expected_losses, expected_phi, expected_lam = trained(None)
+    assert losses == expected_losses
+    assert torch.equal(phi, expected_phi) and torch.equal(lam, expected_lam)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04")
+    torch.save({"run": 1}, tmp_path / "other.pt")
+    for name in ("cut.pt", "other.pt"):
+        with pytest.raises(ValueError, match=name):
+            Checkpoint.load(tmp_path / name)

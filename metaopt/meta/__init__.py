@@ -1,6 +1,7 @@
 """The loops around an estimator: online, offline, over tasks."""
 
 from metaopt.meta.batch import replicated, stacked
+from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import HyperSteps, OnlineReport, online
 from metaopt.meta.outer import Outer
@@ -8,6 +9,7 @@ from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
 
 __all__ = [
     "FOMAML",
+    "Checkpoint",
     "Fixed",
     "HyperSteps",
     "Initialisation",

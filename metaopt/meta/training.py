@@ -12,6 +12,7 @@ from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.meta.batch import replicated
+from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import Fixed, Initialisation
 from metaopt.meta.online import HyperSteps, run_online
 from metaopt.meta.outer import Outer
@@ -53,6 +54,10 @@ class MetaReport(NamedTuple):
     cost: Cost
     estimator: Estimator
 
+    def checkpoint(self, outer: Outer, notes: Any = None) -> Checkpoint:
+        """What :meth:`MetaTraining.runs` needs to go on after this run."""
+        return Checkpoint(self.run, self.phi, outer.state_dict(), self.estimator, notes)
+
 
 @dataclass(frozen=True)
 class MetaTraining:
@@ -78,7 +83,9 @@ class MetaTraining:
     initialisation: Initialisation = field(default_factory=Fixed)
     calibration_period: int = 50
 
-    def runs(self, phi: Tree, outer: Outer, tasks: Callable[[int], MetaTask], count: int) -> Iterator[MetaReport]:
+    def runs(
+        self, phi: Tree, outer: Outer, tasks: Callable[[int], MetaTask], count: int, *, resume: Checkpoint | None = None
+    ) -> Iterator[MetaReport]:
         """Yield a report after each of ``count`` runs.
 
         Args:
@@ -86,9 +93,14 @@ class MetaTraining:
             outer: λ and its optimiser.
             tasks: ``run -> MetaTask`` for runs 1 … count; run 0 is asked for the calibration's data of run 1, -50 of run 51, ….
             count: M.
+            resume: where an earlier, broken-off call had got to (:meth:`MetaReport.checkpoint`); its φ, λ and estimator take the place of ``phi``,
+                ``outer``'s and this object's, and the remaining runs give the numbers that they would have given.
         """
-        estimator = self.estimator
-        for run in range(1, count + 1):
+        estimator, done = self.estimator, 0
+        if resume is not None:
+            phi, estimator, done = resume.phi, resume.estimator, resume.run
+            outer.load_state_dict(resume.outer)
+        for run in range(done + 1, count + 1):
             cost = Cost()
             if (run - 1) % self.calibration_period == 0:
                 estimator = self._calibrated(estimator, phi, outer.lam, tasks(1 - run), cost)
