@@ -151,20 +151,27 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
 
 
 @given(seed=SEEDS, tasks=st.integers(1, 4))
+@pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped])
 @pytest.mark.parametrize("estimator", [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2)], ids=lambda e: type(e).__name__)
-def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, seed, tasks):
+def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, tasks):
     problems = [Problem(seed + i, 3, OPTIMIZERS[1]) for i in range(tasks)]
     first = problems[0]
-    stacked_step = mo.inner_step(mo.meta.stacked(Problem.loss), OPTIMIZERS[1])
+    stacked_step = mo.inner_step(stacked(Problem.loss), OPTIMIZERS[1])
     w0 = tree.stack([p.w0 for p in problems])
     batches = [tree.stack([p.batches[t] for p in problems]) for t in range(3)]
     outer_batch = tree.stack([p.outer_batch for p in problems])
-    together = mo.hypergradient(stacked_step, mo.meta.stacked(first.outer_loss), w0, first.lam, batches, outer_batch, estimator)
+    together = mo.hypergradient(stacked_step, stacked(first.outer_loss), w0, first.lam, batches, outer_batch, estimator)
     alone = [mo.hypergradient(p.step, first.outer_loss, p.w0, first.lam, p.batches, p.outer_batch, estimator).total for p in problems]
     total = alone[0]
     for one in alone[1:]:
         total = tree.add(total, one)
     assert close(together.total, total)
+
+
+def test_a_meta_batch_names_what_has_no_task_axis():
+    loss = mo.meta.looped(lambda w, lam, batch: (w["a"] * batch).sum())
+    with pytest.raises(ValueError, match=r"\['b'\] has shape \(2,\)"):
+        loss({"a": torch.ones(3, 2), "b": torch.ones(2)}, None, torch.ones(3, 2))
 
 
 @given(seed=SEEDS, scale=st.floats(-2.0, 2.0))

@@ -1,6 +1,6 @@
 """The loops around an estimator: online, offline, over tasks."""
 
-from metaopt.meta.batch import replicated, stacked
+from metaopt.meta.batch import looped, replicated, stacked
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import HyperSteps, OnlineReport, online
@@ -19,6 +19,7 @@ __all__ = [
     "OnlineReport",
     "Outer",
     "Reptile",
+    "looped",
     "online",
     "replicated",
     "stacked",

@@ -34,6 +34,38 @@ def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "dif
     return total
 
 
+def looped(loss: Loss) -> Loss:
+    """As :func:`stacked`, one task after the other: the faster of the two for convolutions on a CPU, and for whatever cannot be vmapped.
+
+    Memory: the graphs of all tasks, as in :func:`stacked`.
+
+    Args:
+        loss: ``(w, lam, batch) -> scalar`` of one task.
+    """
+
+    def total(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        tasks = tree.leaves(w)[0].shape[0]
+        parts = zip(_per_task(w, tasks), _per_task(batch, tasks), strict=True)
+        return torch.stack([loss(w_i, lam, batch_i) for w_i, batch_i in parts]).sum()
+
+    return total
+
+
+def _per_task(stacked_tree: Tree, tasks: int) -> list[Tree]:
+    """One tree per task; leaves that are no tensors are shared.
+
+    Raises:
+        ValueError: if a tensor's first axis is not the tasks'.
+    """
+    flat, spec = tree.flatten(stacked_tree)
+    for i, leaf in enumerate(flat):
+        if isinstance(leaf, Tensor) and leaf.shape[:1] != (tasks,):
+            name = tree.names(stacked_tree)[i]
+            raise ValueError(f"a meta-batch of {tasks} tasks has them on the first axis of every tensor; {name} has shape {tuple(leaf.shape)}")
+    columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * tasks for leaf in flat]
+    return [tree.unflatten([column[i] for column in columns], spec) for i in range(tasks)]
+
+
 def replicated(w: Tree, tasks: int) -> Tree:
     """One copy of ``w`` per task, on a new leading axis."""
     if tasks < 1:
