@@ -12,19 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from metaopt.functional import FunctionalModel, Params, functional, merge, partition
+from metaopt.functional import Params, functional, merge, partition
+from metaopt.models.base import Loss, MetaModel
 
 
 @dataclass(frozen=True)
-class ANIL:
+class ANIL(MetaModel):
     """Any module, split by parameter name into weights (adapted) and hyperparameters (shared by all tasks).
 
     Args:
         model: the wrapped module; a plain ``nn.Module`` is wrapped for you by :meth:`of`.
-        weights: glob patterns of the parameters that adapt, or a predicate on names.
         loss: ``(prediction, target) -> scalar``.
+        weights: glob patterns of the parameters that adapt, or a predicate on names. The HyperDistill paper's image model is
+            ``conv_net(4, 32, ...)`` with ``["block4.*", "head.*"]``.
 
     >>> import torch
     >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), weights=["2.*"], loss=nn.functional.mse_loss)
@@ -35,31 +37,20 @@ class ANIL:
     torch.Size([])
     """
 
-    model: FunctionalModel
     weights: Sequence[str] | Callable[[str], bool]
-    loss: Callable[[Tensor, Tensor], Tensor]
 
     @classmethod
-    def of(cls, module: nn.Module, weights: Sequence[str] | Callable[[str], bool], loss: Callable[[Tensor, Tensor], Tensor]) -> ANIL:
+    def of(cls, module: nn.Module, weights: Sequence[str] | Callable[[str], bool], loss: Loss) -> ANIL:
         """ANIL on a module of your own."""
-        return cls(functional(module), weights, loss)
+        return cls(functional(module), loss, weights)
 
     def init(self) -> tuple[Params, Params]:
         """``(w, lam)`` at the module's own initial values."""
         return partition(self.model.params, self.weights)
 
-    def predict(self, w: Params, lam: Params, x: Tensor) -> Any:
+    def predict(self, w: Params, lam: Params, x: Any) -> Any:
         """The network's output."""
         return self.model(merge(w, lam), x)
-
-    def inner_loss(self, w: Params, lam: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Training loss of one task; ``batch = (x, y)``."""
-        x, y = batch
-        return self.loss(self.predict(w, lam, x), y)
-
-    def outer_loss(self, w: Params, lam: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Test loss of one task: the same loss, on other examples."""
-        return self.inner_loss(w, lam, batch)
 
 
 def sinusoid_net(width: int = 100) -> nn.Sequential:

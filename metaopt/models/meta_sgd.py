@@ -8,22 +8,22 @@ Li et al. 2017, arXiv 1707.09835. The initial weights, which Meta-SGD also learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metaopt import tree
-from metaopt.functional import FunctionalModel, Params, functional
+from metaopt.functional import Params, functional
 from metaopt.inner.sgd import SGD
+from metaopt.models.base import Loss, MetaModel
 
 Rates: TypeAlias = dict[str, Params]
 
 
 @dataclass(frozen=True)
-class MetaSGD:
+class MetaSGD(MetaModel):
     """All parameters of a module are weights; ``lam["lr"]`` holds one rate per number. The inner optimiser is :attr:`optimizer`.
 
     Args:
@@ -37,8 +37,6 @@ class MetaSGD:
     True
     """
 
-    model: FunctionalModel
-    loss: Callable[[Tensor, Tensor], Tensor]
     rate: float = 0.01
 
     def __post_init__(self) -> None:
@@ -47,7 +45,7 @@ class MetaSGD:
             raise ValueError(f"the initial rate must be > 0, got {self.rate}: at 0 no weight would move")
 
     @classmethod
-    def of(cls, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], rate: float = 0.01) -> MetaSGD:
+    def of(cls, module: nn.Module, loss: Loss, rate: float = 0.01) -> MetaSGD:
         """Meta-SGD on a module of your own."""
         return cls(functional(module), loss, rate)
 
@@ -60,11 +58,6 @@ class MetaSGD:
         """``(w, lam)``: the module's own initial values, and ``rate`` everywhere."""
         return self.model.params, {"lr": tree.map(lambda x: torch.full_like(x, self.rate), self.model.params)}
 
-    def inner_loss(self, w: Params, lam: Rates, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Training loss of one task; ``lam`` acts through the optimiser alone."""
-        x, y = batch
-        return self.loss(self.model(w, x), y)
-
-    def outer_loss(self, w: Params, lam: Rates, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Test loss of one task."""
-        return self.inner_loss(w, lam, batch)
+    def predict(self, w: Params, lam: Rates, x: Any) -> Any:
+        """The network's output; ``lam`` acts through the optimiser alone."""
+        return self.model(w, x)

@@ -1,0 +1,63 @@
+"""What every meta-model has: weights, hyperparameters, and two losses of both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metaopt.functional import FunctionalModel, Params
+from metaopt.tree import Tree
+
+Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
+"""``(prediction, target) -> scalar``, e.g. ``torch.nn.functional.cross_entropy``."""
+
+
+@dataclass(frozen=True)
+class MetaModel(ABC):
+    """A split of a model into weights ``w`` (adapted to a task) and hyperparameters ``lam`` (shared by all tasks). Subclasses add settings only.
+
+    The losses are functions of one task; :func:`metaopt.meta.stacked` makes those of a meta-batch out of them.
+
+    Attributes:
+        model: the wrapped module.
+        loss: ``(prediction, target) -> scalar``.
+    """
+
+    model: FunctionalModel
+    loss: Loss
+
+    @abstractmethod
+    def init(self) -> tuple[Params, Tree]:
+        """``(w, lam)`` at their initial values."""
+
+    @abstractmethod
+    def predict(self, w: Params, lam: Tree, x: Any) -> Any:
+        """The output for inputs ``x``."""
+
+    def inner_loss(self, w: Params, lam: Tree, batch: tuple[Any, Tensor]) -> Tensor:
+        """Training loss of one task; ``batch = (x, y)``."""
+        x, y = batch
+        return self.loss(self.predict(w, lam, x), y)
+
+    def outer_loss(self, w: Params, lam: Tree, batch: tuple[Any, Tensor]) -> Tensor:
+        """Test loss of one task: the same loss, on other examples."""
+        x, y = batch
+        return self.loss(self.predict(w, lam, x), y)
+
+    def accuracy(self, w: Params, lam: Tree, batch: tuple[Any, Tensor]) -> Tensor:
+        """Share of right answers, a scalar in [0, 1]; predictions are scores ``[n, classes]``, targets are class numbers ``[n]``.
+
+        Raises:
+            TypeError: if the targets are no class numbers.
+        """
+        x, y = batch
+        if y.is_floating_point():
+            raise TypeError(f"accuracy counts right classes and needs integer targets, got {y.dtype}; for a regression task take outer_loss")
+        with torch.no_grad():
+            scores = self.predict(w, lam, x)
+            return (scores.argmax(1) == y).to(scores.dtype).mean()

@@ -1,0 +1,136 @@
+"""Meta-models: each hypergradient against autograd through a hand-written inner loop, stacked tasks, splits, messages."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import metaopt as mo
+from metaopt import tree
+from metaopt.models import ANIL, Warp, WarpGrad, batch_norm, conv_net, group_norm, no_norm
+
+LR, MOMENTUM, T, TASKS = 0.1, 0.9, 3, 2
+
+
+def images(classes=3, size=6, count=5):
+    """One batch per inner step, and one for the outer loss."""
+    return [(torch.randn(count, 1, size, size, dtype=torch.float64), torch.randint(classes, (count,))) for _ in range(T + 1)]
+
+
+def net(norm=batch_norm):
+    return conv_net(2, 3, classes=3, in_channels=1, image_size=6, norm=norm).double()
+
+
+MODELS = {
+    "anil": lambda: ANIL.of(net(), ["block2.*", "head.*"], cross_entropy),
+    "anil, group norm": lambda: ANIL.of(net(group_norm), ["head.*"], cross_entropy),
+    "warpgrad": lambda: WarpGrad.of(net(), cross_entropy),
+    "warpgrad, linear": lambda: WarpGrad.of(net(), cross_entropy, warp=Warp(activation=nn.Identity)),
+    "warpgrad, residual, batch norm": lambda: WarpGrad.of(net(no_norm), cross_entropy, warp=Warp(residual=True, norm=batch_norm)),
+}
+
+
+def by_hand(model, w, lam, batches, outer_batch):
+    """``d outer_loss / d lam`` by autograd through the whole loop of heavy-ball steps."""
+    lam = tree.map(lambda x: x.clone().requires_grad_(), lam)
+    w = tree.map(lambda x: x.clone().requires_grad_(), w)
+    velocity = tree.zeros_like(w)
+    for batch in batches:
+        g = torch.autograd.grad(model.inner_loss(w, lam, batch), list(w.values()), create_graph=True)
+        velocity = {k: MOMENTUM * v + d for (k, v), d in zip(velocity.items(), g, strict=True)}
+        w = {k: x - LR * velocity[k] for k, x in w.items()}
+    return tree.unflatten(torch.autograd.grad(model.outer_loss(w, lam, outer_batch), tree.leaves(lam)), tree.flatten(lam)[1])
+
+
+def ours(model, w, lam, batches, outer_batch, wrap=lambda loss: loss):
+    step = mo.inner_step(wrap(model.inner_loss), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    return mo.hypergradient(step, wrap(model.outer_loss), w, lam, batches, outer_batch, mo.RMD())
+
+
+def same(a, b, tolerance=1e-10):
+    for name, x, y in zip(tree.names(a), tree.leaves(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hypergradient_is_autograd_through_the_loop(name):
+    model = MODELS[name]()
+    w, lam = model.init()
+    *batches, outer = images()
+    expected = by_hand(model, w, lam, batches, outer)
+    assert tree.norm(expected) > 1e-3
+    same(ours(model, w, lam, batches, outer).total, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stacked_tasks_are_the_sum_over_tasks(name):
+    model = MODELS[name]()
+    w, lam = model.init()
+    tasks = [images() for _ in range(TASKS)]
+    *batches, outer = [tree.stack(batch) for batch in zip(*tasks, strict=True)]
+    together = ours(model, mo.meta.replicated(w, TASKS), lam, batches, outer, mo.meta.stacked)
+    alone = [ours(model, w, lam, task[:-1], task[-1]) for task in tasks]
+    same(together.total, tree.add(alone[0].total, alone[1].total))
+    accuracy = torch.vmap(model.accuracy, in_dims=(0, None, 0))(together.state.w, lam, outer)
+    assert accuracy.tolist() == [model.accuracy(one.state.w, lam, task[-1]).item() for one, task in zip(alone, tasks, strict=True)]
+
+
+# -- the split, the net ----------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [14, 28, 32, 64])
+@pytest.mark.parametrize("norm", [batch_norm, group_norm])
+def test_conv_net_takes_every_size(size, norm):
+    out = conv_net(4, 4, classes=5, in_channels=3, image_size=size, norm=norm)(torch.randn(2, 3, size, size))
+    assert out.shape == (2, 5)
+    with pytest.raises(ValueError, match="classes >= 1, got 0"):
+        conv_net(4, 4, 0, 3, size)
+
+
+def test_papers_anil_adapts_the_last_convolution_and_the_classifier():
+    w, lam = ANIL.of(conv_net(4, 32, 10, 3, 32), ["block4.*", "head.*"], cross_entropy).init()
+    assert {name.split(".")[0] for name in w} == {"block4", "head"}
+    assert {name.split(".")[0] for name in lam} == {"block1", "block2", "block3"}
+    assert w["head.weight"].shape == (10, 32 * 2 * 2)
+
+
+def test_papers_warpgrad_has_two_warp_layers_after_each_of_three_blocks():
+    net = conv_net(3, 32, 10, 3, 32)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    w, lam = WarpGrad.of(net, cross_entropy).init()
+    assert w.keys() == before.keys() == net.state_dict().keys()
+    assert {name for name in lam if name.endswith("weight")} == {f"warp_block{i}.{j}.weight" for i in (1, 2, 3) for j in (0, 2)}
+    assert all(p.shape == (32, 32, 3, 3) for name, p in lam.items() if name.endswith("weight"))
+
+
+def test_linear_warp_is_linear_and_residual_adds_its_input():
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    linear = Warp(activation=nn.Identity)(nn.Conv2d(3, 4, 1)).double()
+    zero = linear(torch.zeros_like(x))
+    torch.testing.assert_close(linear(2 * x) - zero, 2 * (linear(x) - zero))
+    residual = Warp(residual=True)(nn.Conv2d(3, 4, 1)).double()
+    torch.testing.assert_close(residual(x) - x, nn.Sequential.forward(residual, x))
+    assert not torch.allclose(nn.Sequential.forward(residual, 2 * x), 2 * nn.Sequential.forward(residual, x))
+    assert Warp()(nn.Linear(3, 7))(torch.ones(2, 7)).shape == (2, 7)
+
+
+def test_warp_layers_go_where_they_are_asked_to():
+    mlp = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    _, lam = WarpGrad.of(mlp, nn.functional.mse_loss, warp=Warp(layers=1), after=["2"]).init()
+    assert set(lam) == {"warp_2.0.weight", "warp_2.0.bias"}
+    for wrong in (["1"], ["9"], []):
+        with pytest.raises(ValueError, match=r"can follow \['0', '2'\]"):
+            WarpGrad.of(mlp, nn.functional.mse_loss, after=wrong)
+    with pytest.raises(TypeError, match="Bilinear"):
+        WarpGrad.of(nn.Bilinear(2, 2, 1), nn.functional.mse_loss)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="odd, got 2"):
+        Warp(kernel_size=2)
+    with pytest.raises(TypeError, match="Embedding"):
+        Warp()(nn.Embedding(2, 3))
+
+
+def test_accuracy_counts_classes_only():
+    model = ANIL.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["1.*"], cross_entropy)
+    w, lam = model.init()
+    scores = model.predict(w, lam, torch.eye(2))
+    assert model.accuracy(w, lam, (torch.eye(2), scores.argmax(1))) == 1
+    with pytest.raises(TypeError, match="integer targets"):
+        model.accuracy(w, lam, (torch.eye(2), torch.ones(2)))
