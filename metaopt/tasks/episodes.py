@@ -1,0 +1,220 @@
+r"""Class episodes: each task is a many-shot classification problem over a few classes drawn from labelled images.
+
+What is random is recorded: the tasks depend on ``seed`` alone, and the minibatch, crops and flips of step t on ``(seed, t)`` alone, so that a
+sweep that recomputes a step sees the same data. Defaults are the setting of the HyperDistill paper (section 5): 10-way, 250 training and 250
+test examples per class, minibatches of 100, crop and flip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaopt.tasks.images import LabelledImages
+
+
+class Corruption(Protocol):
+    """Label noise, as in :mod:`metaopt.tasks.label_noise`."""
+
+    def __call__(self, labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
+        """Noisy labels."""
+        ...
+
+
+class ImageBatch(NamedTuple):
+    """Images ``x: [tasks, n, C, H, W]`` in [-1, 1] and classes ``y: [tasks, n]`` of stacked tasks."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Episodes:
+    """The task distribution.
+
+    Args:
+        data: where classes and images are drawn from.
+        ways: classes of a task, drawn without replacement.
+        shots: training examples per class.
+        test_shots: test examples per class; none is also a training example.
+        batch_size: examples per task in a minibatch.
+        crop: training images are padded with black by so many pixels and cropped back at random; 0 for none.
+        flip: training images are mirrored with probability ½; switch it off where a mirror image is another class.
+        corruption: of training labels, e.g. :func:`metaopt.tasks.label_noise.uniform`; test labels stay clean.
+        rate: probability of corruption.
+        device: where everything lies.
+        dtype: of the images.
+
+    >>> data = LabelledImages(torch.zeros(60, 1, 8, 8, dtype=torch.uint8), torch.arange(60) % 6, tuple("abcdef"))
+    >>> episode = Episodes(data, ways=3, shots=4, test_shots=2, batch_size=5).sample(tasks=2, seed=0)
+    >>> episode.train.x.shape, episode.test.y.shape, episode.batches(1).x.shape
+    (torch.Size([2, 12, 1, 8, 8]), torch.Size([2, 6]), torch.Size([2, 5, 1, 8, 8]))
+
+    Raises:
+        ValueError: if ``data`` has too few classes, or a class too few images.
+    """
+
+    data: LabelledImages
+    ways: int = 10
+    shots: int = 250
+    test_shots: int = 250
+    batch_size: int = 100
+    crop: int = 4
+    flip: bool = True
+    corruption: Corruption | None = None
+    rate: float = 0.4
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if min(self.ways, self.shots, self.test_shots, self.batch_size) < 1 or self.crop < 0:
+            raise ValueError(
+                f"ways, shots, test_shots and batch_size must be positive and crop not negative, got "
+                f"{self.ways}, {self.shots}, {self.test_shots}, {self.batch_size} and {self.crop}"
+            )
+        if len(self.data.names) < self.ways:
+            raise ValueError(f"{self.ways}-way episodes need as many classes, the data has {len(self.data.names)}")
+        smallest = self.ways * min(self.shots, self.test_shots)
+        if self.batch_size > smallest:
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than the {smallest} examples that a task has; lower it or raise shots and test_shots"
+            )
+        needed = self.shots + self.test_shots
+        poor = [f"{name!r} has {n}" for name, n in zip(self.data.names, self.data.counts().tolist(), strict=True) if n < needed]
+        if poor:
+            raise ValueError(
+                f"{self.shots} + {self.test_shots} examples per class are needed, but class {', '.join(poor[:3])}{', …' if len(poor) > 3 else ''} "
+                f"({len(poor)} of {len(self.data.names)} classes); lower shots or test_shots, or leave them out with data.classes(…)"
+            )
+
+    def sample(self, tasks: int, seed: int) -> Episode:
+        """``tasks`` stacked tasks; the same seed gives the same tasks, and the global random state is not used."""
+        if tasks < 1:
+            raise ValueError(f"at least one task is needed, got {tasks}")
+        drawn = [self._draw(seed, task) for task in range(tasks)]
+        rows = torch.stack([index for index, _ in drawn]).to(self.device)
+        classes = torch.stack([chosen for _, chosen in drawn])
+        train, test = rows[..., : self.shots].flatten(1), rows[..., self.shots :].flatten(1)
+        clean = torch.arange(self.ways).repeat_interleave(self.shots).expand(tasks, -1)
+        noisy = clean if self.corruption is None else torch.stack([self._corrupt(y, seed, task) for task, y in enumerate(clean)])
+        return Episode(
+            setting=self,
+            seed=seed,
+            classes=classes,
+            train_rows=train,
+            test_rows=test,
+            train_labels=noisy.to(self.device),
+            clean_labels=clean.to(self.device),
+            test_labels=torch.arange(self.ways).repeat_interleave(self.test_shots).expand(tasks, -1).to(self.device),
+        )
+
+    def as_floats(self, images: Tensor) -> Tensor:
+        """Bytes as numbers in [-1, 1]."""
+        return images.to(self.dtype).div_(127.5).sub_(1.0)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images on the device."""
+        return self.data.images.to(self.device)
+
+    @cached_property
+    def _members(self) -> list[Tensor]:
+        """Rows of each class."""
+        labels = self.data.labels.cpu()
+        return list(torch.split(labels.argsort(stable=True), torch.bincount(labels, minlength=len(self.data.names)).tolist()))
+
+    def _draw(self, seed: int, task: int) -> tuple[Tensor, Tensor]:
+        """Rows ``[ways, shots + test_shots]`` and classes ``[ways]`` of one task."""
+        generator = _generator(seed, task, stream=0)
+        chosen = torch.randperm(len(self.data.names), generator=generator)[: self.ways]
+        needed = self.shots + self.test_shots
+        members = [self._members[c] for c in chosen.tolist()]
+        return torch.stack([rows[torch.randperm(len(rows), generator=generator)[:needed]] for rows in members]), chosen
+
+    def _corrupt(self, labels: Tensor, seed: int, task: int) -> Tensor:
+        assert self.corruption is not None
+        return self.corruption(labels, self.ways, self.rate, _generator(seed, task, stream=1).initial_seed())
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """Stacked tasks. ``batches`` and ``outer_batches`` are the callables that inner runs take.
+
+    Attributes:
+        setting: where it was drawn from.
+        seed: that of :meth:`Episodes.sample`.
+        classes: ``[tasks, ways]``, the classes of each task as numbers into ``setting.data.names``.
+        train_rows: ``[tasks, ways · shots]``, rows of ``setting.images``; ``test_rows`` alike.
+        train_labels: ``[tasks, ways · shots]``, noisy where the setting says so.
+        clean_labels: the same without noise.
+        test_labels: ``[tasks, ways · test_shots]``.
+    """
+
+    setting: Episodes
+    seed: int
+    classes: Tensor
+    train_rows: Tensor
+    test_rows: Tensor
+    train_labels: Tensor
+    clean_labels: Tensor
+    test_labels: Tensor
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks are stacked."""
+        return len(self.train_rows)
+
+    @property
+    def train(self) -> ImageBatch:
+        """All training examples, not augmented."""
+        return self._batch(self.train_rows, self.train_labels)
+
+    @property
+    def test(self) -> ImageBatch:
+        """All test examples."""
+        return self._batch(self.test_rows, self.test_labels)
+
+    def batches(self, t: int) -> ImageBatch:
+        """The augmented training minibatch of step ``t``, drawn without replacement."""
+        generator = _generator(self.seed, t, stream=2)
+        index = self._minibatch(self.train_rows.shape[1], generator)
+        x = self.setting.images[self.train_rows.gather(1, index)]
+        x = _augmented(x.flatten(0, 1), self.setting.crop, self.setting.flip, generator).view_as(x)
+        return ImageBatch(self.setting.as_floats(x), self.train_labels.gather(1, index))
+
+    def outer_batches(self, t: int) -> ImageBatch:
+        """The test minibatch of step ``t``, drawn without replacement, not augmented."""
+        index = self._minibatch(self.test_rows.shape[1], _generator(self.seed, t, stream=3))
+        return self._batch(self.test_rows.gather(1, index), self.test_labels.gather(1, index))
+
+    def _minibatch(self, size: int, generator: torch.Generator) -> Tensor:
+        order = torch.rand(self.tasks, size, generator=generator).argsort(1)
+        return order[:, : self.setting.batch_size].to(self.train_rows.device)
+
+    def _batch(self, rows: Tensor, labels: Tensor) -> ImageBatch:
+        return ImageBatch(self.setting.as_floats(self.setting.images[rows]), labels)
+
+
+def _augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images ``[n, C, H, W]``, each at its own offset in a black margin of ``crop`` pixels, and mirrored or not."""
+    n, channels, height, width = images.shape
+    shift = torch.randint(2 * crop + 1, (2, n, 1), generator=generator)
+    mirrored = (torch.rand(n, 1, generator=generator) < 0.5) & flip
+    columns = torch.arange(width).expand(n, -1)
+    columns = torch.where(mirrored, width - 1 - columns, columns) + shift[1]
+    rows = torch.arange(height) + shift[0]
+    pixels = (rows.unsqueeze(2) * (width + 2 * crop) + columns.unsqueeze(1)).view(n, 1, -1).to(images.device)
+    padded = torch.nn.functional.pad(images, (crop, crop, crop, crop)).flatten(2)
+    return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+
+
+def _generator(seed: int, number: int, *, stream: int) -> torch.Generator:
+    """A generator of its own for each ``(seed, number, stream)``; on the CPU, so that every device sees the same numbers."""
+    words = np.random.SeedSequence([seed % 2**64, number % 2**64, stream]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
