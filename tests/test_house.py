@@ -67,6 +67,7 @@ NOT_METHODS = {
         "CustomStep",
         "ConstantSlots",
         "Adjoint",
+        "AsymmetricUpdateError",
         "Gradient",
         "ForwardOverReverse",
         "ReverseOverReverse",

@@ -1,5 +1,7 @@
 """Meta-models: each hypergradient against autograd through a hand-written inner loop, stacked tasks, splits, messages."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,22 @@ from torch.nn.functional import cross_entropy
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.models import ANIL, Warp, WarpGrad, batch_norm, conv_net, group_norm, no_norm
+from metaopt.models import (
+    ANIL,
+    MetaWeightNet,
+    SigmoidAbove,
+    SigmoidClamped,
+    Warp,
+    WarpGrad,
+    batch_mean,
+    batch_norm,
+    batch_normalised,
+    conv_net,
+    group_norm,
+    no_norm,
+)
+
+each_cross_entropy = partial(cross_entropy, reduction="none")
 
 LR, MOMENTUM, T, TASKS = 0.1, 0.9, 3, 2
 
@@ -29,14 +46,29 @@ MODELS = {
     "warpgrad, residual, batch norm": lambda: WarpGrad.of(net(no_norm), cross_entropy, warp=Warp(residual=True, norm=batch_norm)),
 }
 
+WEIGHT_NETS = {
+    "mean": lambda: MetaWeightNet.of(net(no_norm), each_cross_entropy, hidden=5),
+    "mean, batch norm": lambda: MetaWeightNet.of(net(), each_cross_entropy, hidden=5, squash=SigmoidAbove(0.1)),
+    "normalised": lambda: MetaWeightNet.of(net(no_norm), each_cross_entropy, hidden=5, coefficients=batch_normalised),
+    "normalised, clamped": lambda: MetaWeightNet.of(
+        net(no_norm), each_cross_entropy, hidden=5, squash=SigmoidClamped(0.45), coefficients=batch_normalised
+    ),
+}
+STACKED = MODELS | {f"meta-weight-net, {name}": make for name, make in WEIGHT_NETS.items()}
 
-def by_hand(model, w, lam, batches, outer_batch):
-    """``d outer_loss / d lam`` by autograd through the whole loop of heavy-ball steps."""
+
+def by_hand(model, w, lam, batches, outer_batch, gradient=None):
+    """``d outer_loss / d lam`` by autograd through the whole loop of heavy-ball steps; ``gradient``: default that of the inner loss."""
+
+    def of_inner_loss(w, lam, batch):
+        return torch.autograd.grad(model.inner_loss(w, lam, batch), list(w.values()), create_graph=True)
+
+    gradient = gradient or of_inner_loss
     lam = tree.map(lambda x: x.clone().requires_grad_(), lam)
     w = tree.map(lambda x: x.clone().requires_grad_(), w)
     velocity = tree.zeros_like(w)
     for batch in batches:
-        g = torch.autograd.grad(model.inner_loss(w, lam, batch), list(w.values()), create_graph=True)
+        g = gradient(w, lam, batch)
         velocity = {k: MOMENTUM * v + d for (k, v), d in zip(velocity.items(), g, strict=True)}
         w = {k: x - LR * velocity[k] for k, x in w.items()}
     return tree.unflatten(torch.autograd.grad(model.outer_loss(w, lam, outer_batch), tree.leaves(lam)), tree.flatten(lam)[1])
@@ -62,9 +94,9 @@ def test_hypergradient_is_autograd_through_the_loop(name):
     same(ours(model, w, lam, batches, outer).total, expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STACKED)
 def test_stacked_tasks_are_the_sum_over_tasks(name):
-    model = MODELS[name]()
+    model = STACKED[name]()
     w, lam = model.init()
     tasks = [images() for _ in range(TASKS)]
     *batches, outer = [tree.stack(batch) for batch in zip(*tasks, strict=True)]
@@ -73,6 +105,104 @@ def test_stacked_tasks_are_the_sum_over_tasks(name):
     same(together.total, tree.add(alone[0].total, alone[1].total))
     accuracy = torch.vmap(model.accuracy, in_dims=(0, None, 0))(together.state.w, lam, outer)
     assert accuracy.tolist() == [model.accuracy(one.state.w, lam, task[-1]).item() for one, task in zip(alone, tasks, strict=True)]
+
+
+# -- MetaWeightNet: an update that is no gradient --------------------------------------------------
+def weighted_update(model, normalised):
+    """``Σ_i c_i ∇ℓ_i``, example by example, with every dependence of ``c`` on w and λ in the graph."""
+
+    def gradient(w, lam, batch):
+        x, y = batch
+        losses = each_cross_entropy(model.model(w, x), y)
+        hidden = torch.relu(losses[:, None] * lam["0.weight"].T + lam["0.bias"])
+        v = model.squash((hidden @ lam["2.weight"].T + lam["2.bias"])[:, 0])
+        c = v / v.sum() if normalised else v / len(y)
+        rows = [torch.autograd.grad(loss, list(w.values()), create_graph=True) for loss in losses]
+        return [sum(c[i] * row[k] for i, row in enumerate(rows)) for k in range(len(w))]
+
+    return gradient
+
+
+@pytest.mark.parametrize("name", WEIGHT_NETS)
+def test_weight_net_is_autograd_through_the_true_update(name):
+    model = WEIGHT_NETS[name]()
+    w, lam = model.init()
+    *batches, outer = images()
+    expected = by_hand(model, w, lam, batches, outer, weighted_update(model, "normalised" in name))
+    hg = ours(model, w, lam, batches, outer)
+    assert (tree.norm(expected) > 1e-3 and all(x is None for x in tree.leaves(hg.direct))) or tree.norm(hg.direct) == 0
+    same(hg.total, expected)
+    # what detaching the weights in the inner loss would give: the error is not small
+    detached = mo.inner_step(lambda w, lam, batch: _detached(model, w, lam, batch), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    wrong = mo.hypergradient(detached, model.outer_loss, w, lam, batches, outer, mo.RMD())
+    assert tree.norm(tree.sub(wrong.total, expected)) > 1e-4 * tree.norm(expected)
+
+
+def _detached(model, w, lam, batch):
+    losses = each_cross_entropy(model.model(w, batch[0]), batch[1])
+    return (model.coefficients(model.weights(lam, losses.detach())) * losses).sum()
+
+
+@pytest.mark.parametrize("name", WEIGHT_NETS)
+@pytest.mark.parametrize("wrap", [lambda loss: loss, mo.meta.stacked], ids=["one", "stacked"])
+def test_weight_nets_step_has_true_products_in_every_form(name, wrap):
+    model = WEIGHT_NETS[name]()
+    w, lam = model.init()
+    batch = images()[0]
+    if wrap is mo.meta.stacked:
+        w, batch = mo.meta.replicated(w, 2), tree.stack([batch, images()[1]])
+    step = mo.inner_step(wrap(model.inner_loss), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    state = step.init(w, lam)
+    direction, lam_dot, alpha = (tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, x) for x in (state, lam, state))
+    pushed = step.jvp(state, lam, batch, direction, lam_dot)
+    w_bar, lam_bar = step.vjp(state, lam, batch, alpha)
+    left = tree.dot(alpha.w, pushed.w) + tree.dot(alpha.slots, pushed.slots)
+    right = tree.dot(w_bar.w, direction.w) + tree.dot(w_bar.slots, direction.slots) + tree.dot(lam_bar, lam_dot)
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+    eps = 1e-6
+
+    def moved(sign):
+        at = state._replace(w=tree.add(state.w, tree.scale(sign * eps, direction.w)))
+        return step(at, tree.add(lam, tree.scale(sign * eps, lam_dot)), batch).w
+
+    still = step.jvp(state, lam, batch, direction._replace(slots=tree.zeros_like(state.slots)), lam_dot)
+    same(still.w, tree.scale(0.5 / eps, tree.sub(moved(1), moved(-1))), 1e-5)
+
+
+def test_weight_net_with_forward_over_reverse_falls_back():
+    model = WEIGHT_NETS["normalised"]()
+    w, lam = model.init()
+    *batches, outer = images()
+    step = mo.inner_step(model.inner_loss, mo.inner.SGD(lr=LR, momentum=MOMENTUM), adjoint=mo.inner.ForwardOverReverse())
+    with pytest.warns(UserWarning, match="using reverse over reverse"):
+        hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.RMD())
+    same(hg.total, ours(model, w, lam, batches, outer).total)
+
+
+def test_evograd_sees_the_weight_net():
+    model = WEIGHT_NETS["normalised"]()
+    w, lam = model.init()
+    *batches, outer = images()
+    step = mo.inner_step(model.inner_loss, mo.inner.SGD(lr=LR))
+    hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.EvoGrad(sigma=0.01, temperature=0.05))
+    assert tree.norm(hg.total) > 0
+
+
+def test_weights_curve_floor_and_coefficients():
+    losses = torch.linspace(0, 5, 7, dtype=torch.float64)
+    for squash in (SigmoidAbove(0.1), SigmoidClamped(0.1)):
+        model = MetaWeightNet.of(nn.Linear(2, 2).double(), each_cross_entropy, squash=squash)
+        v = model.weights(tree.scale(40.0, model.init()[1]), losses)
+        assert v.shape == (7,) and v.min() >= 0.1 and v.max() <= 1
+    low = torch.tensor([-9.0], requires_grad=True)
+    assert torch.autograd.grad(SigmoidAbove(0.1)(low), low)[0] > 0 == torch.autograd.grad(SigmoidClamped(0.1)(low), low)[0]
+    assert batch_mean(v).sum() == pytest.approx(v.mean()) and batch_normalised(v).sum() == pytest.approx(1)
+    assert batch_normalised(torch.zeros(3)).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
+        SigmoidAbove(1.0)
+    scalar = MetaWeightNet.of(nn.Linear(2, 2), cross_entropy)
+    with pytest.raises(ValueError, match='reduction="none"'):
+        scalar.inner_loss(*scalar.init(), (torch.ones(3, 2), torch.tensor([0, 1, 0])))
 
 
 # -- the split, the net ----------------------------------------------------------------------------

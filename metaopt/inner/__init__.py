@@ -24,6 +24,7 @@ from metaopt.inner.optimizer import Hyper, Optimizer
 from metaopt.inner.per_task import PerTask
 from metaopt.inner.precondition import Precondition, identity_factors, meta_curvature
 from metaopt.inner.radam import RAdam
+from metaopt.inner.reweighted import AsymmetricUpdateError, reweighted
 from metaopt.inner.rmsprop import RMSprop
 from metaopt.inner.rprop import Rprop
 from metaopt.inner.sgd import SGD
@@ -43,6 +44,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adjoint",
+    "AsymmetricUpdateError",
     "ClipNorm",
     "ClipValue",
     "ConstantSlots",
@@ -74,6 +76,7 @@ __all__ = [
     "inner_step",
     "meta_curvature",
     "moments",
+    "reweighted",
     "safe",
     "schedules",
 ]

@@ -203,6 +203,26 @@ def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: Tree, *, 
     return tangents[:split], tangents[split:]
 
 
+def dots_of(dot: Tree, like: Tree) -> list[Tensor]:
+    """The leaves of a tangent where ``like`` has floating-point ones."""
+    return [d for d, x in zip(tree.leaves(dot), tree.leaves(like), strict=True) if tree.is_float(x)]
+
+
+def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], dots: list[Tensor]) -> list[Tensor]:
+    """The tangents of ``outputs`` along ``dots``, from their graph: the pullback is linear in its seeds, and its transpose is the tangent map.
+
+    Cost: two backward passes, the second through the graph of the first. Call it with gradients enabled.
+    """
+    live = [x for x in outputs if x.requires_grad]
+    seeds = [torch.zeros_like(x).requires_grad_() for x in live]
+    bars = torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+    terms = [(bar * dot).sum() for bar, dot in zip(bars, dots, strict=True) if bar is not None and bar.requires_grad]
+    slopes = torch.autograd.grad(torch.stack(terms).sum(), seeds, allow_unused=True) if terms else [None] * len(seeds)
+    of_live = iter(slopes)
+    tangents = [next(of_live) if x.requires_grad else None for x in outputs]
+    return [torch.zeros_like(x) if tangent is None else tangent.detach() for tangent, x in zip(tangents, outputs, strict=True)]
+
+
 def _tangent(g: Tensor) -> Tensor | None:
     tangent = forward_ad.unpack_dual(g).tangent
     return None if tangent is None else tangent.detach().clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner.adjoint import dots_of, transposed_twice
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step, Wrt, check_weights
 from metaopt.tree import Tree
@@ -64,22 +65,9 @@ class CustomStep:
         with torch.enable_grad():
             state_, lam_ = tree.attach(state), tree.attach(lam)
             new = self._run(state_, lam_, batch)
-            outputs, inputs = tree.floats(new), tree.floats(state_) + tree.floats(lam_)
-            dots = _dots(state_dot, state_) + _dots(lam_dot, lam_)
-            live = [o for o in outputs if o.requires_grad]
-            seeds = [torch.zeros_like(o).requires_grad_() for o in live]
-            bars = torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else []
-            total = [(b * d).sum() for b, d in zip(bars, dots, strict=False) if b is not None and b.requires_grad]
-            slopes = torch.autograd.grad(torch.stack(total).sum(), seeds, allow_unused=True) if total else [None] * len(seeds)
-        supply = iter(slopes)
-
-        def tangent(leaf: Any) -> Any:
-            if not tree.is_float(leaf):
-                return leaf
-            value = next(supply) if leaf.requires_grad else None
-            return torch.zeros_like(leaf) if value is None else value.detach()
-
-        return tree.map(tangent, new)
+            inputs = tree.floats(state_) + tree.floats(lam_)
+            tangents = iter(transposed_twice(tree.floats(new), inputs, dots_of(state_dot, state_) + dots_of(lam_dot, lam_)))
+        return tree.map(lambda leaf: next(tangents) if tree.is_float(leaf) else leaf, new)
 
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         """Φ itself: its fixed points are what it converges to.
@@ -151,7 +139,3 @@ class LinearizedCustomStep:
             state_bar = tree.filled(state_bar, self._state)
         lam_bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam) if wrt != "state" else None
         return state_bar, lam_bar
-
-
-def _dots(dot: Tree, like: Tree) -> list[Tensor]:
-    return [d for d, x in zip(tree.leaves(dot), tree.leaves(like), strict=True) if tree.is_float(x)]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adjoint import Adjoint, Gradient, ReverseOverReverse, gradient_of
+from metaopt.inner.adjoint import Adjoint, Gradient, RandomState, ReverseOverReverse, dots_of, gradient_of, transposed_twice
 from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
+from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -148,19 +149,21 @@ class InnerStep:
 
         By symmetry of second derivatives the inner gradient's tangent is
         :math:`\nabla_w\,(\nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda)`: reverse mode twice, so it works wherever a
-        double backward does. The optimiser's part is forward mode.
+        double backward does. Where that symmetry is missing (:func:`metaopt.inner.reweighted`), the step adjoint is transposed instead,
+        at about twice the cost. The optimiser's part is forward mode.
         """
+        random = RandomState(state.w)
         with torch.enable_grad():
             w, lam_ = tree.attach(state.w), tree.attach(lam)
-            loss = self._loss(w, lam_, batch)
-            w_flat, lam_flat = tree.leaves(w), tree.floats(lam_)
-            gradients = torch.autograd.grad(loss, w_flat + lam_flat, create_graph=True, allow_unused=True)
-            dots = tree.leaves(state_dot.w) + [d for d, x in zip(tree.leaves(lam_dot), tree.leaves(lam_), strict=True) if tree.is_float(x)]
-            terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
-            slopes = torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
+            try:
+                g, g_dot = self._by_symmetry(w, lam_, batch, state_dot, lam_dot)
+            except AsymmetricUpdateError:
+                with random.again():
+                    live = tree.leaves(gradient_of(self._loss(w, lam_, batch), w, graph=True))
+                dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam_)
+                g, g_dot = live, transposed_twice(live, tree.leaves(w) + tree.floats(lam_), dots)
         spec = tree.flatten(state.w)[1]
-        g = tree.unflatten([_zero_if_none(g, x).detach() for g, x in zip(gradients[: len(w_flat)], w_flat, strict=True)], spec)
-        g_dot = tree.unflatten([_zero_if_none(s, x) for s, x in zip(slopes, w_flat, strict=True)], spec)
+        g, g_dot = tree.unflatten([x.detach() for x in g], spec), tree.unflatten(g_dot, spec)
         w_dot, slots_dot = push_forward(self.optimizer, g, state, lam, g_dot, state_dot, lam_dot)
         return InnerState(w_dot, slots_dot, state.t + 1)
 
@@ -195,6 +198,17 @@ class InnerStep:
     # -- parts -----------------------------------------------------------------------------------
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
+
+    def _by_symmetry(self, w: Tree, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> tuple[list[Tensor], list[Tensor]]:
+        """The inner gradient and its tangent, as leaves: ``∇_w (∇_w L · ẇ + ∇_λ L · λ̇)``."""
+        loss = self._loss(w, lam, batch)
+        w_flat, lam_flat = tree.leaves(w), tree.floats(lam)
+        gradients = torch.autograd.grad(loss, w_flat + lam_flat, create_graph=True, allow_unused=True)
+        dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam)
+        terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
+        slopes = torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
+        g = [_zero_if_none(g, x) for g, x in zip(gradients[: len(w_flat)], w_flat, strict=True)]
+        return g, [_zero_if_none(s, x) for s, x in zip(slopes, w_flat, strict=True)]
 
     def _next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
         w, slots = self.optimizer.update(g, state.w, state.slots, lam, state.t + 1)

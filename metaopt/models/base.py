@@ -61,3 +61,17 @@ class MetaModel(ABC):
         with torch.no_grad():
             scores = self.predict(w, lam, x)
             return (scores.argmax(1) == y).to(scores.dtype).mean()
+
+
+def per_example(losses: Tensor, targets: Tensor) -> Tensor:
+    """``losses`` if there is one for each example.
+
+    Raises:
+        ValueError: if not.
+    """
+    if losses.shape != targets.shape[:1]:
+        raise ValueError(
+            f"the loss must return one number per example, [{targets.shape[0]}], got a tensor of shape {tuple(losses.shape)}: "
+            'give it reduction="none", and for several outputs sum over them'
+        )
+    return losses
