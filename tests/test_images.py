@@ -1,5 +1,8 @@
 """Image tasks: class episodes, readers of the true on-disk formats, glyphs."""
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import metaopt as mo
-from metaopt.tasks import Episodes, LabelledImages, label_noise, split_classes
+from metaopt.tasks import Episodes, LabelledImages, glyphs, label_noise, split_classes, split_families
+from metaopt.tasks import fonts as font_files
 
 SEEDS = st.integers(-10_000, 10_000)
 
@@ -178,3 +182,100 @@ def test_bad_episodes_are_named():
         Episodes(DATA, ways=0)
     with pytest.raises(ValueError, match="at least one task"):
         PLAIN.sample(0, 0)
+
+
+SHIPPED = Path(matplotlib.get_data_path(), "fonts", "ttf")
+FILES = [SHIPPED / f"{name}.ttf" for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmtt10")]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("glyphs")
+
+    def make(size=14, characters="AOoХ3ЖΩ", per_class=10, **options):
+        return glyphs(size, characters, per_class=per_class, cache=cache, **{"files": FILES, **options})
+
+    make.cache = cache
+    return make
+
+
+@pytest.mark.parametrize("size", [14, 28])
+def test_glyphs_are_characters_without_homoglyphs(small, size):
+    data = small(size, "AOoОХX3ЖΩ")
+    assert data.names == ("A", "O", "Х", "3", "Ж", "Ω")
+    assert data.images.shape == (60, 1, size, size) and torch.equal(data.counts(), torch.full((6,), 10))
+    assert (data.images.flatten(1).max(1).values > 100).all() and (data.images.float().mean((1, 2, 3)) < 127).all()
+    assert data.images[:, :, 0].float().mean() < 0.05 * data.images.float().mean()  # hardly ever over the edge
+    assert len({image.numpy().tobytes() for image in data.images}) == 60
+
+
+def test_glyphs_look_the_same_in_all_fonts_and_differ_between_characters(small):
+    data = small(28, "A3ЖΩ", per_class=30)
+    x = data.images.float().flatten(1)
+    centres = torch.stack([x[data.labels == c].mean(0) for c in range(4)])
+    assert (torch.cdist(x, centres).argmin(1) == data.labels).double().mean() > 0.9
+
+
+def test_no_family_and_no_drawing_is_shared(small):
+    names = sorted({font.family for font in font_files.fonts(FILES)})
+    assert names == ["Computer Modern", "Computer Modern Typewriter", "DejaVu Sans", "DejaVu Sans Mono", "DejaVu Serif", "STIX"]
+    train, test = split_families(names, (3, 3), seed=0)
+    assert not set(train) & set(test) and sorted(train + test) == names
+    parts = [small(families=chosen, per_class=12) for chosen in (train, test)]
+    assert [part.family_names for part in parts] == [train, test]
+    assert not {i.numpy().tobytes() for i in parts[0].images} & {i.numpy().tobytes() for i in parts[1].images}
+    whole = small(per_class=12)
+    assert whole.family_names == tuple(names)
+    part = whole.of_families(train)
+    assert {part.family_names[i] for i in part.families.unique()} == set(train) and part.names == whole.names
+    some = whole.classes([2, 0])
+    assert len(some.families) == len(some) == 24
+    per_family = torch.bincount(some.classes([1]).families, minlength=6)
+    assert per_family.max() - per_family.min() <= 1  # "A" is in all: spread evenly
+
+
+def test_unjittered_glyphs_are_distinct_drawings(small):
+    data = small(characters="AB", per_class=7, jitter=False)
+    assert len({image.numpy().tobytes() for image in data.images}) == 14
+    with pytest.raises(ValueError, match=r"no character has 8 distinct images in 6 font families"):
+        small(characters="AB", per_class=8, jitter=False)
+
+
+def test_glyphs_are_cached_by_their_setting(small):
+    before = set(small.cache.iterdir())
+    first, second = small(seed=5), small(seed=5)
+    (new,) = set(small.cache.iterdir()) - before
+    assert torch.equal(first.images, second.images) and torch.equal(first.families, second.families)
+    assert not torch.equal(first.images, small(seed=6).images)
+    new.unlink()
+    assert torch.equal(first.images, small(seed=5).images)
+    new.write_bytes(new.read_bytes()[:100])
+    with pytest.raises(RuntimeError, match=rf"{new.name} cannot be read.*delete it"):
+        small(seed=5)
+
+
+def test_the_cache_has_its_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    glyphs(14, "AB", per_class=2, files=FILES[:1])
+    assert [path.suffix for path in (tmp_path / "metaopt").iterdir()] == [".pt"]
+
+
+def test_fonts_that_show_something_else_are_passed_over():
+    read = {font.path.stem: font for font in font_files.fonts()}
+    assert "DejaVuSans" in read and not {"LastResortHE-Regular", "cmsy10", "cmex10", "STIXNonUni", "STIXSizOneSymReg"} & set(read)
+    assert ord("A") in read["cmr10"].characters and ord("±") not in read["cmr10"].characters
+
+
+def test_bad_glyphs_are_named(small, tmp_path):
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    with pytest.raises(ValueError, match="none of 0 fonts has the characters 'A'"):
+        small(characters="A", files=[broken])
+    with pytest.raises(ValueError, match=r"no such font family: Comic; there are Computer Modern, .*"):
+        small(families=["Comic"])
+    with pytest.raises(ValueError, match="no such font family: Comic"):
+        small().of_families(["Comic"])
+    with pytest.raises(ValueError, match="at least 8 pixels"):
+        small(size=4)
+    with pytest.raises(ValueError, match=r"2 families into parts of \(2, 1\)"):
+        split_families(["a", "b"], (2, 1), 0)

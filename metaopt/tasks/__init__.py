@@ -1,8 +1,23 @@
 """Task distributions."""
 
-from metaopt.tasks import label_noise, sinusoid
+from metaopt.tasks import fonts, label_noise, sinusoid
 from metaopt.tasks.episodes import Episode, Episodes, ImageBatch
+from metaopt.tasks.fonts import split_families
+from metaopt.tasks.glyphs import Glyphs, glyphs
 from metaopt.tasks.images import LabelledImages, split_classes
 from metaopt.tasks.sinusoid import Sinusoid
 
-__all__ = ["Episode", "Episodes", "ImageBatch", "LabelledImages", "Sinusoid", "label_noise", "sinusoid", "split_classes"]
+__all__ = [
+    "Episode",
+    "Episodes",
+    "Glyphs",
+    "ImageBatch",
+    "LabelledImages",
+    "Sinusoid",
+    "fonts",
+    "glyphs",
+    "label_noise",
+    "sinusoid",
+    "split_classes",
+    "split_families",
+]

@@ -15,7 +15,7 @@ from typing_extensions import Self
 Data = TypeVar("Data", bound="LabelledImages")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LabelledImages:
     """N images and their classes.
 
