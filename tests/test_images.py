@@ -205,7 +205,7 @@ def test_glyphs_are_characters_without_homoglyphs(small, size):
     assert data.names == ("A", "O", "Х", "3", "Ж", "Ω")
     assert data.images.shape == (60, 1, size, size) and torch.equal(data.counts(), torch.full((6,), 10))
     assert (data.images.flatten(1).max(1).values > 100).all() and (data.images.float().mean((1, 2, 3)) < 127).all()
-    assert data.images[:, :, 0].float().mean() < 0.05 * data.images.float().mean()  # hardly ever over the edge
+    assert data.images[:, :, 0].float().mean() < 0.1 * data.images.float().mean()  # hardly ever over the edge
     assert len({image.numpy().tobytes() for image in data.images}) == 60
 
 

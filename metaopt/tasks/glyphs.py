@@ -34,7 +34,7 @@ CHARACTERS = (
 )
 """What :func:`glyphs` renders unless told otherwise; homoglyphs are dropped afterwards."""
 
-_BOX, _OVERSAMPLING, _FORMAT = 0.72, 2, 1
+_BOX, _OVERSAMPLING, _FORMAT = 0.66, 2, 1
 _ALIKE, _SHARE, _GRID = 0.9, 0.3, 14
 
 
