@@ -1,11 +1,13 @@
 """Task distributions."""
 
 from metaopt.tasks import fonts, label_noise, sinusoid
+from metaopt.tasks.datasets import cifar10, cifar100, fashion_mnist, folder
 from metaopt.tasks.episodes import Episode, Episodes, ImageBatch
 from metaopt.tasks.fonts import split_families
 from metaopt.tasks.glyphs import Glyphs, glyphs
 from metaopt.tasks.images import LabelledImages, split_classes
 from metaopt.tasks.sinusoid import Sinusoid
+from metaopt.tasks.tiny_imagenet import tiny_imagenet
 
 __all__ = [
     "Episode",
@@ -14,10 +16,15 @@ __all__ = [
     "ImageBatch",
     "LabelledImages",
     "Sinusoid",
+    "cifar10",
+    "cifar100",
+    "fashion_mnist",
+    "folder",
     "fonts",
     "glyphs",
     "label_noise",
     "sinusoid",
     "split_classes",
     "split_families",
+    "tiny_imagenet",
 ]

@@ -123,14 +123,14 @@ def glyphs(
 
 
 def _make(available: list[Font], characters: str, families: tuple[str, ...], size: int, per_class: int, jitter: bool, seed: int) -> Glyphs:
-    sheets = [(font, _sheet(font, characters, size)) for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False)]
+    sheets = [(font, _sheet(font, characters, size)) for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False, delay=1)]
     sheets = [(font, sheet) for font, sheet in sheets if len(sheet) > 1]
     if not sheets:
         raise ValueError(f"none of {len(available)} fonts has the characters {characters!r}")
     kept = _without_homoglyphs([sheet for _, sheet in sheets], characters)
     generator = torch.Generator().manual_seed(seed)
     images, labels, origins, names = [], [], [], []
-    for character in tqdm(kept, desc="jitter" if jitter else "choice", leave=False):
+    for character in tqdm(kept, desc="jitter" if jitter else "choice", leave=False, delay=1):
         distinct, origin = _distinct(sheets, character, families)
         if not len(distinct) or (not jitter and len(distinct) < per_class):
             continue

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from typing_extensions import Self
 
 Data = TypeVar("Data", bound="LabelledImages")
@@ -62,7 +63,7 @@ class LabelledImages:
         if not len(dataset):
             raise ValueError(f"{type(dataset).__name__} is empty")
         images, labels = [], []
-        for i in range(len(dataset)):
+        for i in tqdm(range(len(dataset)), desc=type(dataset).__name__, leave=False, delay=1):
             image, label = dataset[i]
             images.append(as_uint8(image, i))
             if images[i].shape != images[0].shape:

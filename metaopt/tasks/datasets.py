@@ -1,0 +1,103 @@
+"""Readers of well-known data sets, and of a folder of images, through torchvision (``pip install 'metaopt[vision]'``).
+
+Each looks below ``root`` where torchvision does, checks the files, and says which one is missing or damaged and how to get it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaopt import _torchvision
+from metaopt.tasks._files import Part, check_file, fetch, open_image, parts
+from metaopt.tasks.images import LabelledImages
+
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist (data/fashion), or Debian's package dataset-fashion-mnist"
+
+
+def cifar10(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
+    """CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 3×32×32; Krizhevsky 2009.
+
+    Args:
+        root: where ``cifar-10-batches-py/`` is.
+        part: "train", "test" or "all".
+        download: fetch it there if need be.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged (by its MD5).
+    """
+    return _cifar(_torchvision.datasets().CIFAR10, Path(root), part, download)
+
+
+def cifar100(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
+    """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 3×32×32, in ``cifar-100-python/``; as :func:`cifar10`."""
+    return _cifar(_torchvision.datasets().CIFAR100, Path(root), part, download)
+
+
+def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
+    """Fashion-MNIST: 10 classes, 60,000 training and 10,000 test images of 1×28×28; Xiao et al. 2017, arXiv 1708.07747.
+
+    Args:
+        root: where ``FashionMNIST/raw/`` with the four unpacked idx files is.
+        part: "train", "test" or "all".
+        download: fetch it there if need be.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged.
+    """
+    module = _torchvision.datasets()
+    folder = Path(root) / "FashionMNIST" / "raw"
+    if download:
+        fetch(partial(module.FashionMNIST, root, download=True), folder, _FASHION)
+    contents = [_idx_part(module.mnist, folder, name) for name in parts(part, "train", "t10k")]
+    images, labels = (torch.cat(tensors) for tensors in zip(*contents, strict=True))
+    return LabelledImages(images.unsqueeze(1), labels, tuple(module.FashionMNIST.classes))
+
+
+def folder(path: str | Path, size: int = 64) -> LabelledImages:
+    """A folder with one sub-folder of images per class, in colour, scaled and cropped to ``size`` × ``size``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a class without images.
+        ValueError: if an image is damaged.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is no folder; it should hold one sub-folder of images per class")
+    return LabelledImages.of(_torchvision.datasets().ImageFolder(path, loader=partial(open_image, size=size)))
+
+
+def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImages:
+    place = root / reader.base_folder
+    if download:
+        fetch(partial(reader, root, download=True), place, reader.url)
+    for name, md5 in [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]:
+        check_file(place / name, f"unpack {reader.url} in {root}, or pass download=True", md5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"dtype\(\): align")  # the published pickles are older than this rule of NumPy's
+        read = [reader(root, train=train) for train in parts(part, True, False)]
+    images = torch.from_numpy(np.concatenate([dataset.data for dataset in read])).movedim(3, 1).contiguous()
+    return LabelledImages(images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes))
+
+
+def _idx_part(reader: Any, place: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of one part of Fashion-MNIST."""
+    contents = []
+    for file, read in ((f"{name}-images-idx3-ubyte", reader.read_image_file), (f"{name}-labels-idx1-ubyte", reader.read_label_file)):
+        packed = f"gunzip the {file}.gz that is there" if (place / f"{file}.gz").exists() else f"unpack the files of {_FASHION} there"
+        check_file(place / file, f"{packed}, or pass download=True")
+        try:
+            contents.append(read(str(place / file)))
+        except Exception as error:  # whatever a wrong header leads to
+            raise ValueError(f"{place / file} is damaged, it is no idx file of the expected kind; fetch it again") from error
+    images, labels = contents
+    if len(images) != len(labels):
+        raise ValueError(f"{place}: {len(images)} {name} images but {len(labels)} labels, so one of the two files is damaged; fetch them again")
+    return images, labels
