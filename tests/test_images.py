@@ -1,5 +1,6 @@
 """Image tasks: class episodes, readers of the true on-disk formats, glyphs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -73,6 +74,16 @@ def test_a_minibatch_is_drawn_without_replacement_with_its_labels():
     assert seen[0] == set(episode.train_rows[0].tolist())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_sees_the_same_batches():
+    setting = Episodes(DATA, ways=3, shots=4, test_shots=2, batch_size=5, crop=1, corruption=label_noise.flip)
+    cpu, gpu = setting.sample(2, 0), replace(setting, device="cuda").sample(2, 0)
+    for ours, theirs in ((cpu.batches(3), gpu.batches(3)), (cpu.outer_batches(3), gpu.outer_batches(3)), (cpu.test, gpu.test)):
+        assert theirs.x.is_cuda and theirs.y.is_cuda
+        assert torch.equal(ours.x, theirs.x.cpu()) and torch.equal(ours.y, theirs.y.cpu())
+
+
 def test_crops_and_flips_are_pieces_of_the_padded_image():
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(1, 256, (1, 3, 4, 6), generator=generator, dtype=torch.uint8)
@@ -132,6 +143,7 @@ def test_class_splits_share_no_class(seed):
     for part in parts:
         assert [part.names[label] for label in part.labels] == [DATA.names[c] for c in part.images[:, 1, 0, 0].tolist()]
         assert torch.equal(part.counts(), torch.full((len(part.names),), 12))
+        assert torch.equal(DATA.classes(part.names).images, part.images)
 
 
 def test_images_of_any_dataset():
@@ -165,8 +177,12 @@ def test_bad_images_are_named():
         LabelledImages(image[None], torch.zeros(1), ("a",))
     with pytest.raises(ValueError, match="3 … 3, but there are 1"):
         LabelledImages(image[None], torch.tensor([3]), ("a",))
-    with pytest.raises(ValueError, match=r"0 … 5, got \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"0 … 5, .* got \[1, 1\]"):
         DATA.classes([1, 1])
+    with pytest.raises(ValueError, match="no class is called 'z'; there are a, b"):
+        DATA.classes(["a", "z"])
+    with pytest.raises(ValueError, match=r"at least one; got \[\]"):
+        DATA.classes([])
     with pytest.raises(ValueError, match=r"6 classes into parts of \(5, 2\)"):
         split_classes(DATA, (5, 2), 0)
 

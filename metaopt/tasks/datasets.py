@@ -81,7 +81,7 @@ def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImage
     for name, md5 in [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]:
         check_file(place / name, f"unpack {reader.url} in {root}, or pass download=True", md5)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"dtype\(\): align")  # the published pickles are older than this rule of NumPy's
+        warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, about the published pickles
         read = [reader(root, train=train) for train in parts(part, True, False)]
     images = torch.from_numpy(np.concatenate([dataset.data for dataset in read])).movedim(3, 1).contiguous()
     return LabelledImages(images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes))

@@ -2,7 +2,12 @@ r"""Glyphs: characters rendered from the machine's fonts, a class per character,
 
 Every glyph is scaled to the same box, centred, white on black; then each image gets a random rotation, shear, scale and shift, about what different
 hands would do. Scaling makes some characters alike (c and C, o and 0, Latin and Cyrillic а): of such homoglyphs only the first is kept.
-Split by character (:func:`~metaopt.tasks.images.split_classes`), by font family (``families=``), or by both.
+Split by character, by font family, or by both::
+
+    known, unseen = split_families({font.family for font in fonts()}, (4, 3), seed=0)
+    train, valid, test = split_classes(glyphs(families=known), (90, 30, 50), seed=0)
+    other = glyphs(families=unseen)
+    test = other.classes([name for name in test.names if name in other.names])  # unseen characters in unseen families
 """
 
 from __future__ import annotations

@@ -74,11 +74,13 @@ class LabelledImages:
         found = names or getattr(dataset, "classes", None) or range(max(labels) + 1)
         return LabelledImages(torch.stack(images), torch.tensor(labels), tuple(str(name) for name in found))
 
-    def classes(self, indices: Sequence[int]) -> Self:
-        """Only these classes, renumbered in this order."""
-        indices = [int(i) for i in indices]
+    def classes(self, chosen: Sequence[int] | Sequence[str]) -> Self:
+        """Only these classes, by number or by name, renumbered in this order."""
+        if unknown := [name for name in chosen if isinstance(name, str) and name not in self.names]:
+            raise ValueError(f"no class is called {', '.join(map(repr, unknown))}; there are {', '.join(self.names)}")
+        indices = [self.names.index(c) if isinstance(c, str) else int(c) for c in chosen]
         if not indices or len(set(indices)) < len(indices) or not all(0 <= i < len(self.names) for i in indices):
-            raise ValueError(f"classes must be distinct numbers in 0 … {len(self.names) - 1}, got {indices}")
+            raise ValueError(f"classes must be distinct numbers in 0 … {len(self.names) - 1}, or names, and at least one; got {list(chosen)}")
         renumbered = torch.full((len(self.names),), -1, device=self.labels.device)
         renumbered[indices] = torch.arange(len(indices), device=self.labels.device)
         kept = self.rows((renumbered[self.labels] >= 0).nonzero().squeeze(1))
