@@ -17,10 +17,11 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -120,7 +121,7 @@ def glyphs(
         raise ValueError(f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     setting = f"{_FORMAT} {size} {characters} {chosen} {per_class} {jitter} {seed}"
     inventory = " ".join(f"{font.path.name}:{font.path.stat().st_size}" for font in available)
-    key = hashlib.sha256(f"{setting} | {inventory} | {ImageFont.__name__}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{setting} | {inventory} | {PIL.__version__}".encode()).hexdigest()[:16]
     path = _cache_directory(cache) / f"glyphs-{size}-{key}.pt"
     if not path.exists():
         _save(_make(available, characters, chosen, size, per_class, jitter, seed), path)
@@ -260,11 +261,10 @@ def _cache_directory(cache: str | Path | None) -> Path:
 def _save(data: Glyphs, path: Path) -> None:
     """Write beside the place and move there, so that no reader ever sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        torch.save(
-            {"images": data.images, "labels": data.labels, "names": data.names, "families": data.families, "family_names": data.family_names}, file
-        )
-    os.replace(file.name, path)
+    content = {f.name: getattr(data, f.name) for f in fields(data)}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as unfinished:
+        torch.save(content, Path(unfinished, path.name))
+        os.replace(Path(unfinished, path.name), path)
 
 
 def _load(path: Path) -> Glyphs:
