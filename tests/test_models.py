@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -11,9 +12,17 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.models import (
     ANIL,
+    MAML,
+    RTN,
+    DataWeights,
+    FeatureTransform,
     MetaWeightNet,
+    RawWeights,
+    Rotation,
     SigmoidAbove,
     SigmoidClamped,
+    SigmoidWeights,
+    SoftmaxWeights,
     Warp,
     WarpGrad,
     batch_mean,
@@ -21,7 +30,9 @@ from metaopt.models import (
     batch_normalised,
     conv_net,
     group_norm,
+    insert,
     no_norm,
+    rotate,
 )
 
 each_cross_entropy = partial(cross_entropy, reduction="none")
@@ -38,12 +49,35 @@ def net(norm=batch_norm):
     return conv_net(2, 3, classes=3, in_channels=1, image_size=6, norm=norm).double()
 
 
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def task(model):
+    """Inner batches and an outer batch, with what the model's inner loss needs besides."""
+    *batches, outer = images()
+    if isinstance(model, FeatureTransform):
+        batches = [(x, y, model.noise()) for x, y in batches]
+    if isinstance(model, DataWeights):
+        batches = [(x, y, torch.randperm(model.examples)[: len(y)]) for x, y in batches]
+    return batches, outer
+
+
 MODELS = {
     "anil": lambda: ANIL.of(net(), ["block2.*", "head.*"], cross_entropy),
     "anil, group norm": lambda: ANIL.of(net(group_norm), ["head.*"], cross_entropy),
     "warpgrad": lambda: WarpGrad.of(net(), cross_entropy),
     "warpgrad, linear": lambda: WarpGrad.of(net(), cross_entropy, warp=Warp(activation=nn.Identity)),
     "warpgrad, residual, batch norm": lambda: WarpGrad.of(net(no_norm), cross_entropy, warp=Warp(residual=True, norm=batch_norm)),
+    "maml": lambda: MAML.of(net(), cross_entropy),
+    "maml, proximity": lambda: MAML.of(net(), cross_entropy, proximity=0.5),
+    "feature transform": lambda: FeatureTransform.of(net(), cross_entropy),
+    "rtn": lambda: RTN.of(net(), cross_entropy, after=["flatten"], bottleneck=2, features=3),
+    "rtn, two": lambda: RTN.of(mlp(), cross_entropy, after=["1", "3"], bottleneck=2),
+    "raw data weights": lambda: DataWeights.of(net(), each_cross_entropy, examples=9),
+    "sigmoid data weights": lambda: DataWeights.of(net(), each_cross_entropy, examples=9, weighting=SigmoidWeights()),
+    "softmax data weights": lambda: DataWeights.of(net(), each_cross_entropy, examples=9, weighting=SoftmaxWeights()),
+    "rotation": lambda: Rotation.of(net(), cross_entropy, degrees=20),
 }
 
 WEIGHT_NETS = {
@@ -88,7 +122,7 @@ def same(a, b, tolerance=1e-10):
 def test_hypergradient_is_autograd_through_the_loop(name):
     model = MODELS[name]()
     w, lam = model.init()
-    *batches, outer = images()
+    batches, outer = task(model)
     expected = by_hand(model, w, lam, batches, outer)
     assert tree.norm(expected) > 1e-3
     same(ours(model, w, lam, batches, outer).total, expected)
@@ -98,13 +132,14 @@ def test_hypergradient_is_autograd_through_the_loop(name):
 def test_stacked_tasks_are_the_sum_over_tasks(name):
     model = STACKED[name]()
     w, lam = model.init()
-    tasks = [images() for _ in range(TASKS)]
-    *batches, outer = [tree.stack(batch) for batch in zip(*tasks, strict=True)]
+    tasks = [task(model) for _ in range(TASKS)]
+    batches = [tree.stack(batch) for batch in zip(*(batches for batches, _ in tasks), strict=True)]
+    outer = tree.stack([outer for _, outer in tasks])
     together = ours(model, mo.meta.replicated(w, TASKS), lam, batches, outer, mo.meta.stacked)
-    alone = [ours(model, w, lam, task[:-1], task[-1]) for task in tasks]
+    alone = [ours(model, w, lam, *each) for each in tasks]
     same(together.total, tree.add(alone[0].total, alone[1].total))
     accuracy = torch.vmap(model.accuracy, in_dims=(0, None, 0))(together.state.w, lam, outer)
-    assert accuracy.tolist() == [model.accuracy(one.state.w, lam, task[-1]).item() for one, task in zip(alone, tasks, strict=True)]
+    assert accuracy.tolist() == [model.accuracy(one.state.w, lam, outer).item() for one, (_, outer) in zip(alone, tasks, strict=True)]
 
 
 # -- MetaWeightNet: an update that is no gradient --------------------------------------------------
@@ -203,6 +238,157 @@ def test_weights_curve_floor_and_coefficients():
     scalar = MetaWeightNet.of(nn.Linear(2, 2), cross_entropy)
     with pytest.raises(ValueError, match='reduction="none"'):
         scalar.inner_loss(*scalar.init(), (torch.ones(3, 2), torch.tensor([0, 1, 0])))
+
+
+# -- MAML -----------------------------------------------------------------------------------------
+def test_maml_is_textbook_second_order_maml():
+    maml = MAML.of(mlp(), cross_entropy)
+    (train, test), (w, phi) = images()[:2], maml.init()
+    leaves = {k: x.clone().requires_grad_() for k, x in phi.items()}
+    losses = [cross_entropy(maml.model(leaves, train[0]), train[1])]
+    g = torch.autograd.grad(losses[0], list(leaves.values()), create_graph=True)
+    adapted = {k: x - LR * d for (k, x), d in zip(leaves.items(), g, strict=True)}
+    outer = cross_entropy(maml.model(adapted, test[0]), test[1])
+    textbook = dict(zip(phi, torch.autograd.grad(outer, list(leaves.values()), retain_graph=True), strict=True))
+    first_order = dict(zip(phi, torch.autograd.grad(outer, list(adapted.values())), strict=True))
+    step = mo.inner_step(maml.inner_loss, mo.inner.SGD(lr=LR))
+    exact = mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, mo.RMD())
+    same(exact.total, textbook, 1e-12)
+    same(exact.direct, first_order, 1e-12)
+    same(mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, mo.FirstOrder()).total, first_order, 1e-12)
+    assert tree.norm(exact.indirect) > 1e-4
+    same(maml.adapted(exact.state.w, phi), adapted, 1e-12)
+
+
+def test_maml_is_the_cotangent_of_the_initial_weights():
+    maml = MAML.of(mlp(), cross_entropy)
+    *batches, outer = images()
+    w, phi = maml.init()
+    displaced = ours(maml, w, phi, batches, outer)
+
+    def plain(w, lam, batch):
+        return lam * cross_entropy(maml.model(w, batch[0]), batch[1])
+
+    step = mo.inner_step(plain, mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    plain = mo.hypergradient(step, plain, phi, torch.tensor(1.0, dtype=torch.float64), batches, outer, mo.RMD())
+    same(displaced.total, plain.init)
+
+
+def test_implicit_maml_on_a_quadratic():
+    """With the pull μ and a converged inner loop, ``dL/dφ = μ (H + μ)⁻¹ ∂L/∂w``: iMAML."""
+    mu, x, y = 0.7, torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    maml = MAML.of(nn.Linear(3, 1, bias=False).double(), nn.functional.mse_loss, proximity=mu)
+    step = mo.inner_step(maml.inner_loss, mo.inner.SGD(lr=0.2))
+    hg = mo.hypergradient(step, maml.outer_loss, *maml.init(), [(x, y)] * 300, (x + 1, y), mo.IFT(mo.linsolve.Neumann(300, rate=0.2)))
+    weights = maml.adapted(hg.state.w, maml.init()[1])["weight"].requires_grad_()
+    alpha = torch.autograd.grad(nn.functional.mse_loss((x + 1) @ weights.T, y), weights)[0]
+    expected = mu * torch.linalg.solve(2 / 6 * x.T @ x + mu * torch.eye(3, dtype=torch.float64), alpha[0])
+    torch.testing.assert_close(hg.total["weight"][0], expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="got -1"):
+        MAML.of(nn.Linear(1, 1), cross_entropy, proximity=-1)
+
+
+# -- layers put into a module of the user's ---------------------------------------------------------
+def test_feature_transform_follows_its_equation():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), batch_norm(3)).double()
+    lft = FeatureTransform.of(net, cross_entropy)
+    w, lam = lft.init()
+    assert w.keys() == dict(net.named_parameters()).keys() and set(lam) == {"1.inserted.gamma", "1.inserted.beta"}
+    assert lam["1.inserted.gamma"].tolist() == pytest.approx([0.3] * 3) and lam["1.inserted.beta"].tolist() == pytest.approx([0.5] * 3)
+    x, noise = torch.randn(4, 1, 5, 5, dtype=torch.float64), lft.noise()["1.inserted.noise"]
+    gamma, beta = torch.randn(2, 3, dtype=torch.float64) / 50
+
+    def softplus(z):
+        return torch.log1p(torch.exp(100 * z)) / 100
+
+    expected = (1 + noise[0] * softplus(gamma))[:, None, None] * net(x) + (noise[1] * softplus(beta))[:, None, None]
+    seen = FeatureTransform(lft.model, lambda out, y: (out - expected).abs().max(), lft.plain)
+    transformed = {"1.inserted.gamma": gamma, "1.inserted.beta": beta}
+    assert seen.inner_loss(w, transformed, (x, expected, {"1.inserted.noise": noise})) < 1e-13
+    torch.testing.assert_close(lft.predict(w, transformed, x), net(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"draw it with model\.noise"):
+        lft.inner_loss(w, lam, (x, expected, {}))
+    with pytest.raises(ValueError, match="no layer a BatchNorm1d or BatchNorm2d"):
+        FeatureTransform.of(mlp(), cross_entropy)
+
+
+def test_drawn_noise_is_replayed_by_the_sweep():
+    lft = FeatureTransform.of(net(), cross_entropy)
+    w, lam = lft.init()
+    *batches, outer = images()
+    torch.manual_seed(5)
+    drawn = ours(lft, w, lam, batches, outer)
+    torch.manual_seed(5)
+    given = ours(lft, w, lam, [(x, y, lft.noise()) for x, y in batches], outer)
+    same(drawn.total, given.total, 1e-14)
+    assert tree.norm(drawn.total) > 0
+    many = mo.meta.stacked(lft.inner_loss)
+    two = [tree.stack([batch, batch]) for batch in batches]
+    losses = [float(many(mo.meta.replicated(w, 2), lam, two[0])) for _ in range(2)]
+    assert losses[0] != losses[1]
+
+
+def test_rtn_is_a_gated_residual_on_source_examples_only():
+    rtn = RTN.of(mlp(), cross_entropy, after=["1"], bottleneck=2)
+    w, lam = rtn.init()
+    x, y = images()[0]
+    h = x.flatten(1) @ w["1.weight"].T + w["1.bias"]
+    inner = torch.relu(h @ lam["1.inserted.down.weight"].T + lam["1.inserted.down.bias"])
+    r, s = (inner @ lam["1.inserted.up.weight"].T + lam["1.inserted.up.bias"]).split([5, 1], dim=1)
+    rest = (torch.tanh(h + torch.sigmoid(s) * r) @ w["3.weight"].T + w["3.bias"]).tanh() @ w["5.weight"].T + w["5.bias"]
+    torch.testing.assert_close(rtn.inner_loss(w, lam, (x, y)), cross_entropy(rest, y), rtol=1e-13, atol=1e-13)
+    assert rtn.outer_loss(w, lam, (x, y)) == cross_entropy(rtn.plain(w, x), y) != rtn.inner_loss(w, lam, (x, y))
+    with pytest.raises(ValueError, match=r"no layer 7: name some in after=, of \['0', '1'"):
+        RTN.of(mlp(), cross_entropy, after=["1", "7"], bottleneck=2)
+    with pytest.raises(ValueError, match="channels after Tanh"):
+        RTN.of(mlp(), cross_entropy, after=["2"], bottleneck=2)
+
+
+def test_insertion_leaves_the_users_module_alone_and_calls_each_layer_once():
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    doubled = insert(module, ["0", "1"], lambda layer: _Scaled())
+    assert [name for name, _ in module.named_modules()] == ["", "0", "0.0", "1"] and not module[1]._forward_hooks
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(doubled(doubled.params, x), 2 * module[1](2 * module[0](x)))
+
+
+class _Scaled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+# -- data weights, rotation -------------------------------------------------------------------------
+def test_data_weights_start_as_the_plain_mean():
+    x, y = images()[0]
+    for weighting, factor in ((RawWeights(), 1), (SigmoidWeights(), 0.5), (SoftmaxWeights(3.0), 1)):
+        model = DataWeights.of(net(), each_cross_entropy, examples=8, weighting=weighting)
+        w, lam = model.init()
+        torch.testing.assert_close(model.inner_loss(w, lam, (x, y, torch.arange(5))), factor * model.outer_loss(w, lam, (x, y)))
+    with pytest.raises(ValueError, match=r"\(x, y, which examples\), got 2 parts"):
+        model.inner_loss(w, lam, (x, y))
+    with pytest.raises(ValueError, match="each of 8 examples"):
+        model.inner_loss(w, lam[:7], (x, y, torch.arange(5)))
+    with pytest.raises(ValueError, match="at least one example, got 0"):
+        DataWeights.of(net(), each_cross_entropy, examples=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 8)])
+@pytest.mark.parametrize("degrees", [0.0, 17.0, -75.0, 180.0, 230.0])
+def test_rotation_is_scipys(shape, degrees):
+    image = torch.randn(1, 1, *shape, dtype=torch.float64)
+    ours = rotate(image, torch.tensor(degrees, dtype=torch.float64).deg2rad())
+    theirs = ndimage.rotate(image[0, 0].numpy(), degrees, order=1, reshape=False, mode="grid-constant")
+    torch.testing.assert_close(ours[0, 0], torch.from_numpy(theirs), rtol=0, atol=1e-9)
+
+
+def test_rotation_turns_anticlockwise_and_has_every_derivative():
+    image = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(rotate(image, torch.tensor(torch.pi / 2)), image.rot90(1, (2, 3)), rtol=0, atol=1e-6)
+    angle = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: rotate(image, a), angle, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda a: rotate(image, a), angle)
+    with pytest.raises(ValueError, match=r"got shape \(5, 5\)"):
+        rotate(image[0, 0], angle)
 
 
 # -- the split, the net ----------------------------------------------------------------------------
