@@ -72,6 +72,7 @@ NOT_METHODS = {
         "Gradient",
         "ForwardOverReverse",
         "ReverseOverReverse",
+        "Tangents",
     },
 }
 TABLES = {"estimators": ESTIMATORS, "trajectory": TRAJECTORIES, "linsolve": SOLVERS, "inner": OPTIMIZERS}

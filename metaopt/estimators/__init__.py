@@ -17,6 +17,7 @@ from metaopt.estimators.evograd import EvoGrad
 from metaopt.estimators.evolution import NRES, PES, AntitheticES, TruncatedES
 from metaopt.estimators.f2sa import F2SA
 from metaopt.estimators.first_order import FirstOrder
+from metaopt.estimators.forward import FMD
 from metaopt.estimators.forward_gradient import ForwardGradient
 from metaopt.estimators.hyperdistill import HyperDistill
 from metaopt.estimators.implicit import IFT
@@ -29,6 +30,7 @@ from metaopt.estimators.uoro import UORO
 __all__ = [
     "DARTS",
     "F2SA",
+    "FMD",
     "IFT",
     "NRES",
     "PES",

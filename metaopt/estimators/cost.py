@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Step, Wrt
+from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
 
@@ -20,7 +21,7 @@ class Cost:
         steps: plain evaluations of Φ (one gradient of the inner loss each).
         linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and the graph's memory).
         products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers call JVPs.
-        tangents: Jacobian-vector products of Φ, in forward mode.
+        tangents: Jacobian-vector products of Φ (forward mode); a column whose second-order product is known to be zero is not counted.
         losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where the method takes it;
             a population under vmap counts once.
     """
@@ -66,6 +67,11 @@ class CountedStep:
         self.cost.tangents += 1
         return self.step.jvp(state, lam, batch, state_dot, lam_dot)
 
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> CountedTangents:
+        """As the wrapped step."""
+        self.cost.linearizations += 1
+        return CountedTangents(self.step.tangents(state, lam, batch), self.cost)
+
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         """As the wrapped step; the result counts too."""
         step, seen = self.step.stationary(state, rate)
@@ -100,3 +106,30 @@ class CountedLinearized:
         """``(αA, αB)``."""
         self._cost.products += 2 if wrt == "both" else 1
         return self._inner.pullback(cotangent, wrt)
+
+
+class CountedTangents:
+    """A step's tangents that count their products."""
+
+    __slots__ = ("_cost", "_inner")
+
+    def __init__(self, inner: Tangents, cost: Cost) -> None:
+        """Wrap ``inner``; ``cost`` is added to."""
+        self._inner, self._cost = inner, cost
+
+    @property
+    def state(self) -> InnerState:
+        """Φ at this point."""
+        return self._inner.state
+
+    @property
+    def products(self) -> int:
+        """As the wrapped step's."""
+        return self._inner.products
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+        """As the wrapped step's."""
+        before = self._inner.products
+        dots = self._inner.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)
+        self._cost.tangents += self._inner.products - before
+        return dots

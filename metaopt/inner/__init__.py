@@ -30,6 +30,7 @@ from metaopt.inner.rprop import Rprop
 from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep, Linearized, Step, inner_step
+from metaopt.inner.tangents import Tangents
 from metaopt.inner.wrapper import Wrapper
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "ReverseOverReverse",
     "Rprop",
     "Step",
+    "Tangents",
     "Wrapper",
     "closed_over",
     "custom_step",

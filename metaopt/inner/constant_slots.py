@@ -15,6 +15,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Step, Wrt
+from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
 
@@ -51,6 +52,10 @@ class ConstantSlots:
         dot = self.step.jvp(state, lam, batch, state_dot._replace(slots=tree.zeros_like(state.slots)), lam_dot)
         return dot._replace(slots=tree.zeros_like(dot.slots))
 
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> ConstantSlotsTangents:
+        """Φ with the approximate tangent map."""
+        return ConstantSlotsTangents(self.step.tangents(state, lam, batch))
+
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         """As ``step``."""
         return self.step.stationary(state, rate)
@@ -82,3 +87,29 @@ class LinearizedConstantSlots:
         """``(αA, αB)`` with the slots' cotangent dropped on the way in and on the way out."""
         state_bar, lam_bar = self._inner.pullback(cotangent._replace(slots=None), wrt)
         return None if state_bar is None else state_bar._replace(slots=None), lam_bar
+
+
+class ConstantSlotsTangents:
+    """A step's tangents that ignore the slots."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: Tangents) -> None:
+        """Wrap a step's tangents."""
+        self._inner = inner
+
+    @property
+    def state(self) -> InnerState:
+        """Φ(state, λ; batch)."""
+        return self._inner.state
+
+    @property
+    def products(self) -> int:
+        """As the wrapped step's."""
+        return self._inner.products
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+        """With the slots' tangents dropped on the way in and on the way out."""
+        still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
+        dots = self._inner.push(still, lam_dots, chunk_size=chunk_size, bound=bound)
+        return dots._replace(slots=tree.zeros_like(dots.slots))

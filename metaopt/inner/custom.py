@@ -13,6 +13,7 @@ from metaopt import tree
 from metaopt.inner.adjoint import dots_of, transposed_twice
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step, Wrt, check_weights
+from metaopt.inner.tangents import FunctionTangents
 from metaopt.tree import Tree
 
 
@@ -68,6 +69,12 @@ class CustomStep:
             inputs = tree.floats(state_) + tree.floats(lam_)
             tangents = iter(transposed_twice(tree.floats(new), inputs, dots_of(state_dot, state_) + dots_of(lam_dot, lam_)))
         return tree.map(lambda leaf: next(tangents) if tree.is_float(leaf) else leaf, new)
+
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> FunctionTangents:
+        """Φ and its tangent map."""
+        with torch.enable_grad():
+            state_, lam_ = tree.attach(state), tree.attach(lam)
+            return FunctionTangents(state_, lam_, self._run(state_, lam_, batch))
 
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         """Φ itself: its fixed points are what it converges to.

@@ -21,6 +21,7 @@ from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
+from metaopt.inner.tangents import InnerTangents, Tangents
 from metaopt.tree import Tree
 
 InnerLoss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
@@ -64,6 +65,10 @@ class Step(Protocol):
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         """The step's tangent map."""
+        ...
+
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> Tangents:
+        """Φ with its tangent map at hand, for many tangents at one point."""
         ...
 
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
@@ -166,6 +171,10 @@ class InnerStep:
         g, g_dot = tree.unflatten([x.detach() for x in g], spec), tree.unflatten(g_dot, spec)
         w_dot, slots_dot = push_forward(self.optimizer, g, state, lam, g_dot, state_dot, lam_dot)
         return InnerState(w_dot, slots_dot, state.t + 1)
+
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> InnerTangents:
+        """Φ and its tangent map. Cost: one gradient with respect to ``(w, λ)``; its graph lives as long as the result."""
+        return InnerTangents(self._loss, self.optimizer, state, lam, batch)
 
     def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
         r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.

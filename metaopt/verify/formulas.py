@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators import DARTS, IFT, RMD, SAMA, SOBA, DrMAD, Estimator, FirstOrder, ForwardGradient, HyperDistill, OneStep, TruncatedRMD
+from metaopt.estimators import DARTS, FMD, IFT, RMD, SAMA, SOBA, DrMAD, Estimator, FirstOrder, ForwardGradient, HyperDistill, OneStep, TruncatedRMD
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.linsolve import Neumann
@@ -172,6 +172,7 @@ ENTRIES: dict[type[Estimator], Formula] = {
     OneStep: Formula(lambda p, T: OneStep(), _one_step, _when_complete),
     TruncatedRMD: Formula(lambda p, T: TruncatedRMD(3), _truncated, _when_complete),
     RMD: Formula(lambda p, T: RMD(), _all_steps, _always),
+    FMD: Formula(lambda p, T: FMD(), _all_steps, _always),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
     IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
     HyperDistill: Formula(lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch),

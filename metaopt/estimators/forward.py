@@ -1,0 +1,137 @@
+r"""Forward mode: the response itself, rolled forward beside the state.
+
+.. math::
+    Z_t = A_t Z_{t-1} + B_t, \qquad Z_t = \frac{d s_t}{d\lambda}, \qquad
+    \frac{d L_{val}}{d\lambda} = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T
+
+Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", arXiv 1703.01785.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.inner.state import InnerState
+from metaopt.inner.step import Step
+from metaopt.trajectory import replay
+from metaopt.tree import Tree
+
+
+class FMDCarry(NamedTuple):
+    """What forward mode carries along.
+
+    Attributes:
+        Z: ``ds_t/dλ``, a state whose floating-point leaves are ``[|λ|, *leaf.shape]``: one column per entry of λ.
+        basis: the columns in λ itself, a pytree like λ with leaves ``[|λ|, *leaf.shape]``.
+        used: for every leaf of λ, whether Φ has been seen to depend on it.
+    """
+
+    Z: InnerState
+    basis: Tree
+    used: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class FMD(Estimator):
+    """Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
+
+    Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one second-order product of that graph per column of Z
+    that needs one: a hyperparameter of the optimiser alone needs none until it has moved the weights. Memory: ``|λ|`` states (weights and
+    slots), ``|λ|²`` numbers, the graph of one gradient; constant in the horizon. Bias: exact. There is no cotangent of the initial weights.
+
+    Online, λ may move: then ``α Z_t`` is the exact derivative with respect to a shift that all λ of the run have in common,
+    ``Σ_i α A_t … A_{i+1} B_i`` with each Jacobian at the λ of its own step.
+
+    Args:
+        chunk_size: columns per batched product: 1 takes them one after the other (least memory), more save calls; default: as many as keep a
+            batch small, by the size of the graph (see :mod:`metaopt.inner.tangents`). The result is the same up to rounding.
+
+    Raises:
+        ValueError: for a chunk size below 1.
+
+    >>> import torch, metaopt as mo
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
+    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, FMD()).total
+    tensor([0.7500])
+    """
+
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the chunk size."""
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"{type(self).__name__}: chunk_size must be at least 1, got {self.chunk_size}")
+
+    @property
+    def exact(self) -> bool:
+        """Yes."""
+        return True
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> FMDCarry:
+        """``Z_0 = 0``."""
+        columns = sum(leaf.numel() for leaf in tree.floats(lam))
+        Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
+        return FMDCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)))
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: FMDCarry) -> tuple[InnerState, FMDCarry]:
+        """A step, and ``Z ← A Z + B`` from its graph."""
+        point = step.tangents(state, lam, batch)
+        Z = self._push(point, carry)
+        used = carry.used if all(carry.used) else _seen(carry.used, Z, step, state, lam, batch)
+        return point.state, FMDCarry(Z, carry.basis, used)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: FMDCarry) -> tuple[Tree, Pullback]:
+        """The weights, and ``α ↦ α Z``."""
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            return Response(_entries(_times(alpha, carry.Z.w), lam, carry.used))
+
+        return state.w, pullback
+
+    def _push(self, point: Any, carry: FMDCarry) -> InnerState:
+        return point.push(carry.Z, carry.basis, chunk_size=self.chunk_size)
+
+
+def basis_of(lam: Tree) -> Tree:
+    """The identity: one column per entry of λ, as a pytree like λ with leaves ``[|λ|, *leaf.shape]``."""
+    flat, spec = tree.flatten(lam)
+    columns, first, leaves = sum(leaf.numel() for leaf in flat), 0, []
+    for leaf in flat:
+        eye = torch.zeros(columns, leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+        eye[first : first + leaf.numel()].fill_diagonal_(1.0)
+        leaves.append(eye.reshape(columns, *leaf.shape))
+        first += leaf.numel()
+    return tree.unflatten(leaves, spec)
+
+
+def _times(alpha: Tree, Z: Tree) -> Tensor:
+    """``α Z``, one number per column."""
+    parts = [columns.flatten(1) @ a.flatten() for a, columns in zip(tree.leaves(alpha), tree.leaves(Z), strict=True)]
+    return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+
+
+def _entries(columns: Tensor, lam: Tree, used: tuple[bool, ...]) -> Tree:
+    """One number per column as a pytree like λ; ``None`` where Φ does not depend on the leaf."""
+    flat, spec = tree.flatten(lam)
+    parts = columns.split([leaf.numel() for leaf in flat])
+    return tree.unflatten([part.reshape(leaf.shape).to(leaf) if seen else None for part, leaf, seen in zip(parts, flat, used, strict=True)], spec)
+
+
+def _seen(used: tuple[bool, ...], Z: InnerState, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[bool, ...]:
+    """``used``, brought up to date: a leaf is used if it has moved the state, or else if Φ's own pullback knows it."""
+    flat = tree.leaves(lam)
+    moved = torch.stack([columns.flatten(1).any(1) for columns in tree.floats(Z)]).any(0).split([leaf.numel() for leaf in flat])
+    now = tuple(before or bool(column.any()) for before, column in zip(used, moved, strict=True))
+    if all(now):
+        return now
+    with replay.preserved(state):
+        zero = InnerState(tree.zeros_like(state.w), None, state.t)
+        _, lam_bar = step.vjp(state, lam, batch, zero, wrt="lam")
+    return tuple(before or bar is not None for before, bar in zip(now, tree.leaves(lam_bar), strict=True))
