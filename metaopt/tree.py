@@ -169,6 +169,17 @@ def _plus(x: Any, y: Any) -> Any:
     return x + y if y is not None and is_float(x) else x
 
 
+def accumulate(total: Tree, b: Tree) -> Tree:
+    """``total + b``, written into ``total``'s own tensors; a missing leaf (``None``) counts as zero, and is copied from ``b`` at first."""
+    return map(_accumulated, total, b)
+
+
+def _accumulated(x: Any, y: Any) -> Any:
+    if y is None or not is_float(y):
+        return x
+    return y.clone() if x is None else x.add_(y)
+
+
 def sub(a: Tree, b: Tree) -> Tree:
     """``a - b``."""
     return map(lambda x, y: x - y if is_float(x) else x, a, b)

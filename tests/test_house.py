@@ -47,6 +47,7 @@ NOT_METHODS = {
         "Trajectory",
         "Distillate",
         "Distilled",
+        "Place",
         "Placement",
         "Remainders",
         "Rows",

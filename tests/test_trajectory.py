@@ -241,3 +241,14 @@ def test_big_states_are_copied_into_rows():
     assert len({state.w["a"].untyped_storage().data_ptr() for state in kept}) == 2
     small = mo.InnerState(torch.ones(3))
     assert rows.put(small) is small
+
+
+def test_a_place_is_written_over():
+    place = mo.trajectory.Place()
+    a, b = (mo.InnerState({"w": torch.randn(100, 20)}, {"momentum": torch.randn(7)}, t) for t in (1, 2))
+    first = place.put(a)
+    assert identical(first.w, a.w) and first.w["w"] is not a.w["w"]
+    second = place.put(b)
+    assert second.w["w"] is first.w["w"] and identical(second.slots, b.slots) and second.t == 2
+    small = mo.InnerState(torch.ones(3))
+    assert mo.trajectory.Place().put(small) is small

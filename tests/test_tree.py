@@ -75,3 +75,12 @@ def test_non_finite_leaves_are_found_and_named(bad):
     assert not tree.is_finite(t)
     assert tree.first_non_finite(t) == "['y'][0]"
     assert tree.is_finite({"x": torch.tensor(1e38).repeat(10)})  # a sum that overflows is no infinity
+
+
+def test_accumulation_owns_its_total():
+    first, second = {"a": torch.ones(2), "b": None, "c": None}, {"a": torch.full((2,), 2.0), "b": torch.ones(1), "c": None}
+    total = tree.accumulate(tree.map(lambda _: None, first), first)
+    assert total["a"] is not first["a"]
+    again = tree.accumulate(total, second)
+    assert again["a"] is total["a"] and torch.equal(again["a"], torch.full((2,), 3.0)) and again["b"] is not second["b"] and again["c"] is None
+    assert torch.equal(first["a"], torch.ones(2))

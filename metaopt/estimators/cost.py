@@ -60,7 +60,9 @@ class CountedStep:
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """As the wrapped step."""
-        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+        self.cost.linearizations += 1
+        self.cost.products += 2 if wrt == "both" else 1
+        return self.step.vjp(state, lam, batch, cotangent, wrt=wrt)
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         """As the wrapped step."""

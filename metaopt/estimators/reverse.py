@@ -20,7 +20,7 @@ from metaopt import tree
 from metaopt.estimators.base import Estimator, Pullback, Response
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
-from metaopt.trajectory import Full, Interpolated, Last, Trajectory, replay
+from metaopt.trajectory import Full, Interpolated, Last, Place, Trajectory, replay
 from metaopt.trajectory.base import Moment
 from metaopt.tree import Tree
 
@@ -75,16 +75,19 @@ def sweep(step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tre
         cotangent: of the last state.
         lam: a pytree like λ.
         to_start: whether the cotangent of the oldest state is wanted too; otherwise that last product is left out.
+
+    What was yielded is overwritten by the next step.
     """
-    total = tree.map(lambda _: None, lam)
+    total, place = tree.map(lambda _: None, lam), Place()
     with replay.preserved(cotangent.w):
         moment = next(moments, None)
         while moment is not None:
             older = next(moments, None)
             wrt = "both" if to_start or older is not None else "lam"
             state_bar, product = moment.pullback(step, cotangent, wrt)
-            total = tree.add(total, product)
-            cotangent = state_bar if state_bar is not None else cotangent
+            total = tree.accumulate(total, product)
+            cotangent = place.put(state_bar) if state_bar is not None else cotangent
+            del state_bar, product
             yield total, cotangent
             moment = older
 

@@ -35,8 +35,11 @@ class Gradient(Protocol):
         """``∇_w L``, a pytree like w (it may carry a graph)."""
         ...
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
-        """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero; a part not asked for is empty."""
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+        """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero; a part not asked for is empty.
+
+        ``last`` promises that no further product is asked for: memory is then given back as the graph is swept.
+        """
         ...
 
     def graph(self) -> GradientGraph:
@@ -55,6 +58,9 @@ class Adjoint(Protocol):
 def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
     """``∇_w`` of a scalar, a pytree like w, with its own graph or without.
 
+    Under autocast, torch keeps the cast of every autograd leaf until the context ends, and each step has leaves of its own: that memory would
+    grow with the run, so the casts are let go here.
+
     Raises:
         ValueError: if the loss has no graph.
     """
@@ -62,6 +68,7 @@ def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
     if not loss.requires_grad:
         raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
     gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
+    torch.clear_autocast_cache()
     return tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, flat, strict=True)], spec)
 
 
@@ -96,15 +103,15 @@ class GradientGraph:
         """With its graph."""
         return self._g
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
-        """One backward pass through the gradient's graph, which stays."""
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+        """One backward pass through the gradient's graph, which stays unless this is the last."""
         w = tree.leaves(self.w) if with_w else []
         lam = tree.floats(self.lam) if with_lam else []
         live = [(g, seed) for g, seed in zip(tree.leaves(self._g), tree.leaves(u), strict=True) if g.requires_grad]
         products: Any = [None] * (len(w) + len(lam))
         if live and products:
             try:
-                products = torch.autograd.grad([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=True, allow_unused=True)
+                products = torch.autograd.grad([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=not last, allow_unused=True)
             except RuntimeError as error:
                 return self._otherwise(error, u, with_w=with_w, with_lam=with_lam)
         return list(products[: len(w)]), list(products[len(w) :])
@@ -121,7 +128,7 @@ class GradientGraph:
         except (NotImplementedError, RuntimeError) as other:
             raise RuntimeError(
                 f"an operation of inner_loss has no second derivative in either mode (reverse: {_first_line(error)}; forward: {_first_line(other)}). "
-                "Use another form of it: for attention, run the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                + (_COMPILED if "torch.compile" in str(error) else _FUSED)
             ) from error
         warnings.warn(
             f"reverse over reverse is impossible here ({_first_line(error)}); using forward over reverse instead", UserWarning, stacklevel=2
@@ -167,7 +174,7 @@ class GradientPoint:
         """Without a graph."""
         return self._g
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
         """One forward-mode derivative of one gradient."""
         if not self._refused:
             try:
@@ -178,7 +185,7 @@ class GradientPoint:
                 warnings.warn(
                     f"forward over reverse is impossible here ({_first_line(error)}); using reverse over reverse instead", UserWarning, stacklevel=2
                 )
-        return self.graph().contract(u, with_w=with_w, with_lam=with_lam)
+        return self.graph().contract(u, with_w=with_w, with_lam=with_lam, last=True)
 
     def graph(self) -> GradientGraph:
         """Computed again, with its graph. Cost: one gradient."""
@@ -198,6 +205,7 @@ def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: Tree, *, 
         inputs = (tree.leaves(w_) if with_w else []) + (tree.floats(lam_) if with_lam else [])
         value = loss(dual, lam_, still)
         gradients = torch.autograd.grad(value, inputs, allow_unused=True) if inputs else ()
+        torch.clear_autocast_cache()
         tangents = [None if g is None else _tangent(g) for g in gradients]
     split = len(tree.leaves(w_)) if with_w else 0
     return tangents[:split], tangents[split:]
@@ -221,6 +229,10 @@ def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], dots: list[Ten
     of_live = iter(slopes)
     tangents = [next(of_live) if x.requires_grad else None for x in outputs]
     return [torch.zeros_like(x) if tangent is None else tangent.detach() for tangent, x in zip(tangents, outputs, strict=True)]
+
+
+_FUSED = "Use another form of it: for attention, run the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+_COMPILED = "What torch.compile made cannot be differentiated twice: give the loss what it was made from"
 
 
 def _tangent(g: Tensor) -> Tensor | None:

@@ -45,7 +45,7 @@ class ConstantSlots:
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)`` with the slots' rows and columns of A dropped."""
-        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+        return _without_slots(self.step.vjp(state, lam, batch, cotangent._replace(slots=None), wrt=wrt))
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         """``A·state_dot + B·lam_dot`` with the slots' rows and columns of A dropped."""
@@ -85,8 +85,7 @@ class LinearizedConstantSlots:
 
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)`` with the slots' cotangent dropped on the way in and on the way out."""
-        state_bar, lam_bar = self._inner.pullback(cotangent._replace(slots=None), wrt)
-        return None if state_bar is None else state_bar._replace(slots=None), lam_bar
+        return _without_slots(self._inner.pullback(cotangent._replace(slots=None), wrt))
 
 
 class ConstantSlotsTangents:
@@ -113,3 +112,8 @@ class ConstantSlotsTangents:
         still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
         dots = self._inner.push(still, lam_dots, chunk_size=chunk_size, bound=bound)
         return dots._replace(slots=tree.zeros_like(dots.slots))
+
+
+def _without_slots(products: tuple[InnerState | None, Tree]) -> tuple[InnerState | None, Tree]:
+    state_bar, lam_bar = products
+    return None if state_bar is None else state_bar._replace(slots=None), lam_bar

@@ -147,7 +147,7 @@ class InnerStep:
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """The step adjoint ``(αA, αB)``. Cost: one gradient and one contraction of its graph (about three plain steps)."""
-        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
+        return self.linearize(state, lam, batch).last_pullback(cotangent, wrt)
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         r"""The tangent ``A·state_dot + B·lam_dot``.
@@ -244,8 +244,15 @@ class LinearizedInnerStep:
 
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``: through the optimiser to ``u``, then one contraction of the gradient's graph with ``u``."""
+        return self._pullback(cotangent, wrt, last=False)
+
+    def last_pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """The same, giving the graph's memory back as it is swept; there is no pullback after it."""
+        return self._pullback(cotangent, wrt, last=True)
+
+    def _pullback(self, cotangent: InnerState, wrt: Wrt, *, last: bool) -> tuple[InnerState | None, Tree]:
         u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, tree.detach(self._gradient.g), self._at, self._lam, cotangent, wrt)
-        hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state")
+        hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state", last=last)
         state_bar = None
         if wrt != "lam":
             w_bar = tree.filled(tree.add(w_bar, tree.unflatten(hessian_part, tree.flatten(self._at.w)[1])), self._at.w)

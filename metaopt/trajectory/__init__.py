@@ -15,7 +15,7 @@ from metaopt.trajectory.last import Last
 from metaopt.trajectory.offloaded import Offloaded
 from metaopt.trajectory.reversible import Reversible
 from metaopt.trajectory.revolve import Placement
-from metaopt.trajectory.rows import Rows
+from metaopt.trajectory.rows import Place, Rows
 from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Offloaded",
     "OnDevice",
     "OnDisk",
+    "Place",
     "Placement",
     "Remainders",
     "Reversible",

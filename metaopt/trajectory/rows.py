@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
+from metaopt.tree import Tree
 
 ROWS = 16
 SMALL = 1 << 16
@@ -45,3 +46,21 @@ class Rows:
             return next(supply).view(leaf.shape).copy_(leaf.detach()) if tree.is_float(leaf) else leaf
 
         return tree.map(place, state)
+
+
+class Place:
+    """Memory for one state, taken once: what changes from step to step is written over itself, for the same reason."""
+
+    __slots__ = ("_there",)
+
+    def __init__(self) -> None:
+        """Nothing is allocated yet."""
+        self._there: Tree = None
+
+    def put(self, state: InnerState) -> InnerState:
+        """A copy, which lives until the next state of the same structure is put here; the state itself where it is small."""
+        if sum(x.numel() * x.element_size() for x in tree.floats(state)) < SMALL // 16:
+            return state
+        if self._there is None:
+            self._there = tree.map(lambda x: torch.empty_like(x) if tree.is_float(x) else None, state)
+        return tree.map(lambda there, x: x if there is None else there.copy_(x), self._there, state)
