@@ -1,14 +1,15 @@
 """``nn.Module`` to pure function, and the split of its parameters into weights and hyperparameters.
 
 The user's module is copied once and never touched again. A call puts the given tensors into pre-resolved slots of the private
-copy, runs ``forward`` and puts the originals back: what :func:`torch.func.functional_call` does, without its per-call look-up,
-which costs a small net as much as the forward pass itself.
+copy, runs ``forward`` and takes them out again: what :func:`torch.func.functional_call` does, without its per-call look-up,
+which costs a small net as much as the forward pass itself. Between calls the slots hold nothing that could be computed with, so that
+whatever runs a part of the module later (``torch.utils.checkpoint`` inside it, when it recomputes) fails instead of using other values.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -38,15 +39,27 @@ class FunctionalModel:
 
     def __init__(self, module: nn.Module) -> None:
         """Copy ``module`` (see :func:`functional`)."""
-        self._module = _with_composed_weight_norm(copy.deepcopy(module))
+        self._module = _twice_differentiable(copy.deepcopy(module))
         self.params: Params = {name: p.detach().clone() for name, p in self._module.named_parameters()}
         self.buffers: Params = {name: b.detach().clone() for name, b in self._module.named_buffers()}
         self._param_slots = _slots(self._module, "_parameters", dict(self._module.named_parameters()))
         self._buffer_slots = _slots(self._module, "_buffers", dict(self._module.named_buffers()))
+        for holder, key in (place for slots in (self._param_slots, self._buffer_slots) for places in slots.values() for place in places):
+            holder[key] = _ABSENT
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Run with ``params``; buffers are as captured, and what the forward pass does to them is thrown away."""
-        return self.with_buffers(params, self.buffers, *args, **kwargs)[0]
+        """Run with ``params``; buffers are as captured, and what the forward pass does to them is thrown away.
+
+        Running statistics that a layer in training mode would only move, not use, are not even computed: such a layer can be mapped over tasks.
+        """
+        _check_names(params, self._param_slots, "params")
+        if not self._buffer_slots:
+            with _swapped(self._param_slots, params):
+                return self._module(*args, **kwargs)
+        idle = self._idle_statistics()
+        fresh = {name: None if name in idle else buffer.clone() for name, buffer in self.buffers.items()}
+        with _swapped(self._param_slots, params), _swapped(self._buffer_slots, fresh):
+            return self._module(*args, **kwargs)
 
     def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
         """Run with ``params`` and ``buffers``.
@@ -54,10 +67,9 @@ class FunctionalModel:
         Returns:
             The output, and the buffers after the pass (running statistics, …). The given ones are not changed.
         """
-        _check_names(params, self._param_slots, "params")
         if not self._buffer_slots:
-            with _swapped(self._param_slots, params):
-                return self._module(*args, **kwargs), {}
+            return self(params, *args, **kwargs), {}
+        _check_names(params, self._param_slots, "params")
         _check_names(buffers, self._buffer_slots, "buffers")
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
         with _swapped(self._param_slots, params), _swapped(self._buffer_slots, fresh):
@@ -67,7 +79,8 @@ class FunctionalModel:
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """The same function in training mode (``mode=True``) or evaluation mode; this one stays as it is."""
-        other = FunctionalModel(self._module)
+        with _swapped(self._param_slots, self.params), _swapped(self._buffer_slots, self.buffers):
+            other = FunctionalModel(self._module)
         other._module.train(mode)
         other.params, other.buffers = self.params, self.buffers
         return other
@@ -75,6 +88,10 @@ class FunctionalModel:
     def eval(self) -> FunctionalModel:
         """The same function in evaluation mode; this one stays as it is."""
         return self.train(False)
+
+    def _idle_statistics(self) -> set[str]:
+        layers = [(name, layer) for name, layer in self._module.named_modules() if type(layer) in _NORMS and layer.training]
+        return {f"{name}.{buffer}" if name else buffer for name, layer in layers for buffer in layer._buffers}
 
     def __repr__(self) -> str:
         """Class name of the module and how many numbers it holds."""
@@ -87,12 +104,14 @@ def functional(module: nn.Module) -> FunctionalModel:
 
     The module is never mutated: parameters and buffers are cloned, and later changes of the module are not seen.
 
-    Two layers are made differentiable twice on the way: torch's fused ``weight_norm`` has a wrong second derivative, so the private
-    copy computes ``g · v / ‖v‖`` from plain operations instead.
+    Two layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong second derivative, so the private
+    copy computes ``g · v / ‖v‖`` from plain operations. In training mode ``spectral_norm`` holds its singular vectors constant, as if
+    they did not depend on the weight; the private copy differentiates its power iterations too (the two agree once those have converged).
 
     Raises:
         TypeError: if ``module`` is no ``nn.Module``.
-        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters at all, or the old weight-norm hook.
+        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters at all, or one of the old hooks
+            ``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"functional() wraps an nn.Module, got {type(module).__name__}; a plain function needs no wrapping")
@@ -100,11 +119,12 @@ def functional(module: nn.Module) -> FunctionalModel:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is not initialised yet: run the lazy module once on an example batch before wrapping it")
     for submodule in module.modules():
-        if any(type(hook).__name__ == "WeightNorm" for hook in submodule._forward_pre_hooks.values()):
-            raise ValueError(
-                "torch.nn.utils.weight_norm (the hook) has a wrong second derivative; "
-                "use torch.nn.utils.parametrizations.weight_norm, which functional() replaces by a right one"
-            )
+        for kind, name in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
+            if any(type(hook).__name__ == kind for hook in submodule._forward_pre_hooks.values()):
+                raise ValueError(
+                    f"torch.nn.utils.{name} (the hook) has a wrong second derivative; "
+                    f"use torch.nn.utils.parametrizations.{name}, which functional() replaces by a right one"
+                )
     model = FunctionalModel(module)
     if not model.params:
         raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to differentiate")
@@ -153,7 +173,35 @@ def merge(w: Params, lam: Params) -> Params:
 
 
 # -- slots ---------------------------------------------------------------------------------------
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 _Places: TypeAlias = list[tuple[dict[str, Any], str]]
+
+
+class _Absent:
+    """What stands in a slot between calls."""
+
+    _MESSAGE = (
+        "a part of a module was run outside of the call that gave it its parameters: torch.utils.checkpoint inside a module recomputes after the "
+        "call, when they are gone. Switch it off in the module, and put it around the whole call instead: checkpoint(model, params, x, "
+        "use_reentrant=False)"
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(cls._MESSAGE)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("__") else RuntimeError(self._MESSAGE)
+
+
+_ABSENT: Any = _Absent()
 
 
 def _slots(module: nn.Module, kind: str, tensors: dict[str, Tensor]) -> dict[str, _Places]:
@@ -169,7 +217,7 @@ def _slots(module: nn.Module, kind: str, tensors: dict[str, Tensor]) -> dict[str
 
 
 @contextmanager
-def _swapped(slots: dict[str, _Places], tensors: Params) -> Iterator[None]:
+def _swapped(slots: dict[str, _Places], tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
     originals = [(holder, key, holder[key]) for places in slots.values() for holder, key in places]
     try:
         for name, places in slots.items():
@@ -187,7 +235,11 @@ def _check_names(given: Params, slots: dict[str, _Places], what: str) -> None:
         raise ValueError(f"{what} do not fit the module: missing {missing}, unknown {extra}")
 
 
-# -- weight norm ---------------------------------------------------------------------------------
+# -- layers that torch does not differentiate twice ----------------------------------------------
+_FusedWeightNorm = torch.nn.utils.parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsage]
+_SpectralNorm = torch.nn.utils.parametrizations._SpectralNorm  # pyright: ignore[reportPrivateUsage]
+
+
 class _ComposedWeightNorm(nn.Module):
     """``g · v / ‖v‖`` from operations whose second derivatives are right."""
 
@@ -202,11 +254,28 @@ class _ComposedWeightNorm(nn.Module):
         return weight_v * (weight_g / weight_v.pow(2).sum(others, keepdim=True).sqrt())
 
 
-def _with_composed_weight_norm(module: nn.Module) -> nn.Module:
-    fused = torch.nn.utils.parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsage]
+class _SpectralNormThroughIterations(_SpectralNorm):
+    """``W / (uᵀ W v)`` where u and v are functions of W."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.ndim == 1:
+            return nn.functional.normalize(weight, dim=0, eps=self.eps)
+        matrix = self._reshape_weight_to_matrix(weight)
+        u, v = self._u, self._v
+        if self.training:
+            for _ in range(self.n_power_iterations):
+                u = nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
+                v = nn.functional.normalize(torch.mv(matrix.H, u), dim=0, eps=self.eps)
+            self._u, self._v = u.detach(), v.detach()
+        return weight / torch.vdot(u, torch.mv(matrix, v))
+
+
+def _twice_differentiable(module: nn.Module) -> nn.Module:
     for submodule in module.modules():
         if isinstance(submodule, nn.utils.parametrize.ParametrizationList):
             for index, parametrization in enumerate(submodule):
-                if isinstance(parametrization, fused):
+                if isinstance(parametrization, _FusedWeightNorm):
                     submodule[index] = _ComposedWeightNorm(parametrization.dim)
+                elif type(parametrization) is _SpectralNorm:
+                    parametrization.__class__ = _SpectralNormThroughIterations
     return module

@@ -250,6 +250,7 @@ def outer_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> tup
         w_flat, w_spec = tree.flatten(w_)
         lam_flat, lam_spec = tree.flatten(lam_)
         gradients = torch.autograd.grad(loss, w_flat + lam_flat, allow_unused=True)
+        torch.clear_autocast_cache()  # as in the inner step
     if not bool(torch.isfinite(loss)):
         bad = tree.first_non_finite(w)
         where = f"the weight {bad} is not finite: the inner run diverged (lower its learning rate)" if bad else "the weights are finite"

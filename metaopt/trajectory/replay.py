@@ -1,4 +1,8 @@
-"""Exact replay: what a step drew from torch's global random generators is drawn again when the step is recomputed."""
+"""Exact replay: what a step drew from torch's global random generators is drawn again when the step is recomputed.
+
+On a CPU a recomputed step is equal to the bit as long as the number of threads (``torch.set_num_threads``) stays that of the run: sums are
+split among threads, and another split rounds otherwise. :class:`metaopt.trajectory.Checked` notices.
+"""
 
 from __future__ import annotations
 
