@@ -19,7 +19,7 @@ class Offloaded:
     """States on another device or in memory-mapped files; all of them, or those that a checkpointed trajectory holds.
 
     The numbers are those of :class:`Full`. Cost: copying each held state away and back. Memory where the run happens: one state. Files
-    lose their names as soon as they are mapped, so that nothing is left behind, even if the process is killed (POSIX systems).
+    have no names, so that nothing is left behind, even if the process is killed (POSIX systems).
 
     >>> Offloaded(device="cpu", of=Checkpointed(slots=10)).checkpoints.slots
     10

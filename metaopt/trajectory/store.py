@@ -61,8 +61,8 @@ class OnDevice:
 class OnDisk:
     """One memory-mapped file per state in ``directory``.
 
-    The file loses its name as soon as it is mapped (POSIX), so nothing is left behind, not even by a process that is killed; the space is
-    given back when the state is dropped.
+    The file never has a name where the file system allows that (Linux), and elsewhere loses it as soon as it is mapped, so nothing is left
+    behind, not even by a process that is killed; the space is given back when the state is dropped.
     """
 
     directory: str
@@ -71,7 +71,7 @@ class OnDisk:
         """Write it to a file, and map that.
 
         Raises:
-            OSError: if the disk is full.
+            OSError: if the disk is full or the directory cannot be written to; it names the directory.
         """
         tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
         home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
@@ -98,12 +98,29 @@ class OnDisk:
         return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept[1], strict=True)], spec)
 
     def _map(self, size: int) -> Tensor:
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix="metaopt-", suffix=".state", dir=self.directory)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)  # a full disk is an error here, not a SIGBUS later
-            return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
-        finally:
-            os.close(descriptor)
-            os.unlink(name)
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            descriptor, name, named = _new_file(self.directory)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)  # a full disk is an error here, not a SIGBUS later
+                return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+            finally:
+                os.close(descriptor)
+                if named:
+                    os.unlink(name)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot keep a state of {size:,} bytes in {self.directory!r} ({error.strerror}): make room there, hold fewer states "
+                "(of=mo.trajectory.Checkpointed(slots=...)), or give another directory",
+            ) from error
+
+
+def _new_file(directory: str) -> tuple[int, str, bool]:
+    """``(descriptor, path, whether it has a name)``: an empty file without a name where there is such a thing."""
+    try:
+        descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return descriptor, f"/proc/self/fd/{descriptor}", False
+    except (AttributeError, OSError):
+        return *tempfile.mkstemp(prefix="metaopt-", suffix=".state", dir=directory), True
