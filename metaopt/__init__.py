@@ -4,6 +4,7 @@ from metaopt import inner, interop, linsolve, meta, models, tasks, trajectory, t
 from metaopt.estimators import (
     DARTS,
     F2SA,
+    FDS,
     FMD,
     IFT,
     NRES,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DARTS",
     "F2SA",
+    "FDS",
     "FMD",
     "IFT",
     "NRES",

@@ -59,6 +59,7 @@ ESTIMATORS: list[EstimatorCase] = [
     EstimatorCase("TruncatedRMD(T)", lambda T: mo.TruncatedRMD(T), full=True),
     EstimatorCase("RMD", lambda T: mo.RMD(), full=True),
     EstimatorCase("FMD", lambda T: mo.FMD(), full=True),
+    EstimatorCase("FDS", lambda T: mo.FDS(window=2)),
     EstimatorCase("DrMAD", lambda T: mo.DrMAD()),
     EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1))),
     EstimatorCase("HyperDistill", lambda T: mo.HyperDistill(gamma=0.9)),

@@ -111,6 +111,19 @@ def test_element_wise_rates_and_a_shape_of_lam_with_several_axes():
     assert close(hg.total, problem.by_autograd())
 
 
+def test_weights_without_axes_and_without_entries():
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (w[0] - lam) ** 2 + 0.0 * w[1].sum(), mo.inner.SGD(lr=0.5, momentum=0.1))
+    args = (
+        step,
+        lambda w, lam, _: w[0],
+        [torch.tensor(0.0, dtype=F64), torch.zeros(0, 2, dtype=F64)],
+        torch.tensor(1.0, dtype=F64),
+        [None] * 3,
+        None,
+    )
+    assert close(mo.hypergradient(*args, mo.FMD()).total, mo.hypergradient(*args, mo.RMD()).total)
+
+
 @pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped], ids=lambda f: f.__name__)
 def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
     problems = [Problem(mo.inner.Adam(lr=0.1), seed) for seed in range(3)]

@@ -16,6 +16,7 @@ from metaopt.estimators.darts import DARTS
 from metaopt.estimators.evograd import EvoGrad
 from metaopt.estimators.evolution import NRES, PES, AntitheticES, TruncatedES
 from metaopt.estimators.f2sa import F2SA
+from metaopt.estimators.fds import FDS
 from metaopt.estimators.first_order import FirstOrder
 from metaopt.estimators.forward import FMD
 from metaopt.estimators.forward_gradient import ForwardGradient
@@ -30,6 +31,7 @@ from metaopt.estimators.uoro import UORO
 __all__ = [
     "DARTS",
     "F2SA",
+    "FDS",
     "FMD",
     "IFT",
     "NRES",

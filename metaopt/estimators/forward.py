@@ -9,6 +9,7 @@ Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optim
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
-class FMDCarry(NamedTuple):
+class ForwardCarry(NamedTuple):
     """What forward mode carries along.
 
     Attributes:
@@ -37,8 +38,44 @@ class FMDCarry(NamedTuple):
     used: tuple[bool, ...]
 
 
+class ForwardMode(Estimator):
+    """The recursion; what is made of its result is the method."""
+
+    @property
+    @abstractmethod
+    def columns_at_once(self) -> int | None:
+        """Columns per batched product; ``None``: by the size of the graph."""
+
+    @property
+    def bound_on_products(self) -> float | None:
+        """Elementwise bound on the tangents of the inner gradient."""
+        return None
+
+    def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardCarry:
+        """``Z_0 = 0``."""
+        columns = sum(leaf.numel() for leaf in tree.floats(lam))
+        Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
+        return ForwardCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)))
+
+    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardCarry) -> tuple[InnerState, ForwardCarry]:
+        """A step, and ``Z ← A Z + B`` from its graph."""
+        point = step.tangents(state, lam, batch)
+        Z = point.push(carry.Z, carry.basis, chunk_size=self.columns_at_once, bound=self.bound_on_products)
+        used = carry.used if all(carry.used) else _seen(carry.used, Z, step, state, lam, batch)
+        return point.state, ForwardCarry(Z, carry.basis, used)
+
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: ForwardCarry) -> tuple[Tree, Pullback]:
+        """The weights, and ``α ↦ α Z``."""
+
+        def pullback(alpha: Tree) -> Response:
+            tree.check_like(alpha, state.w, "alpha", "w")
+            return Response(_entries(_times(alpha, carry.Z.w), lam, carry.used))
+
+        return state.w, pullback
+
+
 @dataclass(frozen=True)
-class FMD(Estimator):
+class FMD(ForwardMode):
     """Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
 
     Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one second-order product of that graph per column of Z
@@ -48,55 +85,40 @@ class FMD(Estimator):
     Online, λ may move: then ``α Z_t`` is the exact derivative with respect to a shift that all λ of the run have in common,
     ``Σ_i α A_t … A_{i+1} B_i`` with each Jacobian at the λ of its own step.
 
+    >>> import torch, metaopt as mo
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
+    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, FMD()).total
+    tensor([0.7500])
+
     Args:
         chunk_size: columns per batched product: 1 takes them one after the other (least memory), more save calls; default: as many as keep a
             batch small, by the size of the graph (see :mod:`metaopt.inner.tangents`). The result is the same up to rounding.
 
     Raises:
         ValueError: for a chunk size below 1.
-
-    >>> import torch, metaopt as mo
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
-    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, FMD()).total
-    tensor([0.7500])
     """
 
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the chunk size."""
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"{type(self).__name__}: chunk_size must be at least 1, got {self.chunk_size}")
+        check_chunk_size(self.chunk_size, "FMD")
+
+    @property
+    def columns_at_once(self) -> int | None:
+        """As given."""
+        return self.chunk_size
 
     @property
     def exact(self) -> bool:
         """Yes."""
         return True
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> FMDCarry:
-        """``Z_0 = 0``."""
-        columns = sum(leaf.numel() for leaf in tree.floats(lam))
-        Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
-        return FMDCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)))
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: FMDCarry) -> tuple[InnerState, FMDCarry]:
-        """A step, and ``Z ← A Z + B`` from its graph."""
-        point = step.tangents(state, lam, batch)
-        Z = self._push(point, carry)
-        used = carry.used if all(carry.used) else _seen(carry.used, Z, step, state, lam, batch)
-        return point.state, FMDCarry(Z, carry.basis, used)
-
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: FMDCarry) -> tuple[Tree, Pullback]:
-        """The weights, and ``α ↦ α Z``."""
-
-        def pullback(alpha: Tree) -> Response:
-            tree.check_like(alpha, state.w, "alpha", "w")
-            return Response(_entries(_times(alpha, carry.Z.w), lam, carry.used))
-
-        return state.w, pullback
-
-    def _push(self, point: Any, carry: FMDCarry) -> InnerState:
-        return point.push(carry.Z, carry.basis, chunk_size=self.chunk_size)
+def check_chunk_size(chunk_size: int | None, who: str) -> None:
+    """Raise a ``ValueError`` unless it is ``None`` or at least 1."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{who}: chunk_size must be at least 1, got {chunk_size}")
 
 
 def basis_of(lam: Tree) -> Tree:
@@ -113,7 +135,7 @@ def basis_of(lam: Tree) -> Tree:
 
 def _times(alpha: Tree, Z: Tree) -> Tensor:
     """``α Z``, one number per column."""
-    parts = [columns.flatten(1) @ a.flatten() for a, columns in zip(tree.leaves(alpha), tree.leaves(Z), strict=True)]
+    parts = [columns.unsqueeze(-1).flatten(1) @ a.flatten() for a, columns in zip(tree.leaves(alpha), tree.leaves(Z), strict=True)]
     return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
 
@@ -127,7 +149,7 @@ def _entries(columns: Tensor, lam: Tree, used: tuple[bool, ...]) -> Tree:
 def _seen(used: tuple[bool, ...], Z: InnerState, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[bool, ...]:
     """``used``, brought up to date: a leaf is used if it has moved the state, or else if Φ's own pullback knows it."""
     flat = tree.leaves(lam)
-    moved = torch.stack([columns.flatten(1).any(1) for columns in tree.floats(Z)]).any(0).split([leaf.numel() for leaf in flat])
+    moved = torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)]).any(0).split([leaf.numel() for leaf in flat])
     now = tuple(before or bool(column.any()) for before, column in zip(used, moved, strict=True))
     if all(now):
         return now

@@ -248,7 +248,7 @@ def _moving(dots: list[Tensor], columns: int) -> Tensor:
     """The numbers of the columns that are not all zero."""
     if not dots:
         return torch.zeros(0, dtype=torch.long)
-    return torch.stack([dot.reshape(columns, -1).any(1) for dot in dots]).any(0).nonzero()[:, 0]
+    return torch.stack([dot.unsqueeze(-1).flatten(1).any(1) for dot in dots]).any(0).nonzero()[:, 0]
 
 
 def _spread(product: Tensor | None, rows: Tensor, columns: int, like: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """The loops around an estimator: online, offline, over tasks."""
 
 from metaopt.meta.batch import looped, replicated, stacked
+from metaopt.meta.bounds import bounded
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import HyperSteps, OnlineReport, online
 from metaopt.meta.outer import Outer
+from metaopt.meta.sign_step import SignStep
 from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "OnlineReport",
     "Outer",
     "Reptile",
+    "SignStep",
+    "bounded",
     "looped",
     "online",
     "replicated",

@@ -235,15 +235,6 @@ def evograd_limit(lam: Tensor) -> Tensor:
     return -8 * (17 / (5 + 4 * lam) ** 3 - 2 / (5 + 4 * lam) ** 2)
 
 
-def shared_window_error(error: float, drift: float, window: int) -> float:
-    r"""8. FDS's bound :math:`MSE_W \le MSE_1/W + \epsilon^2 (W^2-1)/12`, with equality for linear drift :math:`\epsilon` per step.
-
-    The mean of W independent estimates has variance :math:`MSE_1/W`; the mean square distance of W equally spaced points from their mean is
-    :math:`\epsilon^2 (W^2-1)/12`.
-    """
-    return error / window + drift**2 * (window**2 - 1) / 12
-
-
 CLOSED_FORMS: list[Callable[..., Problem]] = [quadratic, non_commuting, momentum, log_l2, learning_rate, schedule, ridge, isotropic]
 """Every closed form at horizon T: functions of ``(size, conditioning, seed, horizon)``."""
 

@@ -12,7 +12,22 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators import DARTS, FMD, IFT, RMD, SAMA, SOBA, DrMAD, Estimator, FirstOrder, ForwardGradient, HyperDistill, OneStep, TruncatedRMD
+from metaopt.estimators import (
+    DARTS,
+    FDS,
+    FMD,
+    IFT,
+    RMD,
+    SAMA,
+    SOBA,
+    DrMAD,
+    Estimator,
+    FirstOrder,
+    ForwardGradient,
+    HyperDistill,
+    OneStep,
+    TruncatedRMD,
+)
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.linsolve import Neumann
@@ -48,6 +63,10 @@ def _first_order(problem: Problem, horizon: int, estimator: FirstOrder, alpha: T
 
 def _all_steps(problem: Problem, horizon: int, estimator: Estimator, alpha: Tensor) -> Tensor:
     return dense_sweep(alpha, along(problem, states(problem, horizon), horizon))
+
+
+def _shared(problem: Problem, horizon: int, estimator: FDS, alpha: Tensor) -> Tensor:
+    return _all_steps(problem, horizon, estimator, alpha) / estimator.window
 
 
 def _one_step(problem: Problem, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
@@ -142,6 +161,10 @@ def _when_complete(problem: Problem, horizon: int, estimator: Any) -> str | None
     return "T ≤ K" if horizon <= getattr(estimator, "horizon", 1) else None
 
 
+def _when_alone(problem: Problem, horizon: int, estimator: FDS) -> str | None:
+    return "W = 1, no bound" if estimator.window == 1 and estimator.bound is None else None
+
+
 def _when_constant(problem: Problem, horizon: int, estimator: DrMAD) -> str | None:
     return "A, B constant" if problem.constant_jacobians else "T = 1" if horizon == 1 else None
 
@@ -161,6 +184,12 @@ def _one_batch(problem: Problem) -> bool:
     return all(batch is problem.batches[0] for batch in problem.batches)
 
 
+def _has_no_direct_term(problem: Problem) -> bool:
+    """FDS averages the direct term too; the formula is for the indirect one."""
+    _, direct = outer_cotangent(problem.outer_loss, states(problem, 0)[0], problem.lam, problem.outer_batch)
+    return not bool(direct.any())
+
+
 def _has_fixed_rate(problem: Problem) -> bool:
     """The mixed derivative of a learning rate is zero: implicit differentiation refuses it."""
     optimizer = getattr(problem.step, "optimizer", None)
@@ -173,6 +202,7 @@ ENTRIES: dict[type[Estimator], Formula] = {
     TruncatedRMD: Formula(lambda p, T: TruncatedRMD(3), _truncated, _when_complete),
     RMD: Formula(lambda p, T: RMD(), _all_steps, _always),
     FMD: Formula(lambda p, T: FMD(), _all_steps, _always),
+    FDS: Formula(lambda p, T: FDS(window=3), _shared, _when_alone, _has_no_direct_term),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
     IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
     HyperDistill: Formula(lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch),
