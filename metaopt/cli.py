@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from metaopt.experiments import compare, sinusoid
+from metaopt.verify import command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them.")
 compare_app = typer.Typer(no_args_is_help=True, help="Run an experiment with several estimators side by side.")
@@ -50,6 +51,16 @@ def compare_sinusoid(
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
     typer.echo(f"wrote {out / 'convergence.png'} and {out / 'runs.json'}")
+
+
+@app.command("verify")
+def verify(name: Annotated[str | None, typer.Argument(help="An estimator, e.g. DrMAD; default: all of them.")] = None) -> None:
+    """Hold every estimator to its own formula, and to the exact hypergradient where theory makes it exact; fails if one is off."""
+    try:
+        passed = command.run(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="NAME") from error
+    raise typer.Exit(0 if passed else 1)
 
 
 def main() -> None:

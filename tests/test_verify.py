@@ -1,14 +1,18 @@
 """The verification kit: its references agree, it passes what is right, and it fails, and says where, what is planted wrong."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.cli import app
 from metaopt.estimators import Estimator, Response
 from metaopt.estimators.reverse import sweep
 from metaopt.inner import InnerState
@@ -82,6 +86,36 @@ def test_an_estimator_without_a_row_fails(monkeypatch):
 def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="no estimator is called 'Nonsense'; there are"):
         command.run("Nonsense")
+
+
+def test_the_command_line_prints_a_line_per_check():
+    result = CliRunner().invoke(app, ["verify", "DrMAD"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines() if line.startswith("DrMAD")]
+    assert all(line[-1] == "ok" for line in lines)
+    assert ["DrMAD", "quadratic,", "T=6", "closed", "form"] in [line[:5] for line in lines]
+    assert "A, B constant" in result.output
+
+
+def test_the_command_line_fails_where_an_estimator_does(monkeypatch):
+    row = formulas.ENTRIES[mo.DrMAD]
+    monkeypatch.setitem(formulas.ENTRIES, mo.DrMAD, row._replace(indirect=lambda *args: 1.01 * row.indirect(*args)))
+    result = CliRunner().invoke(app, ["verify", "DrMAD"])
+    assert result.exit_code == 1
+    assert "DrMAD failed on quadratic, T=1 against own formula" in result.output
+
+
+def test_the_command_line_as_a_process_knows_no_other_names():
+    result = subprocess.run([sys.executable, "-m", "metaopt", "verify", "Nonsense"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Nonsense" in result.stderr
+    assert all(name in result.stderr for name in ("RMD", "DrMAD", "EvoGrad"))
+
+
+def test_importing_metaopt_loads_no_front_end():
+    code = "import sys, metaopt; print([name for name in ('rich', 'typer', 'hypothesis', 'higher') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 # -- planted faults ------------------------------------------------------------------------------
