@@ -8,14 +8,19 @@ import metaopt as mo
 from benchmarks.problem import Problem
 
 
-def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()) -> list[Tensor]:
+def parts(problem: Problem, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()):
+    """``(step, loss, w, lam)``."""
     model = mo.functional(problem.module)
     w, lam = mo.partition(model.params, problem.weights)
 
     def loss(w, lam, batch):
         return problem.criterion(model(mo.merge(w, lam), batch[0]), batch[1])
 
-    step = mo.inner_step(loss, mo.inner.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint)
+    return mo.inner_step(loss, mo.inner.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint), loss, w, lam
+
+
+def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()) -> list[Tensor]:
+    step, loss, w, lam = parts(problem, adjoint)
     return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())
 
 

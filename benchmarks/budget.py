@@ -1,0 +1,77 @@
+"""``python -m benchmarks.budget``: time against bytes, for `Budgeted` on the conv nets: from states only to every graph.
+
+The naive loop and the budgets take turns; a figure is the median over rounds of time / naive's time in the same round.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import metaopt as mo
+from benchmarks.engines import naive, ours
+from benchmarks.problems import PROBLEMS
+from benchmarks.report import merged, pyplot
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def bytes_of_all_graphs(problem) -> int:
+    """What the graphs of every step hold, and every state, as `Budgeted` counts it."""
+    trajectory = mo.trajectory.Budgeted(1 << 40)
+    step, _, w, lam = ours.parts(problem)
+    state = step.init(w, lam)
+    tape = trajectory.start(state, lam)
+    trajectory.record(tape, step, state, lam, problem.batches[0])
+    return len(problem.batches) * (tape.graphs[0].size + tape.state_size) + tape.state_size
+
+
+def measure(name: str, T: int, rounds: int) -> list[dict]:
+    torch.manual_seed(0)
+    problem = PROBLEMS[name].make(T, torch.float32)
+    all_of_it = bytes_of_all_graphs(problem)
+    engines = {"naive": naive.gradient, "states only": partial(ours.gradient, estimator=mo.RMD())}
+    for share in SHARES[1:]:
+        trajectory = mo.trajectory.Budgeted(int(share * all_of_it))
+        engines[f"{share:.0%} of the graphs"] = partial(ours.gradient, estimator=mo.RMD(trajectory))
+    times: dict[str, list[float]] = {engine: [] for engine in engines}
+    for turn in range(rounds + 1):
+        for engine, gradient in engines.items():
+            start = time.perf_counter()
+            gradient(problem)
+            times[engine].append(time.perf_counter() - start) if turn else None
+    rows = []
+    for number, (engine, own) in enumerate(times.items()):
+        ratio = statistics.median(a / b for a, b in zip(own, times["naive"], strict=True))
+        share = None if number == 0 else SHARES[number - 1]
+        rows.append({"problem": name, "T": T, "engine": engine, "share": share, "budget MiB": (share or 0) * all_of_it / 2**20, "ratio": ratio})
+        print(f"{name:14} T={T:<3} {engine:24} {ratio:5.2f} x naive", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.budget", description=__doc__)
+    parser.add_argument("--problem", default="conv_anil", choices=["conv_anil", "conv_warpgrad"])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = merged(measure(arguments.problem, arguments.steps, arguments.rounds), arguments.out / "budget.json")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.5))
+    for problem, T in dict.fromkeys((row["problem"], row["T"]) for row in rows):
+        points = [(row["budget MiB"], row["ratio"]) for row in rows if (row["problem"], row["T"]) == (problem, T) and row["share"] is not None]
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=f"{problem}, T={T}")
+    axis.axhline(1.0, color="grey", linestyle="--", label="naive")
+    axis.set(xlabel="budget, MiB", ylabel="time / naive")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(arguments.out / "budget.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

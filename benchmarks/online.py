@@ -1,0 +1,79 @@
+"""``python -m benchmarks.online``: one online step of each method (a hyper-step at every inner step) against a plain inner step.
+
+The methods take turns; a figure is the median over rounds. Memory: growth of the resident set's peak, each in a process of its own.
+Passes per step (forward, backward, contraction of a gradient's graph; `tests/test_adjoint.py` counts them), the outer loss's forward and backward
+aside: plain 1, 1, 0; FirstOrder the same; OneStep 1, 1, 1; HyperDistill 2, 2, 1.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+
+import metaopt as mo
+from benchmarks.engines.ours import parts
+from benchmarks.problems import PROBLEMS
+
+ESTIMATORS = {"FirstOrder": mo.FirstOrder(), "OneStep": mo.OneStep(), "HyperDistill": mo.HyperDistill()}
+METHODS = ("plain", *ESTIMATORS)
+
+
+def run(problem, method: str) -> None:
+    step, loss, w, lam = parts(problem)
+    if method == "plain":
+        state = step.init(w, lam)
+        for batch in problem.batches:
+            state = step(state, lam, batch)
+        return
+    outer_batches, optimizer = [problem.outer_batch] * len(problem.batches), partial(torch.optim.SGD, lr=1e-3)
+    for _ in mo.online(step, loss, w, lam, problem.batches, outer_batches, ESTIMATORS[method], optimizer):
+        pass
+
+
+def growth(problem: str, T: int, method: str) -> float:
+    out = subprocess.run([sys.executable, "-m", "benchmarks.online", "--weigh", problem, str(T), method], capture_output=True, text=True, check=True)
+    return float(out.stdout)
+
+
+def weigh(problem: str, T: int, method: str) -> None:
+    made = PROBLEMS[problem].make(T, torch.float32)
+    few = tuple(part[:4].clone() for part in made.outer_batch)
+    run(made._replace(batches=[few] * 2, outer_batch=few), method)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(made, method)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.online", description=__doc__)
+    parser.add_argument("--problems", default="sinusoid,conv_anil,conv_warpgrad", help="comma-separated")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--weigh", nargs=3, metavar=("PROBLEM", "T", "METHOD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.weigh:
+        return weigh(arguments.weigh[0], int(arguments.weigh[1]), arguments.weigh[2])
+    for name in arguments.problems.split(","):
+        torch.manual_seed(0)
+        problem = PROBLEMS[name].make(arguments.steps, torch.float32)
+        times: dict[str, list[float]] = {method: [] for method in METHODS}
+        for turn in range(arguments.rounds + 1):
+            for method in METHODS:
+                start = time.perf_counter()
+                run(problem, method)
+                times[method].append(time.perf_counter() - start) if turn else None
+        for method, own in times.items():
+            plain, one = (statistics.median(a / b for a, b in zip(own, times[of], strict=True)) for of in ("plain", "OneStep"))
+            memory = statistics.median(growth(name, arguments.steps, method) for _ in range(3))
+            print(f"{name:14} {method:14} {plain:5.2f} x plain   {one:5.2f} x OneStep   {memory:6.0f} MiB", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
