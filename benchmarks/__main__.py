@@ -1,12 +1,11 @@
 """``python -m benchmarks``: time and peak memory of every engine on every problem, side by side, one thread.
 
 Time: engines take turns (A B C A B C …); a figure is the median over rounds of time / naive's time in the same round. Memory: growth of the
-resident set's peak over what the process held before, each measurement in a process of its own. Results of several runs into the same
+resident set's peak over what was resident before, each measurement in a process of its own. Results of several runs into the same
 folder are put together.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import memory
 from benchmarks.engines import ENGINES
 from benchmarks.problems import PROBLEMS
 from benchmarks.report import Row, merged, picture, table
@@ -75,13 +75,13 @@ def weigh(problem: str, T: int, engine: str) -> None:
     made = PROBLEMS[problem].make(T, torch.float32)
     few = tuple(part[:2].clone() for part in made.outer_batch)
     ENGINES[engine](made._replace(batches=[few] * 2, outer_batch=few))  # what is loaded on first use is not counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if ENGINES[engine](made) is None:
+    result, mebibytes = memory.growth(lambda: ENGINES[engine](made))
+    if result is None:
         raise SystemExit(1)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(mebibytes)
 
 
-def measure(problems: list[str], rounds: int, time_them: bool, memory: bool, chosen: Chosen) -> list[Row]:
+def measure(problems: list[str], rounds: int, time_them: bool, weigh_them: bool, chosen: Chosen) -> list[Row]:
     rows = []
     for problem in problems:
         to_time, to_weigh = SIZES[problem]
@@ -93,7 +93,7 @@ def measure(problems: list[str], rounds: int, time_them: bool, memory: bool, cho
                     ratio = statistics.median(a / b for a, b in zip(own, times["naive"], strict=True))
                     rows.append({"problem": problem, "T": T, "engine": name, "seconds": statistics.median(own), "ratio": ratio})
                     print(f"{problem:14} T={T:<5} {name:34} {ratio:6.2f} x naive   {statistics.median(own):8.3f} s", flush=True)
-        for T in chosen.of(to_weigh) if memory else ():
+        for T in chosen.of(to_weigh) if weigh_them else ():
             for name in chosen.engines(problem, T):
                 mebibytes = growth(problem, T, name)
                 if mebibytes is not None:

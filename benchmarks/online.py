@@ -6,7 +6,6 @@ aside: plain 1, 1, 0; FirstOrder the same; OneStep 1, 1, 1; HyperDistill 2, 2, 1
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from functools import partial
 import torch
 
 import metaopt as mo
+from benchmarks import memory
 from benchmarks.engines.ours import parts
 from benchmarks.problems import PROBLEMS
 
@@ -44,9 +44,7 @@ def weigh(problem: str, T: int, method: str) -> None:
     made = PROBLEMS[problem].make(T, torch.float32)
     few = tuple(part[:4].clone() for part in made.outer_batch)
     run(made._replace(batches=[few] * 2, outer_batch=few), method)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(made, method)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(memory.growth(lambda: run(made, method))[1])
 
 
 def main() -> None:
@@ -70,8 +68,8 @@ def main() -> None:
                 times[method].append(time.perf_counter() - start) if turn else None
         for method, own in times.items():
             plain, one = (statistics.median(a / b for a, b in zip(own, times[of], strict=True)) for of in ("plain", "OneStep"))
-            memory = statistics.median(growth(name, arguments.steps, method) for _ in range(3))
-            print(f"{name:14} {method:14} {plain:5.2f} x plain   {one:5.2f} x OneStep   {memory:6.0f} MiB", flush=True)
+            mebibytes = statistics.median(growth(name, arguments.steps, method) for _ in range(3))
+            print(f"{name:14} {method:14} {plain:5.2f} x plain   {one:5.2f} x OneStep   {mebibytes:6.0f} MiB", flush=True)
     return None
 
 
