@@ -63,7 +63,7 @@ def test_evograds_truth_is_implicit_differentiation(lam):
 
 @given(lam=st.floats(0.1, 2.0))
 def test_evograds_limit_is_its_gaussian_integral(lam):
-    x, lam_ = torch.linspace(-9, 9, 4001, dtype=torch.float64), torch.tensor(lam, dtype=torch.float64, requires_grad=True)
+    x, lam_ = torch.linspace(-9, 9, 401, dtype=torch.float64), torch.tensor(lam, dtype=torch.float64, requires_grad=True)
     theta = x[None] + x[:, None]  # x (columns) perturbed by every ε (rows)
     density = (-(x**2) / 2).exp()
     weight = density[:, None] * (-2 * ((theta - 1) ** 2 + lam_ * theta**2)).exp()
@@ -73,9 +73,33 @@ def test_evograds_limit_is_its_gaussian_integral(lam):
     torch.testing.assert_close(slope, cases.evograd_limit(lam_.detach()), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [kind.__name__ for kind in formulas.ENTRIES])
-def test_every_estimator_with_a_row_passes(name):
-    assert command.run(name)
+@pytest.mark.parametrize("name", command.public_estimators())
+def test_every_public_estimator_passes(name, capsys):
+    assert command.run(name), capsys.readouterr().out
+
+
+SIZES = {"sigma": st.floats(0.05, 1.0), "seed": st.integers(0, 1000)}
+
+
+@given(copies=st.integers(2, 4), temperature=st.floats(0.1, 2.0), around=st.sampled_from(["before", "after"]), unit=st.booleans(), **SIZES)
+def test_evograd_is_its_formula_at_every_setting(copies, temperature, around, unit, sigma, seed):
+    estimator = mo.EvoGrad(copies, sigma, temperature, noise="gaussian", around=around, unit_rate=unit, seed=seed)
+    assert check(estimator, problems=[cases.log_l2], seed=seed).passed
+
+
+@given(kind=st.sampled_from([mo.TruncatedES, mo.PES]), pairs=st.integers(1, 3), window=st.integers(1, 6), **SIZES)
+def test_windowed_evolution_is_its_formula_at_every_setting(kind, pairs, window, sigma, seed):
+    assert check(kind(pairs=pairs, sigma=sigma, window=window, seed=seed), problems=[cases.momentum, cases.schedule], seed=seed).passed
+
+
+@given(rate=st.floats(0.01, 0.3), multiplier=st.floats(1.0, 100.0), seed=st.integers(0, 1000))
+def test_f2sa_is_its_formula_at_every_setting(rate, multiplier, seed):
+    assert check(mo.F2SA(rate, multiplier), problems=[cases.log_l2, cases.non_commuting], seed=seed).passed
+
+
+@given(sketches=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_uoro_is_its_formula_at_every_setting(sketches, seed):
+    assert check(mo.UORO(sketches, seed), problems=[cases.momentum, cases.learning_rate], seed=seed).passed
 
 
 def test_an_estimator_without_a_row_fails(monkeypatch):

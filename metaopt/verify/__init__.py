@@ -1,6 +1,6 @@
 """Proving an estimator or a step, ours or a user's: closed forms, slow references, checks; diagnosing one on a problem of your own."""
 
-from metaopt.verify import cases, command, formulas, memory, reference, results
+from metaopt.verify import cases, command, formulas, memory, reference, results, sampled
 from metaopt.verify.alignment import Alignment, alignment
 from metaopt.verify.bias import Bias, bias
 from metaopt.verify.cases import Problem
@@ -8,7 +8,7 @@ from metaopt.verify.checks import Report, Row, check
 from metaopt.verify.command import run
 from metaopt.verify.compare import Comparison, calibrated, compare, finished_run
 from metaopt.verify.costs import Costs, costs
-from metaopt.verify.formulas import Formula
+from metaopt.verify.formulas import Formula, WholeFormula
 from metaopt.verify.norms import Norms, norms
 from metaopt.verify.reference import Estimate, Jacobians
 from metaopt.verify.results import Result
@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "Row",
     "Smoothness",
+    "WholeFormula",
     "alignment",
     "bias",
     "calibrated",
@@ -43,5 +44,6 @@ __all__ = [
     "reference",
     "results",
     "run",
+    "sampled",
     "smoothness",
 ]

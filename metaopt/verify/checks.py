@@ -17,7 +17,7 @@ from metaopt.inner.step import Step
 from metaopt.trajectory import replay
 from metaopt.tree import Tree
 from metaopt.verify.cases import CLOSED_FORMS, Problem
-from metaopt.verify.formulas import formula_of, own_hypergradient
+from metaopt.verify.formulas import formula_of
 from metaopt.verify.reference import jacobians, unvector, vector
 
 HORIZONS = (1, 2, 6)
@@ -137,7 +137,7 @@ def _on(problem: Problem, estimator: Estimator, tolerance: float, horizons: Sequ
             rows.append(Row(case, "runs at all", float("inf"), tolerance, f"{type(error).__name__}: {error}"))
             continue
         if formula is not None:
-            rows.append(Row(case, "own formula", _error(got, own_hypergradient(problem, horizon, estimator, formula)), tolerance))
+            rows.append(Row(case, "own formula", _error(got, formula.hypergradient(problem, horizon, estimator)), tolerance))
         if why is not None and problem.exact is not None:
             rows.append(Row(case, "closed form", _error(got, vector(problem.exact(horizon))), tolerance, why))
     return rows

@@ -14,29 +14,36 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.estimators import (
     DARTS,
+    F2SA,
     FDS,
     FMD,
     IFT,
+    NRES,
+    PES,
     RMD,
     SAMA,
     SOBA,
+    UORO,
+    AntitheticES,
     DrMAD,
     Estimator,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     HyperDistill,
     OneStep,
+    TruncatedES,
     TruncatedRMD,
 )
-from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.linsolve import Neumann
+from metaopt.verify import sampled
 from metaopt.verify.cases import Problem
-from metaopt.verify.reference import Jacobians, dense_sweep, jacobians, outer_cotangent, states, vector
+from metaopt.verify.reference import along, dense_sweep, jacobians, outer_cotangent, states, vector
 
 
 class Formula(NamedTuple):
-    """One estimator's own hypergradient.
+    """One estimator's own hypergradient, as a direct term (that of the last weights) and its indirect term.
 
     Attributes:
         make: problem and horizon to the estimator as it is verified.
@@ -50,11 +57,31 @@ class Formula(NamedTuple):
     exact_where: Callable[[Problem, int, Any], str | None]
     applies: Callable[[Problem], bool] = lambda problem: True
 
+    def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
+        """Both terms, over flattened λ."""
+        last = states(problem, horizon)[-1]
+        alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
+        return direct + self.indirect(problem, horizon, estimator, alpha)
 
-def along(problem: Problem, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
-    """Dense Jacobians of the last steps of a run at the given states ``s_0 … s_{T-1}``, oldest first."""
-    first = 0 if last is None else max(horizon - last, 0)
-    return [jacobians(problem.step, run[t], problem.lam, problem.batches[t]) for t in range(first, horizon)]
+
+class WholeFormula(NamedTuple):
+    """One estimator's own hypergradient, where it takes the outer loss elsewhere than at the last weights, or does not tell its terms apart.
+
+    Attributes:
+        make: problem and horizon to the estimator as it is verified.
+        total: ``(problem, horizon, estimator) -> `` the hypergradient over flattened λ.
+        exact_where: as for :class:`Formula`.
+        applies: as for :class:`Formula`.
+    """
+
+    make: Callable[[Problem, int], Estimator]
+    total: Callable[[Problem, int, Any], Tensor]
+    exact_where: Callable[[Problem, int, Any], str | None]
+    applies: Callable[[Problem], bool] = lambda problem: True
+
+    def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
+        """Both terms, over flattened λ."""
+        return self.total(problem, horizon, estimator)
 
 
 def _first_order(problem: Problem, horizon: int, estimator: FirstOrder, alpha: Tensor) -> Tensor:
@@ -191,12 +218,12 @@ def _has_no_direct_term(problem: Problem) -> bool:
 
 
 def _has_fixed_rate(problem: Problem) -> bool:
-    """The mixed derivative of a learning rate is zero: implicit differentiation refuses it."""
+    """Whether the inner loss sees λ; methods that differentiate only the loss cannot see a learning rate."""
     optimizer = getattr(problem.step, "optimizer", None)
     return isinstance(getattr(optimizer, "lr", None), float)
 
 
-ENTRIES: dict[type[Estimator], Formula] = {
+ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     FirstOrder: Formula(lambda p, T: FirstOrder(), _first_order, _never),
     OneStep: Formula(lambda p, T: OneStep(), _one_step, _when_complete),
     TruncatedRMD: Formula(lambda p, T: TruncatedRMD(3), _truncated, _when_complete),
@@ -210,18 +237,18 @@ ENTRIES: dict[type[Estimator], Formula] = {
     DARTS: Formula(lambda p, T: DARTS(), _one_step, _when_complete),
     SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
     SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),
+    F2SA: WholeFormula(lambda p, T: F2SA(rate=0.2, multiplier=10.0), sampled.f2sa, _never, _has_fixed_rate),
+    EvoGrad: WholeFormula(lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _has_fixed_rate),
+    AntitheticES: WholeFormula(lambda p, T: AntitheticES(pairs=2), sampled.evolution(sampled.one_noise), _never),
+    NRES: WholeFormula(lambda p, T: NRES(pairs=2), sampled.evolution(sampled.one_noise), _never),
+    TruncatedES: WholeFormula(lambda p, T: TruncatedES(pairs=2, window=4), sampled.evolution(sampled.restarted), _never),
+    PES: WholeFormula(lambda p, T: PES(pairs=2, window=4), sampled.evolution(sampled.persistent), _never),
+    UORO: Formula(lambda p, T: UORO(sketches=2), sampled.uoro, _never),
 }
 """Estimator class to its formula: one row each."""
 
 
-def formula_of(estimator: Estimator | type[Estimator]) -> Formula | None:
+def formula_of(estimator: Estimator | type[Estimator]) -> Formula | WholeFormula | None:
     """The row of an estimator's class, or of the nearest base class that has one."""
     kind = estimator if isinstance(estimator, type) else type(estimator)
     return next((ENTRIES[base] for base in kind.__mro__ if base in ENTRIES), None)
-
-
-def own_hypergradient(problem: Problem, horizon: int, estimator: Estimator, formula: Formula) -> Tensor:
-    """The estimator's own formula plus the direct term, over flattened λ."""
-    last = states(problem, horizon)[-1]
-    alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
-    return direct + formula.indirect(problem, horizon, estimator, alpha)

@@ -66,6 +66,12 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
     return Jacobians(matrix[:, :size], matrix[:, size:])
 
 
+def along(problem: Problem, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
+    """Dense Jacobians of the last steps of a run at the given states ``s_0 … s_{T-1}``, oldest first."""
+    first = 0 if last is None else max(horizon - last, 0)
+    return [jacobians(problem.step, run[t], problem.lam, problem.batches[t]) for t in range(first, horizon)]
+
+
 def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: Any) -> tuple[Tensor, Tensor]:
     """``α`` as a row over the flattened state (zero on the slots), and the direct term over flattened λ."""
     with torch.enable_grad():
