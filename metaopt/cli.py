@@ -40,7 +40,9 @@ def compare_sinusoid(
     out.mkdir(parents=True, exist_ok=True)
     runs = compare.run_all(sinusoid.run, methods, config, seeds, workers=workers)
     compare.save(runs, config, out / "runs.json")
-    compare.draw_convergence(methods, runs, out / "convergence.png", "outer loss after T = 30 inner steps")
+    curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
+    own_options = [method.title for method in methods if method.overrides]
+    compare.draw_curves(curves, out / "convergence.png", ylabel="outer loss after T = 30 inner steps", dashed=own_options)
     title = f"Sinusoid, meta-test error over {config.test_tasks} tasks, M = {meta_iterations}, {seeds} seeds"
     compare.show(compare.table(methods, runs, config.FAILED_AT, title))
     typer.echo(f"options: {config.options}")

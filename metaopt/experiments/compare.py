@@ -6,7 +6,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -78,28 +78,50 @@ def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: 
     return shown
 
 
-def draw_convergence(methods: Sequence[Any], runs: Sequence[Any], path: Path, ylabel: str) -> None:
-    """Median over seeds of each method's curve, with the middle half of the seeds shaded."""
+def draw_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    path: Path,
+    *,
+    ylabel: str,
+    xlabel: str = "inner runs",
+    every: int = 1,
+    yscale: str = "log",
+    dashed: Container[str] = (),
+) -> None:
+    """Median over seeds of each method's curve, with the middle half of the seeds shaded.
+
+    Args:
+        curves: title of a method -> a curve per seed; a curve that broke off counts as infinite from there.
+        path: of the picture.
+        ylabel: what the curves show.
+        xlabel: what they are drawn over.
+        every: distance between a curve's points.
+        yscale: ``"log"`` or ``"linear"``.
+        dashed: titles drawn dashed.
+    """
     figure = Figure(figsize=(10, 5), layout="constrained")  # not pyplot: no backend is chosen for the user
     axes = figure.subplots()
-    for colour, method in zip(colormaps["tab10"].colors, methods, strict=False):  # type: ignore[attr-defined]
-        curves = [run.curve for run in runs if run.method == method.key and run.curve]
-        if not curves:
+    for colour, (title, all_curves) in zip(_COLOURS, curves.items(), strict=False):
+        found = [curve for curve in all_curves if curve]
+        if not found:
             continue
-        length = max(len(curve) for curve in curves)
-        padded = np.array([curve + [math.inf] * (length - len(curve)) for curve in curves])
+        length = max(len(curve) for curve in found)
+        padded = np.array([[*curve, *[math.inf] * (length - len(curve))] for curve in found])
         low, middle, high = np.quantile(padded, [0.25, 0.5, 0.75], axis=0, method="nearest")
-        m = np.arange(1, length + 1)
-        axes.plot(m, middle, label=method.title, color=colour, linewidth=1.8, linestyle="--" if method.overrides else "-")
+        m = every * np.arange(1, length + 1)
+        axes.plot(m, middle, label=title, color=colour, linewidth=1.8, linestyle="--" if title in dashed else "-")
         axes.fill_between(m, low, np.minimum(high, 1e3), color=colour, alpha=0.12, linewidth=0)
-    axes.set(xlabel="inner runs", ylabel=ylabel, yscale="log")
-    finite = [value for run in runs for value in run.curve if math.isfinite(value)]
-    if finite:
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    finite = [value for all_curves in curves.values() for curve in all_curves for value in curve if math.isfinite(value)]
+    if finite and yscale == "log":
         axes.set_ylim(0.7 * min(finite), 1.3 * float(np.quantile(finite, 0.99)))
     axes.grid(alpha=0.25, which="both")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+_COLOURS = (*colormaps["tab10"].colors, *colormaps["Dark2"].colors)  # type: ignore[attr-defined]
 
 
 def save(runs: Sequence[Any], config: Any, path: Path) -> None:
