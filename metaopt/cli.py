@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from metaopt.experiments import compare, sinusoid
+from metaopt.experiments import compare, many_shot, many_shot_report, sinusoid
+from metaopt.experiments.image_data import Source
 from metaopt.verify import command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them.")
@@ -53,6 +55,108 @@ def compare_sinusoid(
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
     typer.echo(f"wrote {out / 'convergence.png'} and {out / 'runs.json'}")
+
+
+Data = Annotated[str, typer.Option(help="glyphs, cifar10, cifar100, tinyimagenet, fashion-mnist or folder.")]
+Root = Annotated[Path, typer.Option(help="Where the data set's files are (or, for folder, the folder).")]
+Size = Annotated[int | None, typer.Option(min=8, help="Height and width to work at; default: the profile's.")]
+Small = Annotated[bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set's files where they are missing.")]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Inner runs of meta-training (M); default: the profile's.")]
+Fomaml = Annotated[bool, typer.Option("--fomaml", help="FOMAML instead of Reptile for the initial weights (table 6).")]
+Stable = Annotated[bool, typer.Option("--stable/--printed", help="Bound the hypergradient's norm by 1 and hold the momentum constant in A, for all.")]
+
+
+@compare_app.command("anil")
+def compare_anil(
+    data: Data = "glyphs",
+    root: Root = Path("data"),
+    small: Small = False,
+    estimators: Estimators = None,
+    seeds: Seeds = 5,
+    meta_iterations: Iterations = None,
+    size: Size = None,
+    fomaml: Fomaml = False,
+    stable: Stable = True,
+    download: Download = False,
+    out: Out = Path("results/anil"),
+    workers: Workers = None,
+) -> None:
+    """ANIL on many-shot image tasks: table 2 of the HyperDistill paper."""
+    _many_shot("anil", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+
+
+@compare_app.command("warpgrad")
+def compare_warpgrad(
+    data: Data = "glyphs",
+    root: Root = Path("data"),
+    small: Small = False,
+    estimators: Estimators = None,
+    seeds: Seeds = 5,
+    meta_iterations: Iterations = None,
+    size: Size = None,
+    fomaml: Fomaml = False,
+    stable: Stable = True,
+    download: Download = False,
+    out: Out = Path("results/warpgrad"),
+    workers: Workers = None,
+) -> None:
+    """WarpGrad on many-shot image tasks: tables 2 and 6, figures 2, 4-6 and 11-13 of the HyperDistill paper."""
+    _many_shot("warpgrad", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+
+
+@compare_app.command("meta-weight-net")
+def compare_meta_weight_net(
+    data: Data = "glyphs",
+    root: Root = Path("data"),
+    small: Small = False,
+    estimators: Estimators = None,
+    seeds: Seeds = 5,
+    meta_iterations: Iterations = None,
+    size: Size = None,
+    fomaml: Fomaml = False,
+    stable: Stable = True,
+    download: Download = False,
+    out: Out = Path("results/meta-weight-net"),
+    workers: Workers = None,
+) -> None:
+    """MetaWeightNet on many-shot image tasks with 40 % random labels: table 2 and figure 7 of the HyperDistill paper."""
+    _many_shot("meta-weight-net", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+
+
+def _many_shot(
+    model: str,
+    source: Source,
+    small: bool,
+    estimators: str | None,
+    seeds: int,
+    meta_iterations: int | None,
+    fomaml: bool,
+    stable: bool,
+    out: Path,
+    workers: int | None,
+) -> None:
+    config = many_shot.configure(model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations)
+    default = many_shot.TABLE_2_WEIGHTS if model == "meta-weight-net" else many_shot.TABLE_2
+    try:
+        methods = compare.select(many_shot.METHODS, estimators.split(",") if estimators else default)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--estimators") from error
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        many_shot.prepare(config, seed=0)  # missing files, unknown data: before any process starts
+        runs = compare.run_all(functools.partial(many_shot.run, folder=out / "runs"), methods, config, seeds, workers=workers)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    compare.save([run._replace(lam=None) for run in runs], config, out / "runs.json")
+    pictures = many_shot_report.draw(methods, runs, config, out)
+    title = f"{model} on {source.name}, {config.test_tasks} test tasks, M = {config.meta_iterations}, T = {config.horizon}, {seeds} seeds"
+    compare.show(many_shot_report.table(methods, runs, config, title))
+    typer.echo(f"options: {config.options}")
+    for run in runs:
+        if run.failure:
+            typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
+    typer.echo("wrote " + ", ".join(str(path) for path in [*pictures, out / "runs.json"]))
 
 
 @app.command("verify")

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,8 @@ _COLOURS = (*colormaps["tab10"].colors, *colormaps["Dark2"].colors)  # type: ign
 
 def save(runs: Sequence[Any], config: Any, path: Path) -> None:
     """Every run and the settings, as JSON (NaN and infinities as ``null``)."""
-    plain = {"config": vars(config), "runs": [_without_nan(run._asdict()) for run in runs]}
-    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    plain = {"config": asdict(config), "runs": [_without_nan(run._asdict()) for run in runs]}
+    path.write_text(json.dumps(plain, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def _without_nan(value: Any) -> Any:

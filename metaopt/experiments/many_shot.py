@@ -10,9 +10,9 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,11 +22,9 @@ from metaopt.experiments.image_data import Source, Splits, load
 from metaopt.inner import SGD, ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
 from metaopt.meta import FOMAML, Checkpoint, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, looped, replicated
-from metaopt.models import ANIL, MetaWeightNet, WarpGrad, conv_net
-from metaopt.tasks import Episodes
+from metaopt.models import ANIL, MetaModel, MetaWeightNet, SigmoidAbove, WarpGrad, conv_net
+from metaopt.tasks import Episodes, label_noise
 from metaopt.tree import Tree
-
-Model: TypeAlias = ANIL | WarpGrad | MetaWeightNet
 
 
 class Method(NamedTuple):
@@ -131,6 +129,56 @@ class ManyShotConfig:
     validation_tasks: int = 20
     test_tasks: int = 500
 
+    @property
+    def options(self) -> str:
+        """The options common to all methods, in words."""
+        clipping = "no clipping" if self.clip_norm is None else f"hypergradient norm at most {self.clip_norm:g}"
+        momentum = "held constant in A" if self.constant_momentum else "differentiated"
+        return (
+            f"{clipping}, momentum {momentum}, hyper-steps every {self.hyper_interval} inner steps (N.IFT: each of the last), calibration every "
+            f"{self.calibration_period} runs, {self.initialisation}, λ by SGD {self.outer_lr:g}"
+        )
+
+
+def configure(
+    model: str, source: Source, *, small: bool = False, stable: bool = True, fomaml: bool = False, meta_iterations: int | None = None
+) -> ManyShotConfig:
+    """The paper's settings for a model and data set, or the profile for two cores.
+
+    Args:
+        model: ``"anil"``, ``"warpgrad"`` or ``"meta-weight-net"``.
+        source: the data.
+        small: 14×14 pixels, 16 channels, 50 + 50 images a class, batches of 32, M = 10, a λ learning rate ten times the paper's.
+        stable: for every method, clip the hypergradient's norm to 1 and hold the momentum buffer constant in A; else as printed.
+        fomaml: FOMAML instead of Reptile.
+        meta_iterations: M, where it differs.
+    """
+    weights = model == "meta-weight-net"
+    config = ManyShotConfig(
+        model=model,
+        source=source,
+        inner_lr=0.1 if weights else RATE,
+        outer_lr=0.01 if weights else 1e-3,
+        corruption=0.4 if weights else 0.0,
+        clip_norm=1.0 if stable else None,
+        constant_momentum=stable,
+        initialisation="fomaml" if fomaml else "reptile",
+    )
+    if small:
+        config = replace(
+            config,
+            source=replace(source, size=source.size or 14),
+            channels=16,
+            shots=50,
+            batch_size=32,
+            meta_iterations=10,
+            outer_lr=10 * config.outer_lr,
+            validate_every=5,
+            validation_tasks=4,
+            test_tasks=24,
+        )
+    return replace(config, meta_iterations=meta_iterations or config.meta_iterations)
+
 
 class ManyShotRun(NamedTuple):
     """One meta-training run of one method, and its meta-test.
@@ -165,7 +213,7 @@ class Setting:
     """A configuration made ready: model, stacked step and losses, tasks."""
 
     config: ManyShotConfig
-    model: Model
+    model: MetaModel
     splits: Splits
     seed: int
 
@@ -182,13 +230,14 @@ class Setting:
     def task(self, run: int) -> MetaTask:
         """The tasks of an inner run; the calibrations' runs (≤ 0) have seeds of their own."""
         c = self.config
-        episode = self._episodes(self.splits.train, c.corruption).sample(c.meta_batch, seed=_seed(self.seed, _TRAIN, run if run > 0 else _APART - run))
+        number = run if run > 0 else _APART - run
+        episode = self._episodes(self.splits.train).sample(c.meta_batch, seed=_seed(self.seed, _TRAIN, number))
         return MetaTask(episode.batches, episode.outer_batches, c.meta_batch)
 
     def accuracies(self, phi: Tree, lam: Tree, data: Any, tasks: int, kind: int) -> Iterator[float]:
         """Test accuracy after an inner run from ``phi``, task by task, a meta-batch at a time."""
         c, step = self.config, self.step
-        episodes = self._episodes(data, c.corruption)
+        episodes = self._episodes(data)
         for start in range(0, tasks, c.meta_batch):
             count = min(c.meta_batch, tasks - start)
             episode = episodes.sample(count, seed=_seed(self.seed, kind, start))
@@ -200,14 +249,16 @@ class Setting:
                 w = {name: leaf[i] for name, leaf in state.w.items()}
                 yield float(self.model.accuracy(w, lam, (x[i], y[i])))
 
-    def _episodes(self, data: Any, corruption: float) -> Episodes:
+    def _episodes(self, data: Any) -> Episodes:
         c = self.config
-        return Episodes(data, c.ways, c.shots, c.shots, c.batch_size, crop=max(1, data.images.shape[-1] // 8), flip=self.splits.flip, corruption=corruption)
+        corruption = label_noise.uniform if c.corruption else None
+        crop, flip = max(1, data.images.shape[-1] // 8), self.splits.flip
+        return Episodes(data, c.ways, c.shots, c.shots, c.batch_size, crop=crop, flip=flip, corruption=corruption, rate=c.corruption)
 
 
 def prepare(config: ManyShotConfig, seed: int) -> tuple[Setting, Tree, Tree]:
     """The setting, the initial weights of one task, and λ. Deterministic in ``(config, seed)``."""
-    splits = load(config.source, ways=config.ways)
+    splits = load(config.source, ways=config.ways, per_class=2 * config.shots)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config, splits.train.images.shape[1:])
@@ -215,7 +266,7 @@ def prepare(config: ManyShotConfig, seed: int) -> tuple[Setting, Tree, Tree]:
     return Setting(config, model, splits, seed), phi, lam
 
 
-def build(config: ManyShotConfig, shape: torch.Size) -> Model:
+def build(config: ManyShotConfig, shape: torch.Size) -> MetaModel:
     """The meta-model on its network.
 
     Raises:
@@ -227,7 +278,7 @@ def build(config: ManyShotConfig, shape: torch.Size) -> Model:
     if config.model == "warpgrad":
         return WarpGrad.of(net(blocks=3), loss=cross_entropy)
     if config.model == "meta-weight-net":
-        return MetaWeightNet.of(net(blocks=3), hidden=200, floor=0.1)
+        return MetaWeightNet.of(net(blocks=3), functools.partial(cross_entropy, reduction="none"), hidden=200, squash=SigmoidAbove(0.1))
     raise ValueError(f"no meta-model is called {config.model!r}; there are {', '.join(PAPER_COLUMNS)}")
 
 
@@ -255,6 +306,7 @@ def run(method: Method, config: ManyShotConfig, seed: int, folder: Path | None =
         clip_norm=config.clip_norm,
     )
     failure, report = "", None
+    notes["clock"] = time.perf_counter()
     try:
         for report in _training(setting, method).runs(phi, outer, setting.task, config.meta_iterations, resume=resume):
             notes = _noted(notes, setting, report)
@@ -287,7 +339,7 @@ def _training(setting: Setting, method: Method) -> MetaTraining:
     hyper_steps = HyperSteps(every=c.hyper_interval) if method.last is None else HyperSteps(last=method.last)
     if c.initialisation not in ("reptile", "fomaml"):
         raise ValueError(f"initialisation is 'reptile' or 'fomaml', got {c.initialisation!r}")
-    initialisation = Reptile(rate=1.0) if c.initialisation == "reptile" else FOMAML(lr=c.inner_lr)
+    initialisation = Reptile(rate=1.0) if c.initialisation == "reptile" else FOMAML(rate=c.inner_lr)
     return MetaTraining(
         setting.step, setting.outer_loss, method.estimator, c.horizon, hyper_steps, initialisation, calibration_period=c.calibration_period
     )
@@ -295,14 +347,14 @@ def _training(setting: Setting, method: Method) -> MetaTraining:
 
 def _earlier(path: Path | None, config: ManyShotConfig) -> tuple[Checkpoint | None, dict[str, Any]]:
     """Where an earlier call had got to, and its notes; fresh notes otherwise."""
-    fresh = {"config": asdict(config), "curve": [], "validation": [], "theta": [], "products": 0, "seconds": 0.0, "clock": time.perf_counter()}
+    fresh = {"config": asdict(config), "curve": [], "validation": [], "theta": [], "products": 0, "seconds": 0.0, "clock": 0.0}
     if path is None or not path.exists():
         return None, fresh
     found = Checkpoint.load(path)
     if found.notes["config"] != fresh["config"]:
         different = [key for key, value in fresh["config"].items() if found.notes["config"].get(key) != value]
         raise ValueError(f"{path} holds a run with other settings ({', '.join(different)}); choose another --out, or remove it")
-    return found, {**found.notes, "clock": fresh["clock"]}
+    return found, found.notes
 
 
 def _noted(notes: dict[str, Any], setting: Setting, report: Any) -> dict[str, Any]:
