@@ -129,7 +129,12 @@ class CountedTangents:
         """As the wrapped step's."""
         return self._inner.products
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+    @property
+    def columns_at_once(self) -> int:
+        """As the wrapped step's."""
+        return self._inner.columns_at_once
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
         """As the wrapped step's."""
         before = self._inner.products
         dots = self._inner.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)

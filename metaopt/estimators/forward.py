@@ -31,11 +31,13 @@ class ForwardCarry(NamedTuple):
         Z: ``ds_t/dλ``, a state whose floating-point leaves are ``[|λ|, *leaf.shape]``: one column per entry of λ.
         basis: the columns in λ itself, a pytree like λ with leaves ``[|λ|, *leaf.shape]``.
         used: for every leaf of λ, whether Φ has been seen to depend on it.
+        chunk_size: columns per batched product; ``None`` until the first step has been seen.
     """
 
     Z: InnerState
     basis: Tree
     used: tuple[bool, ...]
+    chunk_size: int | None
 
 
 class ForwardMode(Estimator):
@@ -55,14 +57,15 @@ class ForwardMode(Estimator):
         """``Z_0 = 0``."""
         columns = sum(leaf.numel() for leaf in tree.floats(lam))
         Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
-        return ForwardCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)))
+        return ForwardCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)), self.columns_at_once)
 
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardCarry) -> tuple[InnerState, ForwardCarry]:
         """A step, and ``Z ← A Z + B`` from its graph."""
         point = step.tangents(state, lam, batch)
-        Z = point.push(carry.Z, carry.basis, chunk_size=self.columns_at_once, bound=self.bound_on_products)
+        chunk_size = point.columns_at_once if carry.chunk_size is None else carry.chunk_size
+        Z = point.push(carry.Z, carry.basis, chunk_size=chunk_size, bound=self.bound_on_products)
         used = carry.used if all(carry.used) else _seen(carry.used, Z, step, state, lam, batch)
-        return point.state, ForwardCarry(Z, carry.basis, used)
+        return point.state, ForwardCarry(Z, carry.basis, used, chunk_size)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: ForwardCarry) -> tuple[Tree, Pullback]:
         """The weights, and ``α ↦ α Z``."""

@@ -107,7 +107,12 @@ class ConstantSlotsTangents:
         """As the wrapped step's."""
         return self._inner.products
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+    @property
+    def columns_at_once(self) -> int:
+        """As the wrapped step's."""
+        return self._inner.columns_at_once
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
         """With the slots' tangents dropped on the way in and on the way out."""
         still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
         dots = self._inner.push(still, lam_dots, chunk_size=chunk_size, bound=bound)

@@ -178,19 +178,11 @@ def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: An
 
 def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree) -> tuple[Tree, Tree]:
     """Tangents of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
-    update, primals, dots = _update_of_floats(optimizer, g, state, lam, (g_dot, state_dot.w, state_dot.slots, lam_dot))
-    return _split(torch.func.jvp(update, tuple(primals), tuple(dots))[1], state)
+    update, primals, dots = update_of_floats(optimizer, g, state, lam, (g_dot, state_dot.w, state_dot.slots, lam_dot))
+    return split_state(torch.func.jvp(update, tuple(primals), tuple(dots))[1], state)
 
 
-def push_forward_columns(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dots: Tree, state_dots: Any, lam_dots: Tree) -> tuple[Tree, Tree]:
-    """:func:`push_forward` of many tangents at once, on the leading axis of every leaf; an update that is linear is its own tangent map."""
-    if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
-        return optimizer.update(g_dots, state_dots.w, state_dots.slots, lam, state.t + 1)
-    update, primals, dots = _update_of_floats(optimizer, g, state, lam, (g_dots, state_dots.w, state_dots.slots, lam_dots))
-    return _split(torch.vmap(lambda *dots: torch.func.jvp(update, tuple(primals), dots)[1])(*dots), state)
-
-
-def _update_of_floats(
+def update_of_floats(
     optimizer: Optimizer, g: Tree, state: Any, lam: Tree, tangent: Tree
 ) -> tuple[Callable[..., list[Tensor]], list[Tensor], list[Tensor]]:
     """The update as a function of its floating-point leaves alone, these leaves, and those of a tangent of ``(g, w, slots, λ)``."""
@@ -208,7 +200,8 @@ def _update_of_floats(
     return update, [flat[i] for i in where], [flat_tangent[i] for i in where]
 
 
-def _split(floats: list[Tensor], state: Any) -> tuple[Tree, Tree]:
+def split_state(floats: list[Tensor], state: Any) -> tuple[Tree, Tree]:
+    """The floating-point leaves of ``(w, slots)`` back in their places."""
     n_w = len(tree.floats(state.w))
     return _into_floats(floats[:n_w], state.w), _into_floats(floats[n_w:], state.slots)
 

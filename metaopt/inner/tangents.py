@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.adjoint import Loss
-from metaopt.inner.optimizer import Optimizer, push_forward_columns
+from metaopt.inner.optimizer import Optimizer, split_state, update_of_floats
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -28,6 +28,8 @@ from metaopt.tree import Tree
 # A batched product saves the cost of calls and pays in memory traffic: batches of about this many numbers were fastest on a CPU,
 # from a 20,000-weight net (all columns at once, 1.9 times as fast as one by one) to convolutions on large batches (one by one).
 NUMBERS_IN_A_BATCH = 1 << 22
+# What an optimiser's graph saves, for each number that goes into it, about.
+NUMBERS_PER_ENTRY = 4
 
 
 class Tangents(Protocol):
@@ -43,13 +45,18 @@ class Tangents(Protocol):
         """Second-order products taken so far."""
         ...
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+    @property
+    def columns_at_once(self) -> int:
+        """How many columns to take in one batched product, by the size of the graph. Walks the graph: ask once per run."""
+        ...
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
         """``A·state_dot + B·lam_dot`` for every column; any number of times.
 
         Args:
             state_dots: floating-point leaves ``[columns, *leaf.shape]``.
             lam_dots: a pytree like λ, with the same leading axis.
-            chunk_size: columns per batched product; 1: one product after the other; default: by the size of the graph.
+            chunk_size: columns per batched product; 1: one product after the other.
             bound: elementwise bound on the tangents of the inner gradient (a biased safeguard), or ``None``.
         """
         ...
@@ -58,12 +65,14 @@ class Tangents(Protocol):
 class InnerTangents:
     """Of optimiser ∘ gradient. Columns whose product is known to be zero (no tangent in w, none in the λ of the loss) take none."""
 
-    __slots__ = ("_at", "_chunk", "_gradients", "_inputs", "_lam", "_optimizer", "_products", "_transposed")
+    __slots__ = ("_at", "_gradients", "_inputs", "_lam", "_optimizer", "_products", "_transposed", "_update")
 
     def __init__(self, loss: Loss, optimizer: Optimizer, state: InnerState, lam: Tree, batch: Any) -> None:
         """Cost: one gradient with respect to ``(w, λ)``, whose graph is kept."""
         self._at, self._lam, self._optimizer = state, lam, optimizer
-        self._products, self._chunk, self._transposed = 0, None, None
+        self._products = 0
+        self._transposed: Transposed | None = None
+        self._update: Transposed | None = None
         with torch.enable_grad():
             w, lam_ = tree.attach(state.w), tree.attach(lam)
             value = loss(w, lam_, batch)
@@ -85,22 +94,26 @@ class InnerTangents:
         """Second-order products taken so far."""
         return self._products
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+    @property
+    def columns_at_once(self) -> int:
+        """By what the graph of the gradient has saved."""
+        return columns_per_batch([g for g in self._gradients if g is not None and g.requires_grad])
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
         """The gradient's tangents, then the optimiser's."""
         dots = tree.leaves(state_dots.w) + _dots_of(lam_dots, self._lam)
         g_dots = self._gradient_tangents(dots, chunk_size)
         if bound is not None:
             g_dots = [dot.clamp(-bound, bound) for dot in g_dots]
         g_dots = tree.unflatten(g_dots, tree.flatten(self._at.w)[1])
-        w_dots, slots_dots = push_forward_columns(self._optimizer, self._g(), self._at, self._lam, g_dots, state_dots, lam_dots)
-        return InnerState(w_dots, slots_dots, self._at.t + 1)
+        return InnerState(*self._through_optimizer((g_dots, state_dots.w, state_dots.slots, lam_dots)), self._at.t + 1)
 
     # -- parts -----------------------------------------------------------------------------------
     def _g(self) -> Tree:
         flat, spec = tree.flatten(self._at.w)
         return tree.unflatten([torch.zeros_like(x) if g is None else g.detach() for g, x in zip(self._gradients, flat, strict=False)], spec)
 
-    def _gradient_tangents(self, dots: list[Tensor], chunk_size: int | None) -> list[Tensor]:
+    def _gradient_tangents(self, dots: list[Tensor], chunk_size: int) -> list[Tensor]:
         w, lam = self._inputs
         live = [(g, dot) for g, dot in zip(self._gradients, dots, strict=True) if g is not None and g.requires_grad]
         rows = _moving([dot for _, dot in live], len(dots[0]))
@@ -110,7 +123,7 @@ class InnerTangents:
             outputs, seeds = [g for g, _ in live], [dot if len(rows) == len(dot) else dot[rows] for _, dot in live]
             try:
                 if self._transposed is None:
-                    products = reverse_products(outputs, w, seeds, self._chunk_of(outputs, chunk_size))
+                    products = reverse_products(outputs, w, seeds, chunk_size)
             except AsymmetricUpdateError:
                 self._transposed = Transposed([g for g in self._gradients[: len(w)] if g is not None], w + lam)
             if self._transposed is not None:
@@ -118,10 +131,18 @@ class InnerTangents:
                 products = [None if g is None else next(of_live) for g in self._gradients[: len(w)]]
         return [_spread(product, rows, len(dots[0]), x) for product, x in zip(products, w, strict=True)]
 
-    def _chunk_of(self, outputs: list[Tensor], chunk_size: int | None) -> int:
-        if chunk_size is None:
-            self._chunk = chunk_size = self._chunk or columns_per_batch(outputs)
-        return chunk_size
+    def _through_optimizer(self, dots: tuple[Tree, Tree, Tree, Tree]) -> tuple[Tree, Tree]:
+        """Tangents of ``(g, w, slots, λ)`` to those of ``(w', slots')``. An update that is linear is its own tangent map."""
+        optimizer, at = self._optimizer, self._at
+        if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
+            return optimizer.update(*dots[:3], self._lam, at.t + 1)
+        if self._update is None:
+            update, primals, _ = update_of_floats(optimizer, self._g(), at, self._lam, dots)
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in primals]
+                self._update = Transposed(update(*inputs), inputs)
+        columns = [dot for dot, x in zip(tree.leaves(dots), tree.leaves((at.w, at.w, at.slots, self._lam)), strict=True) if tree.is_float(x)]
+        return split_state(self._update.push(columns, _columns_of_numbers(NUMBERS_PER_ENTRY * sum(dot[0].numel() for dot in columns))), at)
 
 
 class Transposed:
@@ -137,14 +158,18 @@ class Transposed:
             bars = torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
         self._bars: list[Tensor | None] = list(bars)
 
-    def push(self, dots: list[Tensor], chunk_size: int | None) -> list[Tensor]:
+    @property
+    def columns_at_once(self) -> int:
+        """By what the graph has saved."""
+        return columns_per_batch([bar for bar in self._bars if bar is not None and bar.requires_grad])
+
+    def push(self, dots: list[Tensor], chunk_size: int) -> list[Tensor]:
         """One product per column; ``dots`` like the inputs, the result like the outputs."""
         columns = len(dots[0])
         live = [(bar, dot) for bar, dot in zip(self._bars, dots, strict=True) if bar is not None and bar.requires_grad]
         products: Sequence[Tensor | None] = [None] * len(self._seeds)
         if live and self._seeds:
-            outputs = [bar for bar, _ in live]
-            products = reverse_products(outputs, self._seeds, [dot for _, dot in live], chunk_size or columns_per_batch(outputs))
+            products = reverse_products([bar for bar, _ in live], self._seeds, [dot for _, dot in live], chunk_size)
         of_live = iter(products)
         tangents = [next(of_live) if x.requires_grad else None for x in self._outputs]
         return [x.new_zeros(columns, *x.shape) if tangent is None else tangent for tangent, x in zip(tangents, self._outputs, strict=True)]
@@ -170,7 +195,12 @@ class FunctionTangents:
         """One per column."""
         return self._products
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int | None = None, bound: float | None = None) -> InnerState:
+    @property
+    def columns_at_once(self) -> int:
+        """By what the graph of the pullback has saved."""
+        return self._transposed.columns_at_once
+
+    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
         """As :meth:`Tangents.push`.
 
         Raises:
@@ -219,7 +249,11 @@ def _at_once(outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor]) -
 
 def columns_per_batch(outputs: list[Tensor]) -> int:
     """How many columns of products of this graph make a batch of about :data:`NUMBERS_IN_A_BATCH` numbers (at least 1)."""
-    return max(1, NUMBERS_IN_A_BATCH // max(1, numbers_saved(outputs)))
+    return _columns_of_numbers(numbers_saved(outputs))
+
+
+def _columns_of_numbers(numbers: int) -> int:
+    return max(1, NUMBERS_IN_A_BATCH // max(1, numbers))
 
 
 def numbers_saved(outputs: list[Tensor]) -> int:
