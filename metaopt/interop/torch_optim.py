@@ -93,9 +93,9 @@ def from_torch(optimizer: torch.optim.Optimizer, module: nn.Module | None = None
     if type(optimizer) not in _TABLE:
         known = ", ".join(sorted(cls.__name__ for cls in _TABLE))
         raise TypeError(f"torch.optim.{type(optimizer).__name__} has no differentiable counterpart; there are {known}")
-    parameters = [_in_order(group["params"], module) for group in optimizer.param_groups]
+    parameters = [in_order(group["params"], module) for group in optimizer.param_groups]
     groups = [_group(optimizer, group, mine) for group, mine in zip(optimizer.param_groups, parameters, strict=True)]
-    steps = {int(_steps(optimizer, p)) for mine in parameters for p in mine}
+    steps = {int(steps_of(optimizer, p)) for mine in parameters for p in mine}
     if len(steps) != 1:
         raise ValueError(f"the parameters have taken different numbers of steps: {sorted(steps)}")
     (taken,) = steps
@@ -120,8 +120,8 @@ def _group(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: 
     return (inner.Maximise(ours), {"inner": slots}) if group.get("maximize") else (ours, slots)
 
 
-def _in_order(parameters: list[Tensor], module: nn.Module | None) -> list[Tensor]:
-    """A group's parameters in the module's order, which is that of ``mo.functional(module).params``."""
+def in_order(parameters: list[Tensor], module: nn.Module | None) -> list[Tensor]:
+    """Parameters in the module's order, which is that of ``mo.functional(module).params``."""
     if module is None:
         return parameters
     place = {id(p): i for i, p in enumerate(module.parameters())}
@@ -141,7 +141,8 @@ def _filled(value: Tensor | None, start: Tensor) -> Tensor:
     return start if value is None else value.detach().to(start.dtype).expand_as(start).clone()
 
 
-def _steps(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+def steps_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    """Steps a parameter has taken."""
     state = optimizer.state.get(parameter, {})
     if "step" in state:
         return float(state["step"])
