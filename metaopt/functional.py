@@ -42,6 +42,7 @@ class FunctionalModel:
         self._module = _twice_differentiable(copy.deepcopy(module))
         self.params: Params = {name: p.detach().clone() for name, p in self._module.named_parameters()}
         self.buffers: Params = {name: b.detach().clone() for name, b in self._module.named_buffers()}
+        self._whole = copy.deepcopy(self._module)
         self._param_slots = _slots(self._module, "_parameters", dict(self._module.named_parameters()))
         self._buffer_slots = _slots(self._module, "_buffers", dict(self._module.named_buffers()))
         for holder, key in (place for slots in (self._param_slots, self._buffer_slots) for places in slots.values() for place in places):
@@ -53,6 +54,9 @@ class FunctionalModel:
         Running statistics that a layer in training mode would only move, not use, are not even computed: such a layer can be mapped over tasks.
         """
         _check_names(params, self._param_slots, "params")
+        if torch.compiler.is_compiling():  # the compiler follows torch's own way of swapping; what that costs is paid once
+            fresh = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            return torch.func.functional_call(self._whole, {**params, **fresh}, args, kwargs)
         if not self._buffer_slots:
             with _swapped(self._param_slots, params):
                 return self._module(*args, **kwargs)
@@ -82,6 +86,7 @@ class FunctionalModel:
         with _swapped(self._param_slots, self.params), _swapped(self._buffer_slots, self.buffers):
             other = FunctionalModel(self._module)
         other._module.train(mode)
+        other._whole.train(mode)
         other.params, other.buffers = self.params, self.buffers
         return other
 

@@ -67,6 +67,7 @@ NOT_METHODS = {
         "InnerStep",
         "Linearized",
         "CustomStep",
+        "Compilation",
         "ConstantSlots",
         "Adjoint",
         "AsymmetricUpdateError",

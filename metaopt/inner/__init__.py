@@ -13,6 +13,7 @@ from metaopt.inner.asgd import ASGD
 from metaopt.inner.average import EMA
 from metaopt.inner.clip import ClipNorm, ClipValue
 from metaopt.inner.closed import closed_over
+from metaopt.inner.compiled import Compilation
 from metaopt.inner.constant_slots import ConstantSlots
 from metaopt.inner.custom import CustomStep, custom_step
 from metaopt.inner.groups import Frozen, Groups
@@ -48,6 +49,7 @@ __all__ = [
     "AsymmetricUpdateError",
     "ClipNorm",
     "ClipValue",
+    "Compilation",
     "ConstantSlots",
     "CustomStep",
     "ForwardOverReverse",

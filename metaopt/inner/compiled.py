@@ -1,0 +1,157 @@
+r"""Φ and its adjoint as whole compiled functions.
+
+.. math::
+    (w, v, \lambda) \mapsto \Phi, \qquad (w, v, \lambda, \bar w, \bar v) \mapsto (\alpha A, \alpha B)
+
+Each is one graph with nothing but its values going out: a compiled forward pass under autograd's eager double backward would raise. The adjoint
+evaluates the gradient again, so a step with its pullback takes two gradients and one contraction, as :class:`metaopt.trajectory.Full` does.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner.adjoint import Loss, RandomState
+from metaopt.inner.optimizer import Optimizer
+from metaopt.inner.state import InnerState
+from metaopt.tree import Tree
+
+
+class Compilation:
+    """The compiled functions of one loss and one optimiser, made when they are first called.
+
+    Attributes:
+        backend: of :func:`torch.compile`.
+        seconds: what the first calls took, tracing and compiling included.
+        refused: why nothing is compiled any more; ``None`` as long as all goes well.
+        unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first pullback.
+    """
+
+    def __init__(self, loss: Loss, optimizer: Optimizer, backend: str) -> None:
+        """Nothing is compiled yet."""
+        self.backend, self.seconds = backend, 0.0
+        self.refused: str | None = None
+        self._loss, self._optimizer = loss, optimizer
+        self._made: dict[str, Callable[..., Any]] = {}
+        self.unused: list[bool] | None = None
+
+    def next(self, state: InnerState, lam: Tree, batch: Any) -> InnerState | None:
+        """Φ, or ``None`` if it cannot be compiled."""
+        out = self._run("step", self._step, state.w, state.slots, lam, batch, state.t + 1)
+        return None if out is None else InnerState(out[0], out[1], state.t + 1)
+
+    def pullback(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, wrt: str) -> tuple[InnerState | None, list[Tensor]] | None:
+        """``αA`` (unless only λ is asked for) and ``αB`` per float leaf of λ, zeros included; ``None`` if it cannot be compiled."""
+        slots = tree.zeros_like(state.slots) if cotangent.slots is None else cotangent.slots
+        seeds = tree.floats(cotangent.w) + tree.floats(slots)
+        moving = "lam" if wrt == "lam" else "both"
+        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, state.t + 1, seeds, moving == "both")
+        if out is None:
+            return None
+        supply = iter(out)
+        at = tree.map(lambda x: next(supply) if tree.is_float(x) else x, state) if moving == "both" else None
+        return at, list(supply)
+
+    # -- what is compiled ------------------------------------------------------------------------
+    def _step(self, w: Tree, slots: Tree, lam: Tree, batch: Any, t: int) -> tuple[Tree, Tree]:
+        g = torch.func.grad(self._loss)(w, lam, batch)
+        return self._optimizer.update(g, w, slots, lam, t)
+
+    def _adjoint(self, w: Tree, slots: Tree, lam: Tree, batch: Any, t: int, seeds: list[Tensor], with_state: bool) -> tuple[Tensor, ...]:
+        moving = (w, slots, lam) if with_state else (lam,)
+        fixed = () if with_state else (w, slots)
+
+        def phi(*values: Tensor) -> tuple[Tensor, ...]:
+            supply = iter(values)
+            at = (*fixed, *tree.map(lambda x: next(supply) if tree.is_float(x) else x, moving))
+            return tuple(tree.floats(self._step(at[0], at[1], at[2], batch, t)))
+
+        pull = torch.func.vjp(phi, *tree.floats(moving))[1]
+        return pull(tuple(seeds))
+
+    # -- how -------------------------------------------------------------------------------------
+    def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        if self.refused is not None:
+            return None
+        first = name not in self._made
+        if first:
+            self._made[name] = self._compiled(method)
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                return self._made[name](*tree.detach(arguments))
+        except Exception as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager step
+            self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            warnings.warn(f"the inner step cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4)
+            return None
+        finally:
+            if first:
+                self.seconds += time.perf_counter() - start
+
+    def _compiled(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        # The compiler keeps its results, and counts them, per code object: one of our own keeps the steps of a program apart.
+        function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        options: Any = {"fallback_random": True} if self.backend == "inductor" else None  # draws what the eager step draws
+        return torch.compile(types.MethodType(own, self), fullgraph=True, backend=self.backend, options=options)
+
+
+class CompiledPoint:
+    """Φ at one point; see :class:`metaopt.inner.step.Linearized`. No graph is kept: the pullback evaluates the gradient again.
+
+    What is random is drawn by whichever of the two is asked for first, and drawn again as it was by the other.
+    """
+
+    __slots__ = ("_at", "_batch", "_compilation", "_eager", "_lam", "_random", "_state")
+
+    def __init__(self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Any]) -> None:
+        """``eager`` linearises without compiling, for when it has to be."""
+        self._compilation, self._at, self._lam, self._batch, self._eager = compilation, state, lam, batch, eager
+        self._random: RandomState | None = None
+        self._state: InnerState | None = None
+
+    @property
+    def state(self) -> InnerState:
+        """Φ(state, λ; batch)."""
+        if self._state is not None:
+            return self._state
+        with self._drawn():
+            new = self._compilation.next(self._at, self._lam, self._batch)
+            self._state = new = self._eager().state if new is None else new
+        return new
+
+    def pullback(self, cotangent: InnerState, wrt: str = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``; which leaves of λ play no part is found out eagerly, once."""
+        with self._drawn():
+            unused = self._compilation.unused
+            out = None if unused is None else self._compilation.pullback(self._at, self._lam, self._batch, cotangent, wrt)
+            if out is None:
+                both = self._eager().pullback(cotangent, "both" if unused is None and wrt == "state" else wrt)
+                if unused is None:
+                    self._compilation.unused = [leaf is None for leaf in tree.leaves(both[1])]
+                return both if wrt != "state" else (both[0], None)
+        supply, missing = iter(out[1]), iter(self._compilation.unused or [])
+
+        def place(leaf: Any) -> Any:
+            value = next(supply) if tree.is_float(leaf) else None
+            return None if next(missing) and (value is None or not bool(value.any())) else value
+
+        return out[0], tree.map(place, self._lam) if wrt != "state" else None
+
+    @contextmanager
+    def _drawn(self) -> Iterator[None]:
+        if self._random is None:
+            self._random = RandomState(self._at.w)
+            yield
+        else:
+            with self._random.again():
+                yield

@@ -1,0 +1,71 @@
+"""The compiled step: the eager numbers, the same random draws, and an audible way back to eager."""
+
+import pytest
+import torch
+from torch import nn
+
+import metaopt as mo
+from metaopt import tree
+
+F64 = torch.float64
+
+
+def problem(optimizer, body=(), compile=False, seed=0):
+    torch.manual_seed(seed)
+    model = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), *body, nn.Linear(4, 1)).double())
+    w, lam = mo.partition(model.params, weights=[f"{len(body) + 2}.*"])
+    lam["spare"] = torch.ones(2, dtype=F64)
+    lam["rate"] = torch.tensor(-2.0, dtype=F64)
+
+    def loss(w, lam, batch):
+        params = {name: p for name, p in lam.items() if name not in ("spare", "rate")}
+        return (model(mo.merge(w, params), batch[0]) - batch[1]).pow(2).mean()
+
+    batches = [(torch.randn(5, 3, dtype=F64), torch.randn(5, 1, dtype=F64)) for _ in range(4)]
+    return mo.inner_step(loss, optimizer, compile=compile), loss, w, lam, batches
+
+
+def hypergradient(estimator, *args, **kwargs):
+    step, loss, w, lam, batches = problem(*args, **kwargs)
+    torch.manual_seed(7)
+    with pytest.warns(UserWarning, match="spare") as caught:
+        hg = mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator)
+    assert not any("compiled" in str(w.message) for w in caught)
+    return step, hg
+
+
+def close(a, b, tolerance):
+    return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, while it traces
+@pytest.mark.parametrize("name", ["SGD with a learned rate", "Adam", "dropout"])
+def test_compiled_is_eager(name):
+    torch._dynamo.reset()
+    optimizer = mo.inner.Adam(lr=0.05) if name == "Adam" else mo.inner.SGD(lr=lambda lam, t: lam["rate"].exp() / t, momentum=0.9)
+    body = (nn.Dropout(0.5),) if name == "dropout" else ()
+    for estimator in (mo.RMD(), mo.RMD(mo.trajectory.Graphs())) if name == "dropout" else (mo.RMD(),):
+        _, eager = hypergradient(estimator, optimizer, body)
+        step, compiled = hypergradient(estimator, optimizer, body, compile="aot_eager")
+        assert step.compilation.refused is None
+        assert step.compilation.seconds > 0
+        assert close(compiled.total, eager.total, 1e-10)
+        assert close(compiled.state.w, eager.state.w, 1e-10)
+        assert float(tree.norm(eager.indirect)) > 1e-6
+        assert compiled.total["spare"].abs().sum() == 0
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
+    torch._dynamo.reset()
+
+    def loss(w, lam, batch):
+        return ((w - lam) ** 2).sum() * (1.0 if float(w.detach().sum()) > -100 else 2.0)
+
+    args = (lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3, None, mo.RMD())
+    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), compile="aot_eager")
+    with pytest.warns(UserWarning, match="cannot be compiled and runs eagerly") as caught:
+        got = mo.hypergradient(step, *args)
+    assert len(caught) == 1
+    assert step.compilation.refused
+    assert torch.equal(got.total, mo.hypergradient(mo.inner_step(loss, mo.inner.SGD(lr=0.1)), *args).total)
+    assert torch._C._functorch.peek_interpreter_stack() is None
