@@ -1,8 +1,8 @@
 """``python -m benchmarks``: time and peak memory of every engine on every problem, side by side, one thread.
 
-Time: engines take turns (A B C A B C …); a figure is the median over rounds of time / naive's time in the same round. Memory: growth of the
-resident set's peak over what was resident before, each measurement in a process of its own. Results of several runs into the same
-folder are put together.
+Time: processor seconds of one thread, so that waiting for other jobs does not count; engines take turns (A B C A B C …), and a figure is
+the median over rounds of time / naive's time in the same round. Memory: growth of the resident set's peak over what was resident before,
+each measurement in a process of its own. Results of several runs into the same folder are put together.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def seconds(problem: str, T: int, engines: list[str], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name in engines:
-            start = time.perf_counter()
+            start = time.process_time()
             if ENGINES[name](made) is not None and turn > 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return times
 
 
