@@ -159,6 +159,9 @@ class DrMAD(ReverseMode):
 
     Cost: ``2T - 1`` products and T gradients. Memory: two states. Bias: exact only where A and B do not depend on the state; there is no
     bound in general. Offline.
+
+    Exact :class:`RMD` is as fast over every state and as small over checkpoints (measured: ``benchmarks/README.md``). What is left to DrMAD are
+    runs whose states do not fit and whose steps are too dear to be run again once to three times, and published results that used it.
     """
 
     @property
