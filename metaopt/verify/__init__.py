@@ -13,6 +13,7 @@ from metaopt.verify.norms import Norms, norms
 from metaopt.verify.reference import Estimate, Jacobians
 from metaopt.verify.results import Result
 from metaopt.verify.smoothness import Smoothness, smoothness
+from metaopt.verify.suggest import Suggestion, suggest_estimator
 
 __all__ = [
     "Alignment",
@@ -28,6 +29,7 @@ __all__ = [
     "Result",
     "Row",
     "Smoothness",
+    "Suggestion",
     "WholeFormula",
     "alignment",
     "bias",
@@ -46,4 +48,5 @@ __all__ = [
     "run",
     "sampled",
     "smoothness",
+    "suggest_estimator",
 ]

@@ -1,0 +1,232 @@
+r"""How good hypergradients are during meta-training: figures 3 and 4 of the HyperDistill paper, with exact RMD as the yardstick.
+
+:func:`diagnose` takes prepared problems, so that it serves every experiment: a *stage* is a point of meta-training with some problems drawn
+there. Figure 3: cosine to exact along the inner run, of (a) the hypergradient, (b) equation 7 for several γ, (c) the indirect term. Figure 4: (a, b)
+the samples of algorithm 4 with the fitted θ, (c) that θ against the truth on problems it was not fitted to, (d) θ along meta-training, (e) error
+against the number of products. Lee et al. 2022, arXiv 2110.02508, section 5.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from metaopt.estimators import Estimator, HyperDistill
+from metaopt.estimators.hyperdistill import SizeSamples
+from metaopt.experiments.decayed_sum import DecayedSum
+from metaopt.verify import Alignment, Costs, Problem, alignment, calibrated, costs, finished_run
+from metaopt.verify.results import shown
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What was measured at one point of meta-training.
+
+    Attributes:
+        name: of the stage.
+        methods: closeness of every method, one result per problem.
+        sums: the same for equation 7, by γ.
+        samples: of algorithm 4, on the problem set aside for calibration.
+        theta: fitted to them.
+        truth: per problem, ``(x_t, y_t)`` with exact hypergradients along the run.
+        expenses: cost of one hypergradient at the horizon.
+    """
+
+    name: str
+    methods: tuple[Alignment, ...]
+    sums: tuple[Alignment, ...]
+    samples: SizeSamples
+    theta: float
+    truth: tuple[tuple[list[float], list[float]], ...]
+    expenses: Costs
+
+
+def diagnose(
+    stages: Mapping[str, Sequence[Problem]],
+    estimators: Mapping[str, Estimator],
+    distill: HyperDistill,
+    out: Path,
+    *,
+    gammas: Sequence[float] = (0.0, 0.5, 0.9, 0.99, 1.0),
+    at: Sequence[int] | None = None,
+    thetas: Sequence[float] = (),
+) -> list[Stage]:
+    """Measure, and write ``figure3.png``, ``figure4.png`` and ``diagnosis.json``.
+
+    Args:
+        stages: name to problems; the first problem of a stage is set aside to calibrate on, the others are measured.
+        estimators: the methods besides HyperDistill.
+        distill: HyperDistill, to be calibrated.
+        out: folder, made if need be.
+        gammas: of equation 7.
+        at: numbers of inner steps, default 1 … T.
+        thetas: θ along meta-training, for figure 4d.
+
+    Raises:
+        ValueError: for a stage with fewer than two problems.
+    """
+    measured = [_stage(name, problems, estimators, distill, gammas, at) for name, problems in stages.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    figure_3(measured).savefig(out / "figure3.png", dpi=140)
+    figure_4(measured, thetas).savefig(out / "figure4.png", dpi=140)
+    (out / "diagnosis.json").write_text(json.dumps([_plain(stage) for stage in measured], indent=1, allow_nan=False) + "\n")
+    return measured
+
+
+def _stage(
+    name: str, problems: Sequence[Problem], estimators: Mapping[str, Estimator], distill: HyperDistill, gammas: Sequence[float], at: Any
+) -> Stage:
+    if len(problems) < 2:
+        raise ValueError(f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed")
+    aside, rest = problems[0], problems[1:]
+    samples = distill.size_samples(aside.step, aside.lam, finished_run(aside))
+    fitted = calibrated({"HyperDistill": distill}, aside)["HyperDistill"]
+    assert isinstance(fitted, HyperDistill)
+    methods = {**estimators, "HyperDistill": fitted}
+    found = tuple(alignment(methods, problem, at) for problem in rest)
+    sums = tuple(alignment({f"γ = {gamma:g}": DecayedSum(gamma) for gamma in gammas}, problem, at) for problem in rest)
+    truth = tuple(_truth(result, fitted.theta) for result in found)
+    return Stage(name, found, sums, samples, fitted.theta, truth, costs(methods, rest[0], repeats=1, memory=False))
+
+
+def _truth(result: Alignment, theta: float) -> tuple[list[float], list[float]]:
+    """``x_t = S_t ‖v_t‖`` and ``y_t = v_t · g_t / ‖v_t‖``, both with the sign θ gives to the direction undone."""
+    t, cosine = result.curve("HyperDistill", of="indirect")
+    _, ratio = result.curve("HyperDistill", of="indirect", value="norm_ratio")
+    sizes = [result.exact_norms[i][1] for i in t]
+    x = [r * size / abs(theta) for r, size in zip(ratio, sizes, strict=True)]
+    return x, [float(np.sign(theta)) * c * size for c, size in zip(cosine, sizes, strict=True)]
+
+
+# -- pictures ------------------------------------------------------------------------------------
+def figure_3(stages: Sequence[Stage]) -> Figure:
+    """One row per stage: median over its problems, the middle half shaded."""
+    figure = Figure(figsize=(13, 3.8 * len(stages)), layout="constrained")
+    for axes, stage in zip(figure.subplots(len(stages), 3, squeeze=False), stages, strict=True):
+        _band(axes[0], stage.methods, "total")
+        axes[0].set_title(f"(a) hypergradient, {stage.name}", fontsize="medium")
+        _band(axes[1], stage.sums, "indirect", colours="viridis")
+        axes[1].set_title("(b) indirect term, equation 7", fontsize="medium")
+        _band(axes[2], stage.methods, "indirect")
+        axes[2].set_title("(c) indirect term, methods", fontsize="medium")
+        for panel in axes:
+            panel.set(xlabel="inner steps t", ylim=(None, 1.03))
+            panel.grid(alpha=0.25)
+            panel.legend(fontsize="small", loc="lower left")
+        axes[0].set_ylabel("cosine to exact RMD")
+    return figure
+
+
+def _band(axes: Any, results: Sequence[Alignment], of: str, colours: str | None = None) -> None:
+    names = list(dict.fromkeys(point.estimator for point in results[0].points))
+    for place, name in enumerate(names):
+        curves = np.array([result.curve(name, of=of)[1] for result in results])
+        if np.isnan(curves).all():  # first-order has no indirect term
+            continue
+        low, middle, high = np.nanquantile(curves, [0.25, 0.5, 0.75], axis=0)
+        colour = f"C{place}" if colours is None else _colour(colours, place / max(1, len(names) - 1))
+        t = results[0].curve(name)[0]
+        axes.plot(t, middle, label=name, color=colour, linewidth=1.8)
+        axes.fill_between(t, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _colour(name: str, place: float) -> Any:
+    return colormaps[name](0.9 * place)
+
+
+def figure_4(stages: Sequence[Stage], thetas: Sequence[float] = ()) -> Figure:
+    """Calibration samples of every stage, θ against the truth, θ along meta-training, error against products."""
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    for letter, stage in zip("ab", (stages[0], stages[-1])[: min(2, len(stages))], strict=False):
+        _samples(next(panels), stage, letter)
+    _against_truth(next(panels), stages[-1])
+    if thetas:
+        axes = next(panels)
+        axes.plot(range(1, len(thetas) + 1), thetas, ".-")
+        axes.axhline(0.0, color="grey", linewidth=0.8)
+        axes.set(xlabel="inner runs of meta-training", ylabel="θ", title="(d) θ, fitted anew before every run")
+    for value, label in (("relative_error", "‖g − g*‖ / ‖g*‖"), ("cosine", "cosine to exact RMD")):
+        _against_products(next(panels), stages[-1], value, label)
+    for unused in panels:
+        unused.set_axis_off()
+    return figure
+
+
+def _samples(axes: Any, stage: Stage, letter: str) -> None:
+    x, y = stage.samples.x.numpy(), stage.samples.y.numpy()
+    points = axes.scatter(x, y, c=np.arange(1, len(x) + 1), s=18, cmap="viridis")
+    axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"θ = {stage.theta:.3g}")
+    axes.figure.colorbar(points, ax=axes, label="horizon s")
+    axes.set(xlabel="$x_s$", ylabel="$y_s$", title=f"({letter}) algorithm 4, {stage.name}")
+    axes.legend(fontsize="small")
+
+
+def _against_truth(axes: Any, stage: Stage) -> None:
+    for number, (x, y) in enumerate(stage.truth):
+        axes.plot(x, y, ".", markersize=4, color="C0", alpha=0.6, label="exact, other tasks" if number == 0 else None)
+    axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"fitted θ = {stage.theta:.3g}")
+    axes.set(xlabel="$S_t \\|v_t\\|$", ylabel="$v_t \\cdot g_t / \\|v_t\\|$", title=f"(c) θ against the truth, {stage.name}")
+    axes.legend(fontsize="small")
+
+
+def _against_products(axes: Any, stage: Stage, value: str, label: str) -> None:
+    for place, expense in enumerate(stage.expenses.expenses):
+        last = [result.curve(expense.estimator, value=value)[1][-1] for result in stage.methods]
+        low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
+        products = expense.work.products
+        axes.errorbar([products], [middle], yerr=[[middle - low], [high - middle]], fmt="o", color=f"C{place}", label=expense.estimator)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set(xlabel="products for one hypergradient at t = T", ylabel=label, title=f"(e) {label}, {stage.name}")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize="small")
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    """Everything in the pictures, as JSON."""
+    return {
+        "stage": stage.name,
+        "theta": stage.theta,
+        "samples": {"x": stage.samples.x.tolist(), "y": stage.samples.y.tolist()},
+        "truth": [{"x": x, "y": y} for x, y in stage.truth],
+        "methods": [result.as_dict() for result in stage.methods],
+        "equation 7": [result.as_dict() for result in stage.sums],
+        "costs": stage.expenses.as_dict(),
+    }
+
+
+def summary(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Per stage and method: median cosine over problems at the last t, and its mean along the run, with the products it took."""
+    rows = []
+    for stage in stages:
+        for expense in stage.expenses.expenses:
+            total = np.array([result.curve(expense.estimator)[1] for result in stage.methods])
+            error = np.array([result.curve(expense.estimator, value="relative_error")[1] for result in stage.methods])
+            rows.append(
+                {
+                    "stage": stage.name,
+                    "method": expense.estimator,
+                    "cosine, mean over t": float(np.median(total.mean(1))),
+                    "cosine at T": float(np.median(total[:, -1])),
+                    "relative error at T": float(np.median(error[:, -1])),
+                    "products": expense.work.products,
+                }
+            )
+    return rows
+
+
+def table(stages: Sequence[Stage], title: str) -> Table:
+    """:func:`summary`, to print."""
+    rows = summary(stages)
+    shown_as = Table(*rows[0], title=title)
+    for row in rows:
+        shown_as.add_row(*(shown(value) for value in row.values()))
+    return shown_as

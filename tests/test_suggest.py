@@ -1,0 +1,68 @@
+"""The cost model against measured counts and bytes, and the suggestions that follow from it."""
+
+import pytest
+import torch
+
+import metaopt as mo
+from metaopt.verify import cases
+from metaopt.verify.suggest import predicted_cost, states_held, suggest_estimator
+
+T, STATE = 12, 1000 * 8
+ASKED = {
+    "RMD": {"memory": T * STATE},
+    "Checkpointed": {"memory": 4 * STATE},
+    "FMD": {"memory": 2 * STATE, "hyperparameters": 2},
+    "HyperDistill": {"memory": T * STATE, "online": True},
+    "HyperDistill, offline": {"memory": STATE, "horizon": 50},
+    "OneStep": {"memory": 0, "online": True},
+    "IFT": {"memory": 0, "solved": True},
+    "AntitheticES": {"memory": 2 * STATE, "differentiable": False},
+    "NRES": {"memory": 2 * STATE, "differentiable": False, "online": True},
+}
+
+
+def suggested(name, horizon=T):
+    return suggest_estimator(**{"horizon": horizon, "weights": 1000, "hyperparameters": 50, "slots": 0, "itemsize": 8, **ASKED[name]})
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_suggestion_is_the_one_its_reason_gives_and_fits(name):
+    found = suggested(name)
+    assert name.split(",")[0] in repr(found.estimator)
+    assert found.state_bytes <= max(ASKED[name]["memory"], STATE)
+    assert found.reason in str(found)
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("horizon", [1, 2, 7, 12])
+def test_the_model_is_what_is_counted(name, horizon):
+    estimator = suggested(name, horizon).estimator
+    p = cases.log_l2(horizon=horizon, size=3)
+    found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator).cost
+    assert found == predicted_cost(estimator, horizon, 3)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 20])
+def test_repeated_steps_are_counted(slots):
+    for horizon in range(1, 20):
+        p, estimator = cases.log_l2(horizon=horizon, size=1), mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon))
+        found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator).cost
+        assert found == predicted_cost(estimator, horizon, 1)
+
+
+def test_memory_follows_the_states_held():
+    def peak(estimator):
+        step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.inner.SGD(lr=0.1))
+        w0, lam = torch.ones(1000, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+        problem = mo.verify.Problem("big", step, lambda w, lam, b: w.sum(), w0, lam, [None] * 30)
+        return mo.verify.costs(estimator, problem, repeats=0).expenses[0].peak_bytes
+
+    few, many = (mo.RMD(mo.trajectory.Checkpointed(slots=c, horizon=30)) for c in (4, 12))
+    assert peak(many) - peak(few) == (states_held(many, 30, 1) - states_held(few, 30, 1)) * STATE
+
+
+def test_bad_sizes_and_unknown_estimators_are_errors():
+    with pytest.raises(ValueError, match="horizon=0"):
+        suggest_estimator(0, 1, 1, memory=1)
+    with pytest.raises(ValueError, match="no cost model for DrMAD"):
+        predicted_cost(mo.DrMAD(), 3, 1)
