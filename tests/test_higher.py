@@ -108,7 +108,7 @@ def test_the_step_keeps_its_contract(name, seed, steps):
         optimizer.step()
     step = mo.inner_step(lambda w, lam, _: torch.cosh(w[0] - lam).sum(), mo.interop.from_higher(optimizer))
     report = check(step, [w[0].detach()], torch.tensor([0.2, -0.4, 0.5], dtype=torch.float64), seed=seed)
-    assert all(row.error < 1e-2 if row.against == "differences" else row.passed for row in report.rows), report  # some are steep
+    assert all(row.error < 1e-5 if row.against == "differences" else row.passed for row in report.rows), report  # some are steep
 
 
 @pytest.mark.parametrize("name", ["momentum", "Adagrad", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"])

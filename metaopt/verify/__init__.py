@@ -1,6 +1,6 @@
 """Proving an estimator or a step, ours or a user's: closed forms, slow references, checks; diagnosing one on a problem of your own."""
 
-from metaopt.verify import cases, command, formulas, memory, reference, results, sampled
+from metaopt.verify import cases, command, formulas, memory, reference, results, sampled, strategies
 from metaopt.verify.alignment import Alignment, alignment
 from metaopt.verify.bias import Bias, bias
 from metaopt.verify.cases import Problem
@@ -48,5 +48,6 @@ __all__ = [
     "run",
     "sampled",
     "smoothness",
+    "strategies",
     "suggest_estimator",
 ]

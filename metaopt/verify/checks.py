@@ -203,6 +203,8 @@ def _derivatives(step: Step, state: InnerState, lam: Tree, batch: Any, tolerance
         return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, lam))]), lam_bar
 
     one, two, state_dot, lam_dot = noise(state), noise(state), noise(state), noise(lam)
+    # slots move by a share of themselves: a second moment is tiny, and must stay positive in the differences
+    state_dot = state_dot._replace(slots=tree.map(lambda x, dot: x.abs() * dot if tree.is_float(x) else x, state.slots, state_dot.slots))
     bar, lam_bar = pulled(one)
     unused = [name for name, leaf in zip(tree.names(lam), tree.leaves(lam_bar), strict=True) if leaf is None or not bool(leaf.any())]
     rows = [Row("uses lam", "every leaf", float(len(unused)), 0.0, f"Φ ignores lam at {', '.join(unused)}" if unused else "")]
