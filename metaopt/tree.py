@@ -208,6 +208,17 @@ def norm(a: Tree) -> Tensor:
     return dot(a, a).sqrt()
 
 
+def vector(tree: Tree) -> Tensor:
+    """All floating-point leaves as one vector."""
+    return torch.cat([leaf.reshape(-1) for leaf in floats(tree)])
+
+
+def unvector(flat: Tensor, like: Tree) -> Tree:
+    """Inverse of :func:`vector`; other leaves come from ``like``."""
+    supply = iter(flat.split([leaf.numel() for leaf in floats(like)]))
+    return map(lambda x: next(supply).reshape(x.shape).to(x.dtype) if is_float(x) else x, like)
+
+
 def filled(tree: Tree, like: Tree) -> Tree:
     """``tree`` with zeros where a leaf is missing (``None``)."""
     return map(lambda x, y: torch.zeros_like(y) if x is None and is_float(y) else x, tree, like)

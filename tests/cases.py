@@ -61,7 +61,7 @@ ESTIMATORS: list[EstimatorCase] = [
     EstimatorCase("FMD", lambda T: mo.FMD(), full=True),
     EstimatorCase("FDS", lambda T: mo.FDS(window=2)),
     EstimatorCase("DrMAD", lambda T: mo.DrMAD()),
-    EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1))),
+    EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1), converged=None)),
     EstimatorCase("HyperDistill", lambda T: mo.HyperDistill(gamma=0.9)),
     EstimatorCase("EvoGrad", lambda T: mo.EvoGrad()),
     EstimatorCase("PES", lambda T: mo.PES(window=2)),
@@ -101,6 +101,13 @@ TRAJECTORIES: list[TrajectoryCase] = [
 
 SOLVERS: list[SolverCase] = [
     SolverCase("Neumann", lambda: mo.linsolve.Neumann(60, rate=1.0), 1e-10),
+    SolverCase("EstimatedNeumann", lambda: mo.linsolve.EstimatedNeumann(80), 1e-10),
+    SolverCase("ConjugateGradient", lambda: mo.linsolve.ConjugateGradient(16, tolerance=1e-13), 1e-10),
+    SolverCase("MINRES", lambda: mo.linsolve.MINRES(tolerance=1e-13), 1e-10),
+    SolverCase("GMRES", lambda: mo.linsolve.GMRES(tolerance=1e-13), 1e-10),
+    SolverCase("Nystrom", lambda: mo.linsolve.Nystrom(rank=8, damping=1e-6), 1e-5),
+    SolverCase("Exact", lambda: mo.linsolve.Exact(), 1e-12),
+    SolverCase("Identity", lambda: mo.linsolve.Identity(), 2.0),
 ]
 
 OPTIMIZERS: list[OptimizerCase] = [

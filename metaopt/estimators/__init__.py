@@ -21,7 +21,7 @@ from metaopt.estimators.first_order import FirstOrder
 from metaopt.estimators.forward import FMD
 from metaopt.estimators.forward_gradient import ForwardGradient
 from metaopt.estimators.hyperdistill import HyperDistill
-from metaopt.estimators.implicit import IFT
+from metaopt.estimators.implicit import IFT, NotConvergedWarning
 from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
 from metaopt.estimators.sama import SAMA
 from metaopt.estimators.soba import SOBA
@@ -50,6 +50,7 @@ __all__ = [
     "ForwardGradient",
     "HyperDistill",
     "Hypergradient",
+    "NotConvergedWarning",
     "OneStep",
     "OuterObjective",
     "Response",

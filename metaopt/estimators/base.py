@@ -45,10 +45,12 @@ class Response(NamedTuple):
     Attributes:
         lam: ``α · dw_t/dλ``, a pytree like λ; a leaf that Φ does not depend on is ``None``.
         init: ``α · dw_t/dw_0``, where the method has it.
+        info: what the method reports about itself (the linear solver's :class:`~metaopt.linsolve.Solution`), if anything.
     """
 
     lam: Tree
     init: Tree | None = None
+    info: Any = None
 
 
 Pullback: TypeAlias = Callable[[Tree], Response]
@@ -74,12 +76,14 @@ class Terms(NamedTuple):
         direct: ``∂L_val/∂λ``.
         indirect: ``α · dw_T/dλ``, or an estimate of it.
         init: ``dL_val/dw_0``, where the method has it.
+        info: as in :class:`Response`.
     """
 
     outer_loss: Tensor
     direct: Tree
     indirect: Tree
     init: Tree | None = None
+    info: Any = None
 
 
 class FinishedRun(NamedTuple):
@@ -156,7 +160,11 @@ class Estimator(ABC):
         point, pullback = self.respond(step, state, lam, carry)
         loss, alpha, direct = outer_gradient(outer.loss, point, lam, outer.batch)
         response = pullback(alpha)
-        return Terms(loss, direct, response.lam, response.init)
+        return Terms(loss, direct, response.lam, response.init, response.info)
+
+    def reuse(self, carry: Any, info: Any) -> Any:
+        """The carry after an online hyper-step that reported ``info``: what was found out can serve the next one. Default: unchanged."""
+        return carry
 
     def calibrate(self, step: Step, lam: Tree, run: FinishedRun) -> Self:
         """The estimator with settings fitted to a finished run (HyperDistill's algorithm 4); default: itself."""
@@ -174,6 +182,7 @@ class Hypergradient(NamedTuple):
         outer_loss: ``L_val`` (detached scalar).
         state: the inner state reached.
         cost: what it took (of the whole run for :func:`hypergradient`; since the last hyper-step in an online loop).
+        info: what the method reports about itself: of :class:`~metaopt.estimators.IFT` the linear solver's solution, with its residual.
     """
 
     total: Tree
@@ -183,6 +192,7 @@ class Hypergradient(NamedTuple):
     outer_loss: Tensor
     state: InnerState
     cost: Cost
+    info: Any = None
 
 
 def hypergradient(
@@ -232,7 +242,7 @@ def evaluate(
     direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
     check_finite(total, indirect, state, estimator)
-    return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost)
+    return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost, terms.info)
 
 
 def outer_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> tuple[Tensor, Tree, Tree]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Step, Wrt
+from metaopt.inner.step import Linearized, Stationary, Step, Wrt
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
@@ -74,10 +74,10 @@ class CountedStep:
         self.cost.linearizations += 1
         return CountedTangents(self.step.tangents(state, lam, batch), self.cost)
 
-    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         """As the wrapped step; the result counts too."""
-        step, seen = self.step.stationary(state, rate)
-        return CountedStep(step, self.cost), seen
+        found = self.step.stationary(state, rate)
+        return found._replace(step=CountedStep(found.step, self.cost))
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """As the wrapped step."""

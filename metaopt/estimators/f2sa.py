@@ -101,4 +101,4 @@ class F2SA(Estimator):
     def _seen(self, carry: F2SACarry) -> tuple[Any, Any]:
         if carry.last.rng is None:
             raise ValueError("F2SA has seen no inner step yet")
-        return carry.last
+        return carry.last.batch, carry.last.rng

@@ -9,24 +9,32 @@ Lorraine et al. 2020, arXiv 1911.02590 (Neumann series); Pedregosa 2016, arXiv 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from metaopt import tree
 from metaopt.estimators.base import Estimator, Pullback, Response
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.linsolve import Neumann, Solver
+from metaopt.inner.step import Linearized, Stationary, Step
+from metaopt.linsolve import Neumann, Solution, Solver, solve_from
 from metaopt.trajectory import replay
 from metaopt.trajectory.replay import Rng
 from metaopt.tree import Tree
 
 
+class NotConvergedWarning(UserWarning):
+    """Implicit differentiation where its assumption does not hold: away from a minimum, or with a linear system that is not solved."""
+
+
 class LastBatch(NamedTuple):
-    """The batch of the last step, and the random state before it."""
+    """The batch of the last step, the random state before it, and the last hyper-step's solution."""
 
     batch: Any = None
     rng: Rng | None = None
+    start: Solution | None = None
 
 
 @dataclass(frozen=True)
@@ -34,45 +42,117 @@ class IFT(Estimator):
     """``α (I - A)^{-1} B`` at the last weights and the last batch, by a linear solver.
 
     ``A`` and ``B`` are those of gradient descent on the inner loss, whatever optimiser ran (a custom Φ is taken as its own fixed-point
-    map), so the optimiser's memory plays no part. Cost: one gradient, the solver's products and one more. Memory: one graph. Bias: right
-    only at a stationary point of the inner loss; elsewhere it answers another question. May be used online near convergence.
-
-    Hyperparameters that enter through the optimiser alone (learning rates) do not move the solution: they count as unused.
+    map), so the optimiser's memory plays no part. Cost: one gradient, the solver's products and one more. Memory: one graph, and the
+    solver's. Bias: right only at a stationary point of the inner loss; elsewhere it answers another question. May be used online near
+    convergence. The hypergradient's ``info`` is the solver's :class:`~metaopt.linsolve.Solution`.
 
     Args:
         solver: from :mod:`metaopt.linsolve`.
+        converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger; ``None``: it is meant to be used there.
+        solved: warn where the solver's relative residual is larger. At 1 the answer is no better than none, and a series diverges.
+        warm_start: solve for the correction of the last hyper-step's solution; the pullback is then affine in α.
+        start: ``info`` of an earlier hypergradient to start from.
+
+    Raises:
+        ValueError: if a hyperparameter enters through the optimiser alone (a learning rate): the solution does not move with it.
+
+    Warns:
+        NotConvergedWarning: see ``converged`` and ``solved``.
     """
 
     solver: Solver = Neumann()
+    converged: float | None = 1e-2
+    solved: float | None = 1.0
+    warm_start: bool = False
+    start: Solution | None = field(default=None, repr=False, compare=False)
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> LastBatch:
         """Nothing yet."""
-        return LastBatch()
+        return LastBatch(start=self.start)
 
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch) -> tuple[InnerState, LastBatch]:
         """A plain step; its batch is kept."""
         rng = replay.snapshot(state)
-        return step(state, lam, batch), LastBatch(batch, rng)
+        return step(state, lam, batch), LastBatch(batch, rng, carry.start)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastBatch) -> tuple[Tree, Pullback]:
-        """The weights, and the implicit pullback."""
-        batch, rng = carry
+        """The weights, and the implicit pullback; all its calls share one graph."""
+        batch, rng, start = carry
         if rng is None:
             raise ValueError("IFT has seen no inner step yet: it needs the batch of the last one")
+        kept: list[tuple[InnerState, Linearized]] = []
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
-            fixed_point, seen = step.stationary(state, self.solver.rate)
-            with replay.preserved(state):
-                replay.restore(rng)
-                linearized = fixed_point.linearize(seen, lam, batch)
+            if not kept:
+                kept.append(self._at(step, state, lam, batch, rng))
+            seen, linearized = kept[0]
 
             def operator(v: InnerState) -> InnerState:
                 product, _ = linearized.pullback(v, "state")
                 return tree.sub(v, product)
 
             cotangent = InnerState(alpha, tree.zeros_like(seen.slots), seen.t)
-            solution = self.solver.solve(operator, cotangent)
-            return Response(linearized.pullback(solution, "lam")[1])
+            found = solve_from(self.solver, operator, cotangent, start)
+            self._check_solved(found.residual)
+            _, product = linearized.pullback(found.x, "lam")
+            _check_seen(step, state, lam, batch, rng, alpha, product)
+            return Response(product, info=found)
 
         return state.w, pullback
+
+    def reuse(self, carry: LastBatch, info: Solution) -> LastBatch:
+        """The solution is where the next hyper-step starts from, with ``warm_start``."""
+        return carry._replace(start=info) if self.warm_start else carry
+
+    def _at(self, step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng) -> tuple[InnerState, Linearized]:
+        """The fixed-point map at the last weights, and a warning where they are no fixed point."""
+        stationary = step.stationary(state, self.solver.rate)
+        with replay.preserved(state):
+            replay.restore(rng)
+            linearized = stationary.step.linearize(stationary.state, lam, batch)
+        if self.converged is not None:
+            self._check_converged(gradient_norm(stationary, linearized), self.converged)
+        return stationary.state, linearized
+
+    def _check_converged(self, norm: Tensor, bound: float) -> None:
+        if not bool(norm <= bound):
+            warnings.warn(
+                f"IFT: the inner gradient's norm is {float(norm):.3g} on the last batch, above converged={bound:g}: this is no solution of the inner "
+                "problem, and the implicit function theorem does not hold there. Train longer, put weight decay into the loss instead of the "
+                "optimiser, use RMD or HyperDistill, or say that it is meant: IFT(..., converged=None)",
+                NotConvergedWarning,
+                stacklevel=5,
+            )
+
+    def _check_solved(self, residual: Tensor) -> None:
+        if self.solved is not None and not bool(residual <= self.solved):
+            warnings.warn(
+                f"IFT: the linear system is not solved: {type(self.solver).__name__}'s relative residual is {float(residual):.3g}, above "
+                f"solved={self.solved:g}. More iterations, a smaller rate, damping, or a solver for indefinite systems (MINRES); "
+                "IFT(..., solved=None) if it is meant",
+                NotConvergedWarning,
+                stacklevel=4,
+            )
+
+
+def gradient_norm(stationary: Stationary, linearized: Linearized) -> Tensor:
+    """``‖w - Φ(w)‖ / rate``: the inner gradient's norm, from the step that is there already."""
+    return tree.norm(tree.sub(stationary.state.w, linearized.state.w)) / stationary.rate
+
+
+def _check_seen(step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng, alpha: Tree, product: Tree) -> None:
+    """Raise if the real Φ depends on a leaf of λ that its fixed points do not. Costs a product, and only where a leaf is missing."""
+    missing = [i for i, leaf in enumerate(tree.leaves(product)) if leaf is None]
+    if not missing:
+        return
+    with replay.preserved(state):
+        replay.restore(rng)
+        _, real = step.vjp(state, lam, batch, InnerState(alpha, None, state.t), wrt="lam")
+    names, leaves = tree.names(lam), tree.leaves(real)
+    through_optimizer = [names[i] for i in missing if leaves[i] is not None]
+    if through_optimizer:
+        raise ValueError(
+            f"lam at {', '.join(through_optimizer)} enters only through the optimiser: the solution of the inner problem does not move with it, so "
+            "implicit differentiation has nothing to say about it. Use RMD, FMD, OneStep or HyperDistill, or take it out of lam"
+        )

@@ -58,7 +58,7 @@ class SAMA(Estimator):
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastBatch) -> tuple[Tree, Pullback]:
         """The weights, and the difference quotient."""
-        batch, rng = carry
+        batch, rng = carry.batch, carry.rng
         if rng is None:
             raise ValueError("SAMA has seen no inner step yet: it needs the batch of the last one")
 

@@ -90,7 +90,7 @@ class SOBA(Estimator):
         """``(v - ρHv, -ρ v ∂²L/∂w∂λ)``: gradient descent's own adjoint."""
         if carry.last.rng is None:
             raise ValueError("SOBA has seen no inner step yet")
-        descent, seen = step.stationary(state, self.rate)
+        descent, seen, _ = step.stationary(state, self.rate)
         with replay.preserved(state):
             replay.restore(carry.last.rng)
             return descent.linearize(seen, lam, carry.last.batch).pullback(InnerState(carry.v, None, seen.t), wrt)

@@ -55,8 +55,8 @@ METHODS = (
     Method("one-step", "1-step", OneStep(), paper=".670 ± .283"),
     Method("drmad", "DrMAD", DrMAD(), paper="1.086 ± .176"),
     Method("drmad-printed", "DrMAD, as printed", DrMAD(), paper="1.086 ± .176", overrides=PRINTED),
-    Method("ift-5-5", "N.IFT(5, 5)", IFT(Neumann(5, rate=0.01)), HyperSteps(last=5), paper=".502 ± .146"),
-    Method("ift-2-10", "N.IFT(2, 10)", IFT(Neumann(2, rate=0.01)), HyperSteps(last=10), paper=".502 ± .146"),
+    Method("ift-5-5", "N.IFT(5, 5)", IFT(Neumann(5, rate=0.01), converged=None, solved=None), HyperSteps(last=5), paper=".502 ± .146"),
+    Method("ift-2-10", "N.IFT(2, 10)", IFT(Neumann(2, rate=0.01), converged=None, solved=None), HyperSteps(last=10), paper=".502 ± .146"),
     Method("hyperdistill", "HyperDistill, γ=.9", HyperDistill(gamma=0.9, example_axis=1), paper=".327 ± .052"),
     Method(
         "hyperdistill-printed", "HyperDistill, as printed, γ=.99", HyperDistill(gamma=0.99, example_axis=1), paper=".327 ± .052", overrides=PRINTED

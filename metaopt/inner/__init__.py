@@ -30,7 +30,7 @@ from metaopt.inner.rmsprop import RMSprop
 from metaopt.inner.rprop import Rprop
 from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, Linearized, Step, inner_step
+from metaopt.inner.step import InnerStep, Linearized, Stationary, Step, inner_step
 from metaopt.inner.tangents import Tangents
 from metaopt.inner.wrapper import Wrapper
 
@@ -71,6 +71,7 @@ __all__ = [
     "RMSprop",
     "ReverseOverReverse",
     "Rprop",
+    "Stationary",
     "Step",
     "Tangents",
     "Wrapper",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Step, Wrt
+from metaopt.inner.step import Linearized, Stationary, Step, Wrt
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
@@ -56,7 +56,7 @@ class ConstantSlots:
         """Φ with the approximate tangent map."""
         return ConstantSlotsTangents(self.step.tangents(state, lam, batch))
 
-    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         """As ``step``."""
         return self.step.stationary(state, rate)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.inner.adjoint import dots_of, transposed_twice
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step, Wrt, check_weights
+from metaopt.inner.step import Stationary, Wrt, check_weights
 from metaopt.inner.tangents import FunctionTangents
 from metaopt.tree import Tree
 
@@ -76,15 +76,15 @@ class CustomStep:
             state_, lam_ = tree.attach(state), tree.attach(lam)
             return FunctionTangents(state_, lam_, self._run(state_, lam_, batch))
 
-    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         """Φ itself: its fixed points are what it converges to.
 
         Raises:
-            ValueError: if a rate is given; a custom Φ has its own.
+            ValueError: if a rate other than 1 is given; a custom Φ has its own.
         """
-        if rate is not None:
+        if rate not in (None, 1.0):
             raise ValueError(f"a custom step is its own fixed-point map and takes no rate, got {rate}")
-        return self, state
+        return Stationary(self, state, 1.0)
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """None.

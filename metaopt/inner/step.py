@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class Linearized(Protocol):
         ...
 
 
+class Stationary(NamedTuple):
+    """What implicit differentiation sees of Φ.
+
+    Attributes:
+        step: a step whose fixed points solve the inner problem.
+        state: the state as that step sees it.
+        rate: how far it goes along the gradient: ``w - step(w) = rate · ∇_w L`` (1 for a custom Φ).
+    """
+
+    step: Step
+    state: InnerState
+    rate: float
+
+
 class Step(Protocol):
     """What estimators see of Φ."""
 
@@ -72,8 +86,8 @@ class Step(Protocol):
         """Φ with its tangent map at hand, for many tangents at one point."""
         ...
 
-    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
-        """A step whose fixed points solve the inner problem, and ``state`` as that step sees it (for implicit differentiation)."""
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
+        """A step whose fixed points solve the inner problem (for implicit differentiation)."""
         ...
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
@@ -196,10 +210,11 @@ class InnerStep:
         """Φ and its tangent map. Cost: one gradient with respect to ``(w, λ)``; its graph lives as long as the result."""
         return InnerTangents(self._loss, self.optimizer, state, lam, batch)
 
-    def stationary(self, state: InnerState, rate: float | None) -> tuple[Step, InnerState]:
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
 
-        The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is symmetric.
+        The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is symmetric. Weight decay inside the
+        optimiser and frozen weights are not seen: a decay that is part of the problem belongs into the loss.
 
         Raises:
             ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is no plain number that could serve.
@@ -210,7 +225,7 @@ class InnerStep:
                 raise ValueError(
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: give it, Neumann(terms, rate=0.01)"
                 )
-        return InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t)
+        return Stationary(InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t), float(rate))
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss."""

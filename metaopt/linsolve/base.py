@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
+from torch import Tensor
+
+from metaopt import tree
 from metaopt.tree import Tree
 
 Operator: TypeAlias = Callable[[Tree], Tree]
 """``v ↦ v K``: a vector-matrix product with ``K = I - A``, over pytrees like the weights."""
+
+
+class Solution(NamedTuple):
+    """What a solver found.
+
+    Attributes:
+        x: with ``x K ≈ alpha``, a pytree like ``alpha``.
+        residual: ``‖alpha - x K‖ / ‖alpha‖`` (0-dimensional; 0 where ``alpha`` is zero). K includes the solver's damping.
+        products: products with K that were taken.
+        memory: what a next solve may use (a sketch of K), or ``None``.
+    """
+
+    x: Tree
+    residual: Tensor
+    products: int
+    memory: Any = None
 
 
 class Solver(Protocol):
@@ -16,9 +36,50 @@ class Solver(Protocol):
 
     @property
     def rate(self) -> float | None:
-        """See the class."""
+        """1: the operator is the Hessian itself (or ``I - A`` of a custom Φ). A series that needs a small step has another."""
+        return 1.0
+
+    def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
+        """``x`` with ``x K ≈ alpha``; ``memory`` is that of an earlier solution, for a K that may have moved since."""
         ...
 
-    def solve(self, operator: Operator, alpha: Tree) -> Tree:
-        """``x`` with ``x K ≈ alpha``."""
-        ...
+
+def solve_from(solver: Solver, operator: Operator, alpha: Tree, start: Solution | None) -> Solution:
+    """A warm start, for any solver: its correction of an earlier solution, ``x = x_0 + solve(alpha - x_0 K)``.
+
+    Costs one product more, and no other where ``x_0`` is within the solver's tolerance.
+    """
+    if start is None:
+        return solver.solve(operator, alpha)
+    tree.check_like(start.x, alpha, "the warm start", "alpha")
+    left = tree.sub(alpha, operator(start.x))
+    share = ratio(tree.norm(left), tree.norm(alpha))
+    if bool(share <= getattr(solver, "tolerance", 0.0)):
+        return Solution(start.x, share, 1, start.memory)
+    found = solver.solve(operator, left, start.memory)
+    return Solution(tree.add(start.x, found.x), found.residual * share, found.products + 1, found.memory)
+
+
+def damped(operator: Operator, damping: float) -> Operator:
+    """``v ↦ v (K + damping · I)``."""
+    return operator if damping == 0 else lambda v: tree.add(operator(v), tree.scale(damping, v))
+
+
+def relative_residual(operator: Operator, x: Tree, alpha: Tree) -> Tensor:
+    """``‖alpha - x K‖ / ‖alpha‖``. Cost: one product."""
+    return ratio(tree.norm(tree.sub(alpha, operator(x))), tree.norm(alpha))
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """A quotient of norms, 0 where both are 0."""
+    return torch.where(numerator > 0, numerator / denominator, torch.zeros_like(numerator))
+
+
+def check_settings(solver: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+    """Raise a ``ValueError`` that names the first setting out of range."""
+    for name in positive:
+        if not getattr(solver, name) > 0:
+            raise ValueError(f"{type(solver).__name__}: {name} must be positive, got {getattr(solver, name)}")
+    for name in not_negative:
+        if not getattr(solver, name) >= 0:
+            raise ValueError(f"{type(solver).__name__}: {name} must not be negative, got {getattr(solver, name)}")

@@ -124,6 +124,7 @@ def run_online(
         result = None
         if hyper_steps.due(t, horizon):
             result = evaluate(counted, outer_loss, state, outer.lam, outer_batch, estimator, carry)
+            carry = estimator.reuse(carry, result.info)
             outer.update(result.total)
             counted.cost = Cost()
         yield OnlineReport(t, state, outer.lam, result)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators import Estimator, ZeroHypergradientWarning, hypergradient
+from metaopt.estimators import Estimator, NotConvergedWarning, ZeroHypergradientWarning, hypergradient
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -146,6 +146,7 @@ def _on(problem: Problem, estimator: Estimator, tolerance: float, horizons: Sequ
 def _total(problem: Problem, horizon: int, estimator: Estimator) -> Tree:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZeroHypergradientWarning)
+        warnings.simplefilter("ignore", NotConvergedWarning)  # formulas hold wherever they are evaluated
         result = hypergradient(
             problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, estimator, horizon=horizon
         )

@@ -15,7 +15,7 @@ from metaopt import tree
 from metaopt.estimators.base import OuterLoss
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
-from metaopt.tree import Tree
+from metaopt.tree import Tree, unvector, vector
 from metaopt.verify.cases import Problem
 
 
@@ -31,17 +31,6 @@ class Estimate(NamedTuple):
 
     value: Tensor
     error: float
-
-
-def vector(values: Tree) -> Tensor:
-    """All floating-point leaves as one vector."""
-    return torch.cat([leaf.reshape(-1) for leaf in tree.floats(values)])
-
-
-def unvector(flat: Tensor, like: Tree) -> Tree:
-    """Inverse of :func:`vector`."""
-    supply = iter(flat.split([leaf.numel() for leaf in tree.floats(like)]))
-    return tree.map(lambda x: next(supply).reshape(x.shape) if tree.is_float(x) else x, like)
 
 
 def states(problem: Problem, horizon: int) -> list[InnerState]:

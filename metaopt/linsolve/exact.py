@@ -1,0 +1,53 @@
+r"""A dense solve.
+
+.. math:: x = \alpha\, (K + \rho I)^{-1}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaopt import tree
+from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, relative_residual
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Exact(Solver):
+    """K row by row, then a factorisation: for small problems and for checking the others.
+
+    Cost: n products and ``n³``. Memory: n². Linear in ``alpha``.
+
+    Args:
+        damping: ρ, added to the diagonal.
+        limit: largest n.
+    """
+
+    damping: float = 0.0
+    limit: int = 5_000
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, positive=("limit",), not_negative=("damping",))
+
+    def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
+        """The solution.
+
+        Raises:
+            ValueError: if there are more than ``limit`` weights.
+            ArithmeticError: if the matrix is singular.
+        """
+        n = tree.vector(alpha).numel()
+        if n > self.limit:
+            raise ValueError(f"Exact: {n:,} weights are more than limit={self.limit:,}; use ConjugateGradient, Neumann or Nystrom")
+        unit = torch.eye(n, dtype=tree.vector(alpha).dtype, device=tree.vector(alpha).device)
+        K = torch.stack([tree.vector(operator(tree.unvector(row, alpha))) for row in unit]) + self.damping * unit
+        try:
+            x = torch.linalg.solve(K.T, tree.vector(alpha))
+        except RuntimeError as error:
+            raise ArithmeticError("Exact: the matrix is singular (a flat direction of the inner loss): add damping, or use MINRES") from error
+        found = tree.unvector(x, alpha)
+        return Solution(found, relative_residual(lambda v: tree.unvector(tree.vector(v) @ K, v), found, alpha), n)

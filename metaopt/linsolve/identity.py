@@ -1,0 +1,36 @@
+r"""The identity in place of the inverse.
+
+.. math:: H^{-1} \approx a\, I
+
+Luketina et al. 2016 (T1-T2), arXiv 1511.06727.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt.linsolve.base import Operator, Solution, check_settings, relative_residual
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``x = alpha``: the Neumann series' first term.
+
+    Cost: nothing but the product that measures the residual. Bias: right only where K is (close to) the identity. Linear in ``alpha``.
+
+    Args:
+        rate: a; 1 is T1-T2's choice, ``None`` the inner learning rate (then it is the 1-step term at the last weights).
+    """
+
+    rate: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        if self.rate is not None:
+            check_settings(self, positive=("rate",))
+
+    def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
+        """``alpha``."""
+        return Solution(alpha, relative_residual(operator, alpha, alpha), 1)

@@ -1,0 +1,77 @@
+r"""A low-rank sketch of K, inverted by Woodbury's identity.
+
+.. math:: (C W^{-1} C^\top + \rho I)^{-1} = \tfrac1\rho I - \tfrac1\rho C\, (\rho W + C^\top C)^{-1} C^\top, \qquad C = K_{:,S},\; W = K_{S,S}
+
+with S a random set of k coordinates. Hataya & Yamada 2023, "Nyström method for accurate and scalable implicit differentiation", arXiv
+2302.09726.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
+from metaopt.tree import Tree
+
+
+class Sketch(NamedTuple):
+    """C [n, k], the pseudo-inverse of ``ρW + CᵀC`` [k, k], and how many solves have used it."""
+
+    columns: Tensor
+    core: Tensor
+    uses: int = 0
+
+
+@dataclass(frozen=True)
+class Nystrom(Solver):
+    """``x = alpha (K_k + ρI)^{-1}`` with ``K_k`` the rank-k Nyström approximation of a symmetric K.
+
+    Cost: ``rank`` products for the sketch (none where one is reused) and one for the residual. Memory: rank vectors. Bias: ρ, and what the
+    sketch does not see is inverted as ``1/ρ``. Linear in ``alpha``; no learning rate that could make it diverge.
+
+    Args:
+        rank: k; a rank of n gives ``(K + ρI)^{-1}``.
+        damping: ρ > 0.
+        uses: how many solves share a sketch (with ``IFT(warm_start=True)`` also across hyper-steps).
+        seed: of the choice of coordinates.
+    """
+
+    rank: int = 10
+    damping: float = 0.01
+    uses: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, positive=("rank", "damping", "uses"))
+
+    def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
+        """With the sketch in ``memory`` as long as it may be used."""
+        known = isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == tree.vector(alpha).numel()
+        sketch = memory if known else self.sketch(operator, alpha)
+        x = self.apply(sketch, alpha)
+        residual = relative_residual(damped(operator, self.damping), x, alpha)
+        return Solution(x, residual, 1 if known else sketch.columns.shape[1] + 1, sketch._replace(uses=sketch.uses + 1))
+
+    def sketch(self, operator: Operator, like: Tree) -> Sketch:
+        """K columns of K."""
+        flat = tree.vector(like)
+        n = flat.numel()
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: min(self.rank, n)].to(flat.device)
+        columns = []
+        for i in chosen:
+            unit = torch.zeros_like(flat).index_fill(0, i, 1.0)
+            columns.append(tree.vector(operator(tree.unvector(unit, like))))
+        C = torch.stack(columns, 1)
+        W = C[chosen]
+        return Sketch(C, torch.linalg.pinv(self.damping * 0.5 * (W + W.T) + C.T @ C, hermitian=True))
+
+    def apply(self, sketch: Sketch, alpha: Tree) -> Tree:
+        """``alpha (K_k + ρI)^{-1}``."""
+        flat = tree.vector(alpha)
+        return tree.unvector((flat - sketch.columns @ (sketch.core @ (sketch.columns.T @ flat))) / self.damping, alpha)
