@@ -1,4 +1,4 @@
-"""The command line: ``metaopt compare EXPERIMENT`` and ``metaopt verify``."""
+"""The command line: ``metaopt compare EXPERIMENT``, ``metaopt diagnose EXPERIMENT`` and ``metaopt verify``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
-from metaopt.experiments import compare, many_shot, many_shot_report, sinusoid
+from metaopt.experiments import compare, diagnose, diagnose_sinusoid, many_shot, many_shot_report, sinusoid
 from metaopt.experiments.image_data import Source
 from metaopt.verify import command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them.")
 compare_app = typer.Typer(no_args_is_help=True, help="Run an experiment with several estimators side by side.")
 app.add_typer(compare_app, name="compare")
+diagnose_app = typer.Typer(no_args_is_help=True, help="How close each estimator's hypergradients are to the exact ones.")
+app.add_typer(diagnose_app, name="diagnose")
 
 Estimators = Annotated[str | None, typer.Option(help="Comma-separated keys; default: all.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Independent meta-training runs of every method.")]
@@ -157,6 +159,22 @@ def _many_shot(
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
     typer.echo("wrote " + ", ".join(str(path) for path in [*pictures, out / "runs.json"]))
+
+
+@diagnose_app.command("sinusoid")
+def diagnose_on_sinusoid(
+    meta_iterations: Annotated[int, typer.Option(min=1, help="Inner runs of meta-training before the second look.")] = 30,
+    problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 4,
+    every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 5,
+    gamma: Annotated[float, typer.Option(min=0, max=1, help="HyperDistill's decay.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of the network and the tasks.")] = 0,
+    out: Out = Path("results/diagnose-sinusoid"),
+) -> None:
+    """Cosine to exact RMD along the inner run, and HyperDistill's calibration: figures 3 and 4 of the HyperDistill paper."""
+    config = sinusoid.SinusoidConfig(meta_iterations=meta_iterations)
+    stages = diagnose_sinusoid.run(config, out, problems=problems, every=every, gamma=gamma, seed=seed)
+    compare.show(diagnose.table(stages, f"Sinusoid, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"))
+    typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
 
 
 @app.command("verify")

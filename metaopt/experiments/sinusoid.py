@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from metaopt.estimators import IFT, RMD, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
+from metaopt.estimators.base import OuterLoss
 from metaopt.inner import SGD, ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
 from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
@@ -129,9 +130,18 @@ class SinusoidRun(NamedTuple):
     failure: str
 
 
-def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
-    """Meta-train and meta-test once. Deterministic in ``(method, config, seed)``."""
-    config = replace(config, **method.overrides)
+class Setup(NamedTuple):
+    """The stacked bilevel problem without its tasks: the model, Φ, the outer loss, initial weights of one task, and λ."""
+
+    anil: ANIL
+    step: Step
+    outer_loss: OuterLoss
+    phi: Tree
+    lam: Tree
+
+
+def setup(config: SinusoidConfig, seed: int) -> Setup:
+    """The network of one seed, split into weights and hyperparameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         anil = ANIL.of(sinusoid_net(), weights=["6.*"], loss=torch.nn.functional.mse_loss)
@@ -139,7 +149,13 @@ def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     step: Step = inner_step(stacked(anil.inner_loss), SGD(lr=config.inner_lr, momentum=config.momentum))
     if config.constant_momentum:
         step = ConstantSlots(step)
-    outer_loss = stacked(anil.outer_loss)
+    return Setup(anil, step, stacked(anil.outer_loss), phi, lam)
+
+
+def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
+    """Meta-train and meta-test once. Deterministic in ``(method, config, seed)``."""
+    config = replace(config, **method.overrides)
+    anil, step, outer_loss, phi, lam = setup(config, seed)
     outer = Outer(lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
     training = MetaTraining(
         step, outer_loss, method.estimator, config.horizon, method.hyper_steps, Reptile(rate=1.0), calibration_period=config.calibration_period
@@ -147,7 +163,7 @@ def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     curve, products, failure = [], 0, ""
     start = time.perf_counter()
     try:
-        for report in training.runs(phi, outer, functools.partial(_meta_task, config, seed), config.meta_iterations):
+        for report in training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations):
             phi = report.phi
             curve.append(report.outer_losses[-1] / config.meta_batch)
             products += report.cost.products
@@ -176,7 +192,7 @@ _TEST = 1_000_000_000
 _RUNS = 100_000
 
 
-def _meta_task(config: SinusoidConfig, seed: int, run: int) -> MetaTask:
+def meta_task(config: SinusoidConfig, seed: int, run: int) -> MetaTask:
     """Tasks of an inner run; the calibration's runs (≤ 0) draw from the upper half of the seed's range."""
     number = run if run > 0 else _RUNS // 2 - run
     tasks = Sinusoid(config.shots, config.shots).sample(config.meta_batch, seed=seed * _RUNS + number)
