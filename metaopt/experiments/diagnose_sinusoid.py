@@ -16,7 +16,12 @@ from metaopt.meta import MetaTraining, Outer, Reptile, replicated
 from metaopt.tree import Tree
 from metaopt.verify import Problem
 
-METHODS: dict[str, Estimator] = {"FO": FirstOrder(), "1-step": OneStep(), "N.IFT(10, 1)": IFT(Neumann(10, rate=0.01)), "DrMAD": DrMAD()}
+METHODS: dict[str, Estimator] = {
+    "FO": FirstOrder(),
+    "1-step": OneStep(),
+    "N.IFT(10, 1)": IFT(Neumann(10, rate=0.01), converged=None, solved=None),
+    "DrMAD": DrMAD(),
+}
 """The methods of figure 3, besides HyperDistill."""
 
 _NEW_TASKS = 20_000
