@@ -51,26 +51,32 @@ def test_closed_forms_are_finite_differences_within_their_error(make):
     assert want.norm() > 1e-3
 
 
-@given(lam=st.floats(0.1, 3.0))
-def test_evograds_truth_is_implicit_differentiation(lam):
-    x = torch.tensor([1 / (1 + lam)], dtype=torch.float64)
-    step = mo.inner_step(lambda w, lam, _: ((w - 1) ** 2 + lam * w**2).sum(), mo.inner.SGD(lr=0.1))
-    solver = mo.linsolve.Neumann(60, rate=1 / (2 * (1 + lam)))
-    lam_ = torch.tensor(lam, dtype=torch.float64)
-    hg = mo.hypergradient(step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), x, lam_, [None], None, mo.IFT(solver))
-    torch.testing.assert_close(hg.total, cases.evograd_truth(lam_), rtol=1e-10, atol=1e-12)
+@given(size=DRAWS["size"], conditioning=DRAWS["conditioning"], seed=DRAWS["seed"])
+def test_evograds_truth_is_implicit_differentiation(size, conditioning, seed):
+    problem = cases.population(size, conditioning, seed)
+    (H, mixed), _ = torch.autograd.functional.hessian(lambda w, lam: problem.step.inner_loss(w, lam, None), (problem.w0, problem.lam))
+    implicit = -2 * (problem.w0 - 0.5) @ torch.linalg.solve(H, mixed)
+    torch.testing.assert_close(implicit, (problem.lam - 1) / (problem.lam + 1) ** 3, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(implicit, problem.exact(10_000), rtol=1e-10, atol=1e-12)
 
 
-@given(lam=st.floats(0.1, 2.0))
-def test_evograds_limit_is_its_gaussian_integral(lam):
-    x, lam_ = torch.linspace(-9, 9, 401, dtype=torch.float64), torch.tensor(lam, dtype=torch.float64, requires_grad=True)
-    theta = x[None] + x[:, None]  # x (columns) perturbed by every ε (rows)
-    density = (-(x**2) / 2).exp()
-    weight = density[:, None] * (-2 * ((theta - 1) ** 2 + lam_ * theta**2)).exp()
-    mean = (weight * theta).sum(0) / weight.sum(0)
-    value = (density * (mean - 0.5) ** 2).sum() / density.sum()
-    (slope,) = torch.autograd.grad(value, lam_)
-    torch.testing.assert_close(slope, cases.evograd_limit(lam_.detach()), rtol=1e-6, atol=1e-8)
+@given(seed=DRAWS["seed"])
+def test_evograds_limit_is_its_gaussian_integral(seed):
+    problem = cases.population(1, 1.0, seed)
+    noise, lam = torch.linspace(-9, 9, 401, dtype=torch.float64), problem.lam.clone().requires_grad_()
+    theta = problem.w0 + noise
+    weight = (-(noise**2) / 2 - 2 * ((theta - 1) ** 2 + lam * theta**2)).softmax(0)
+    (slope,) = torch.autograd.grad(((weight * theta).sum() - 0.5) ** 2, lam)
+    torch.testing.assert_close(slope, problem.evograd_limit(1), rtol=1e-10, atol=1e-10)
+
+
+def test_evograd_tends_to_its_limit():
+    problem = cases.population(2, 3.0, seed=1)
+    estimator = mo.EvoGrad(copies=200_000, sigma=1.0, temperature=0.5, noise="gaussian")
+    hg = mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=1)
+    want = problem.evograd_limit(1)
+    assert (want - problem.exact(1)).norm() > 0.1 * want.norm()
+    torch.testing.assert_close(hg.total, want, rtol=0.03, atol=0.003)
 
 
 @pytest.mark.parametrize("name", command.public_estimators())

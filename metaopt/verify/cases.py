@@ -1,13 +1,13 @@
 r"""Closed forms: problems whose hypergradient is known at every horizon.
 
-Outer loss throughout: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term; so :math:`\alpha_T = w_T - b`.
+Outer loss where nothing else is said: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term; so :math:`\alpha_T = w_T - b`.
 Each function returns a :class:`Problem`; its docstring is the derivation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ class Problem:
         constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or not (then it is exact).
         converged: whether ``w0`` minimises the inner loss already.
         contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, where there is one.
+        evograd_limit: horizon T to what EvoGrad with infinitely many copies (Gaussian, σ = 1, τ = ½) gives, where that is known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Problem:
     constant_jacobians: bool = False
     converged: bool = False
     contraction: float | None = None
+    evograd_limit: Callable[[int], Tree] | None = None
 
 
 class Quadratic(NamedTuple):
@@ -218,24 +220,75 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
     return Problem("isotropic", step, _to(q.target), q.w0, lam, [None] * horizon, exact=exact, contraction=gamma)
 
 
-def evograd_truth(lam: Tensor) -> Tensor:
-    r"""6. Inner :math:`(x-1)^2 + \lambda x^2`, outer :math:`(x-\tfrac12)^2`.
+def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Problem:
+    r"""6. EvoGrad's problem: inner :math:`c\,[(x-1)^2 + \lambda x^2]` per coordinate (one with c = 1 in the paper), outer :math:`(x-\tfrac12)^2`.
 
-    At :math:`x^* = 1/(1+\lambda)` the hypergradient is :math:`(\lambda-1)/(\lambda+1)^3`.
+    Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at convergence
+    :math:`2 (x^* - \tfrac12) \cdot (-x^{*2}) = (\lambda-1)/(\lambda+1)^3`, and T steps give the share :math:`1 - r^T` of it, with
+    :math:`r = 1 - 2\eta c (1+\lambda)`. Bohdal et al. 2021, arXiv 2106.10575.
+
+    EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number: :math:`x + \epsilon`, weighted by
+    :math:`e^{-2\ell}`, is a product of Gaussians with mean :math:`\theta = (x + 4c)/(1 + 4c(1+\lambda))`, so the hypergradient is
+    :math:`2(\theta - \tfrac12)\, d\theta/d\lambda` with :math:`d\theta/d\lambda = -4c\, \theta/(1 + 4c(1+\lambda))`.
     """
-    return (lam - 1) / (lam + 1) ** 3
+    q = draw_quadratic(size, conditioning, seed, diagonal=True)
+    c, lam = q.H.diagonal(), (0.5 * q.lam).exp()
+    minimum = 1 / (1 + lam)
+
+    def exact(T: int) -> Tensor:
+        return (1 - (1 - 2 * lr * c * (1 + lam)) ** T) * (lam - 1) / (lam + 1) ** 3
+
+    def limit(T: int) -> Tensor:
+        precision = 1 + 4 * c * (1 + lam)
+        theta = (minimum + 4 * c) / precision
+        return -2 * (theta - 0.5) * 4 * c * theta / precision
+
+    step = inner_step(lambda w, lam, _: (c * ((w - 1) ** 2 + lam * w**2)).sum(), SGD(lr=lr))
+    problem = Problem("EvoGrad's", step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, exact=exact)
+    return replace(problem, constant_jacobians=True, converged=True, evograd_limit=limit)
 
 
-def evograd_limit(lam: Tensor) -> Tensor:
-    r"""6, EvoGrad's own limit :math:`K \to \infty` (Gaussian σ = 1, τ = ½, x ~ N(0, 1)): :math:`-8 [17/(5+4\lambda)^3 - 2/(5+4\lambda)^2]`.
+def drifting(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, window: int = 2, drift: float = 0.1
+) -> Problem:
+    r"""8. FDS's setting: :math:`L_t = \tfrac12 k |w|^2 - \lambda_{i(t)}\, c_t \cdot w`, one λ per window of steps, :math:`c_t` drifts along the run.
 
-    Averaging :math:`x + \epsilon` with weights :math:`e^{-2\ell}` is a Gaussian integral with mean :math:`\theta^* = (x + 4)/(5 + 4\lambda)`; the
-    hypergradient is :math:`2(\theta^* - \tfrac12)\, d\theta^*/d\lambda` averaged over x, with :math:`E(x+4)^2 = 17` and :math:`E(x+4) = 4`.
+    With :math:`r = 1 - \eta k`: :math:`w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t`, so
+    :math:`dw_T/d\lambda_i = \eta \sum_{t \in i} r^{T-t} c_t`. For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`, noisy
+    measurements with linear drift: the mean over the window has the error of :func:`metaopt.estimators.fds.shared_window_error`.
+    Micaelli & Storkey 2021, arXiv 2007.07869.
     """
-    return -8 * (17 / (5 + 4 * lam) ** 3 - 2 / (5 + 4 * lam) ** 2)
+    q = draw_quadratic(size, conditioning, seed)
+    k, windows = 1 / conditioning, -(-horizon // window)
+    lam = 0.5 + 0.5 * torch.sin(q.lam[0] + torch.arange(windows, dtype=torch.float64))
+    batches = [(t // window, q.lam + drift * t * (q.H @ q.target)) for t in range(horizon)]
+
+    def shares(T: int) -> Tensor:
+        """``η r^{T-t} c_t`` in the row of its window."""
+        rows = torch.zeros(windows, size, dtype=torch.float64)
+        for t, (i, c) in enumerate(batches[:T], start=1):
+            rows[i] += lr * (1 - lr * k) ** (T - t) * c
+        return rows
+
+    def exact(T: int) -> Tensor:
+        return shares(T) @ ((1 - lr * k) ** T * q.w0 + lam @ shares(T) - q.target)
+
+    step = inner_step(lambda w, lam, batch: 0.5 * k * (w @ w) - lam[batch[0]] * (batch[1] @ w), SGD(lr=lr))
+    return Problem("drifting, shared", step, _to(q.target), q.w0, lam, batches, exact=exact, constant_jacobians=True)
 
 
-CLOSED_FORMS: list[Callable[..., Problem]] = [quadratic, non_commuting, momentum, log_l2, learning_rate, schedule, ridge, isotropic]
+CLOSED_FORMS: list[Callable[..., Problem]] = [
+    quadratic,
+    non_commuting,
+    momentum,
+    log_l2,
+    learning_rate,
+    schedule,
+    ridge,
+    isotropic,
+    population,
+    drifting,
+]
 """Every closed form at horizon T: functions of ``(size, conditioning, seed, horizon)``."""
 
 
