@@ -92,8 +92,10 @@ def _all_steps(problem: Problem, horizon: int, estimator: Estimator, alpha: Tens
     return dense_sweep(alpha, along(problem, states(problem, horizon), horizon))
 
 
-def _shared(problem: Problem, horizon: int, estimator: FDS, alpha: Tensor) -> Tensor:
-    return _all_steps(problem, horizon, estimator, alpha) / estimator.window
+def _shared(problem: Problem, horizon: int, estimator: FDS) -> Tensor:
+    """Both terms divided by the window."""
+    alpha, direct = outer_cotangent(problem.outer_loss, states(problem, horizon)[-1], problem.lam, problem.outer_batch)
+    return (direct + _all_steps(problem, horizon, estimator, alpha)) / estimator.window
 
 
 def _one_step(problem: Problem, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
@@ -148,9 +150,8 @@ def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor)
 
 def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
     """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
-    g = _all_steps(problem, horizon, estimator, alpha)
-    carry = estimator.init(problem.step, problem.step.init(problem.w0, problem.lam), problem.lam)
-    directions = torch.stack([vector(direction) for direction in carry.directions])
+    g, generator = _all_steps(problem, horizon, estimator, alpha), torch.Generator().manual_seed(estimator.seed)
+    directions = torch.stack([sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)])
     return (directions @ g) @ directions / len(directions)
 
 
@@ -193,6 +194,10 @@ def _when_alone(problem: Problem, horizon: int, estimator: FDS) -> str | None:
     return "W = 1, no bound" if estimator.window == 1 and estimator.bound is None else None
 
 
+def _when_single(problem: Problem, horizon: int, estimator: ForwardGradient) -> str | None:
+    return "one hyperparameter, signs" if vector(problem.lam).numel() == 1 and estimator.noise == "sign" else None
+
+
 def _when_constant(problem: Problem, horizon: int, estimator: DrMAD) -> str | None:
     return "A, B constant" if problem.constant_jacobians else "T = 1" if horizon == 1 else None
 
@@ -212,12 +217,6 @@ def _one_batch(problem: Problem) -> bool:
     return all(batch is problem.batches[0] for batch in problem.batches)
 
 
-def _has_no_direct_term(problem: Problem) -> bool:
-    """FDS averages the direct term too; the formula is for the indirect one."""
-    _, direct = outer_cotangent(problem.outer_loss, states(problem, 0)[0], problem.lam, problem.outer_batch)
-    return not bool(direct.any())
-
-
 def _has_fixed_rate(problem: Problem) -> bool:
     """Whether the inner loss sees λ; methods that differentiate only the loss cannot see a learning rate."""
     optimizer = getattr(problem.step, "optimizer", None)
@@ -230,11 +229,11 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     TruncatedRMD: Formula(lambda p, T: TruncatedRMD(3), _truncated, _when_complete),
     RMD: Formula(lambda p, T: RMD(), _all_steps, _always),
     FMD: Formula(lambda p, T: FMD(), _all_steps, _always),
-    FDS: Formula(lambda p, T: FDS(window=3), _shared, _when_alone, _has_no_direct_term),
+    FDS: WholeFormula(lambda p, T: FDS(window=T), _shared, _when_alone),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
     IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
     HyperDistill: Formula(lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch),
-    ForwardGradient: Formula(lambda p, T: ForwardGradient(directions=2), _projected, _never),
+    ForwardGradient: Formula(lambda p, T: ForwardGradient(directions=2), _projected, _when_single),
     DARTS: Formula(lambda p, T: DARTS(), _one_step, _when_complete),
     SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
     SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),

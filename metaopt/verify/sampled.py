@@ -36,7 +36,7 @@ def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
     With :math:`p = \mathrm{softmax}(-\ell/\tau)`: :math:`\partial p_k = -p_k (\partial \ell_k - \sum_j p_j\, \partial \ell_j) / \tau`.
     """
     run, generator = states(problem, horizon), torch.Generator().manual_seed(estimator.seed)
-    draws = [_noise(problem.w0, estimator.noise, generator, estimator.copies) for _ in range(horizon)]
+    draws = [noise(problem.w0, estimator.noise, generator, estimator.copies) for _ in range(horizon)]
     base = run[horizon - 1 if estimator.around == "before" else horizon].w
     copies = vector(base) + estimator.sigma * draws[-1]
     values = [_inner_loss(problem, unvector(copy, base), horizon) for copy in copies]
@@ -89,10 +89,10 @@ def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Pr
 
     def hypergradient(problem: Problem, horizon: int, estimator: Evolution) -> Tensor:
         generator = torch.Generator().manual_seed(estimator.seed)
-        noise = [[_noise(problem.lam, "gaussian", generator) for _ in range(estimator.pairs)] for _ in range(horizon)]
+        drawn = [[noise(problem.lam, "gaussian", generator) for _ in range(estimator.pairs)] for _ in range(horizon)]
         run, total = states(problem, horizon), torch.zeros_like(vector(problem.lam))
         for k in range(estimator.pairs):
-            mirrored = schedule(estimator, [of_step[k] for of_step in noise])
+            mirrored = schedule(estimator, [of_step[k] for of_step in drawn])
             above, below = (_perturbed_loss(problem, run, mirrored, sign * estimator.sigma) for sign in (1, -1))
             total += mirrored.xi * (above - below) / (2 * estimator.sigma) / estimator.pairs
         return total
@@ -119,7 +119,7 @@ def uoro(problem: Problem, horizon: int, estimator: UORO, alpha: Tensor) -> Tens
     sketches = [(torch.zeros_like(vector(run[0])), torch.zeros_like(vector(problem.lam))) for _ in range(estimator.sketches)]
     for A, B in along(problem, run, horizon):
         for k, (s, theta) in enumerate(sketches):
-            nu = _noise(run[0], "sign", generator)
+            nu = noise(run[0], "sign", generator)
             old, fresh = _ratio(theta, A @ s), _ratio(nu @ B, nu)
             sketches[k] = (old * (A @ s) + fresh * nu, theta / old + (nu @ B) / fresh)
     return torch.stack([(alpha @ s) * theta for s, theta in sketches]).mean(0)
@@ -131,7 +131,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 # -- parts ---------------------------------------------------------------------------------------
-def _noise(like: Tree, law: str, generator: torch.Generator, copies: int | None = None) -> Tensor:
+def noise(like: Tree, law: str, generator: torch.Generator, copies: int | None = None) -> Tensor:
     """Noise like a pytree, flattened (``[copies, n]`` where there are copies)."""
     drawn = []
     for leaf in tree.floats(like):
