@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.experiments import compare, diagnose, diagnose_sinusoid, many_shot, many_shot_report, sinusoid
+from metaopt.experiments import compare, diagnose, diagnose_many_shot, diagnose_sinusoid, many_shot, many_shot_report, sinusoid
 from metaopt.experiments.image_data import Source
 from metaopt.verify import command
 
@@ -124,6 +124,29 @@ def compare_meta_weight_net(
 ) -> None:
     """MetaWeightNet on many-shot image tasks with 40 % random labels: table 2 and figure 7 of the HyperDistill paper."""
     _many_shot("meta-weight-net", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+
+
+@diagnose_app.command("warpgrad")
+def diagnose_on_warpgrad(
+    data: Data = "glyphs",
+    root: Root = Path("data"),
+    small: Small = False,
+    meta_iterations: Iterations = None,
+    size: Size = None,
+    stable: Stable = True,
+    finished: Annotated[Path | None, typer.Option(help="State file of a finished run, for a second look: results/warpgrad/runs/….pt.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 2,
+    every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 25,
+    out: Out = Path("results/diagnose-warpgrad"),
+) -> None:
+    """Cosine to exact RMD along the inner run of WarpGrad, and HyperDistill's calibration: figures 3 and 4 of the HyperDistill paper."""
+    config = many_shot.configure("warpgrad", Source(data, root, size), small=small, stable=stable, meta_iterations=meta_iterations)
+    try:
+        stages = diagnose_many_shot.run(config, out, finished=finished, problems=problems, every=every)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    compare.show(diagnose.table(stages, f"WarpGrad on {data}, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"))
+    typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
 
 
 def _many_shot(

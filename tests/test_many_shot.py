@@ -131,3 +131,17 @@ def test_missing_data_is_named_before_anything_runs(tmp_path):
     assert "nowhere" in result.output.replace("\n", "").replace("│ │", "")
     result = CliRunner().invoke(app, ["compare", "anil", "--data", "imaginary", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "imaginary" in result.output
+
+
+def test_diagnosis_of_a_finished_run(images, tmp_path, monkeypatch):
+    settings = config(images, "warpgrad", meta_batch=1, validate_every=0, test_tasks=1)
+    monkeypatch.setattr(many_shot, "configure", lambda *_, **__: settings)
+    many_shot.run(METHODS["hyperdistill-0.99"], settings, 0, tmp_path)
+    state = tmp_path / "hyperdistill-0.99-0.pt"
+    arguments = ["diagnose", "warpgrad", "--data", "folder", "--problems", "1", "--every", "4", "--finished", str(state), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    stages = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert [stage["stage"] for stage in stages] == ["before meta-training", "after 2 runs"]
+    torch.save({}, state)
+    assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -102,6 +102,20 @@ class FinishedRun(NamedTuple):
     alpha: Tree
 
 
+class Traits(NamedTuple):
+    """What a method's theory says of it; ``docs/estimators.md`` is made from these and from what is measured.
+
+    Attributes:
+        sees: the part of the run whose dependence on λ it takes in.
+        high_dimensional: whether neither its cost nor its noise grows with the number of hyperparameters.
+        bias: where its expectation differs from the exact hypergradient.
+    """
+
+    sees: str
+    high_dimensional: bool
+    bias: str
+
+
 class Estimator(ABC):
     """A response pullback that is built along the inner run. Subclasses are frozen dataclasses: settings only.
 
@@ -109,7 +123,10 @@ class Estimator(ABC):
         exact: whether the pullback is the true one (for as many steps as it claims).
         online: whether λ may move between inner steps.
         needs_fixed_lam: whether moving λ during the run is an error.
+        traits: see :class:`Traits`; the page "which estimator?" shows them.
     """
+
+    traits: ClassVar[Traits] = Traits("not stated", False, "not stated")
 
     @property
     def exact(self) -> bool:

@@ -11,12 +11,12 @@ optimiser.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from metaopt import tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import mixed_difference
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -47,6 +47,8 @@ class DARTS(Estimator):
         ValueError: for a radius that is not positive.
         TypeError: for a custom step, whose loss and optimiser are not known.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="as 1-step, and a finite difference")
 
     radius: float = 0.01
 

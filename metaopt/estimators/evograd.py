@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, Pullback, Response, ZeroHypergradientWarning
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits, ZeroHypergradientWarning
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -69,6 +69,8 @@ class EvoGrad(Estimator):
     Warns:
         ZeroHypergradientWarning: if all copies came out identical, so that the pullback is zero whatever λ does.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="as 1-step, smoothed; another size; noise")
 
     copies: int = 2
     sigma: float = 1e-3

@@ -15,14 +15,14 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Response, Terms, ZeroHypergradientWarning
+from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Response, Terms, Traits, ZeroHypergradientWarning
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -152,6 +152,8 @@ class NRES(Evolution):
     is :class:`AntitheticES`.
     """
 
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing (λ fixed); noise grows with the size of λ")
+
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return pair._replace(epsilon=noise, xi=noise) if t == 0 else pair
 
@@ -159,6 +161,8 @@ class NRES(Evolution):
 @dataclass(frozen=True)
 class AntitheticES(NRES):
     """One perturbation of λ per pair for the whole run. Bias: none but the smoothing. Offline: moving λ is an error."""
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the size of λ")
 
     @property
     def online(self) -> bool:
@@ -186,6 +190,8 @@ class Windowed(Evolution):
 class TruncatedES(Windowed):
     """Pairs restart from the nominal run every window. Bias: what happened before the window is dropped (short-horizon bias)."""
 
+    traits: ClassVar[Traits] = Traits(sees="the last K steps", high_dimensional=False, bias="as truncated; smoothing; noise grows with the size of λ")
+
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return Pair(state, state, noise, noise) if t % self.window == 0 else pair
 
@@ -197,6 +203,8 @@ class PES(Windowed):
     Bias: none but the smoothing (for a λ that moves slowly); the variance grows with the number of windows, and there is
     least where one window is the whole run (:class:`AntitheticES`).
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the sizes of λ and T")
 
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return pair._replace(epsilon=noise, xi=tree.add(pair.xi, noise)) if t % self.window == 0 else pair

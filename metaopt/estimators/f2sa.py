@@ -12,12 +12,12 @@ optimization", arXiv 2301.10945.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from metaopt import tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import lam_gradient
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, outer_gradient
+from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, Traits, outer_gradient
 from metaopt.estimators.implicit import LastBatch
 from metaopt.inner import SGD, InnerState, Step, inner_step
 from metaopt.trajectory import replay
@@ -47,6 +47,8 @@ class F2SA(Estimator):
         ValueError: for settings that are not positive.
         TypeError: for a custom step, whose loss is not known.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="of order 1/κ at a solution")
 
     rate: float = 0.01
     multiplier: float = 100.0

@@ -11,10 +11,10 @@ changes within a window (:func:`shared_window_error`), and makes forward mode ch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaopt import tree
-from metaopt.estimators.base import OuterObjective, Pullback, Response, Terms
+from metaopt.estimators.base import OuterObjective, Pullback, Response, Terms, Traits
 from metaopt.estimators.forward import ForwardCarry, ForwardMode, check_chunk_size
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -46,6 +46,8 @@ class FDS(ForwardMode):
     >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.tensor([0.5, 0.5]), [None] * 4, None, FDS(window=2)).total
     tensor([0.1250, 0.1250])
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="one λ for a window of steps")
 
     window: int | Tree
     bound: float | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.tree import Tree
@@ -19,6 +19,8 @@ class FirstOrder(Estimator):
     Cost: no product. Memory: nothing. Bias: the whole indirect term is dropped; where the outer loss does not see λ (learning rates,
     data weights), the result is zero.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="nothing", high_dimensional=True, bias="the whole indirect term")
 
     @property
     def drops_indirect(self) -> bool:

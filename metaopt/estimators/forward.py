@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -100,6 +100,8 @@ class FMD(ForwardMode):
     Raises:
         ValueError: for a chunk size below 1.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none (online: the past λ's Jacobians)")
 
     chunk_size: int | None = None
 

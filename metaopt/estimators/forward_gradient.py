@@ -11,11 +11,11 @@ descent" (ICLR 2022).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -45,6 +45,8 @@ class ForwardGradient(Estimator):
     Raises:
         ValueError: for bad settings.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none; noise grows with the size of λ")
 
     directions: int = 1
     noise: _noise.Law = "sign"

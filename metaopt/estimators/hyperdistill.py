@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response
+from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response, Traits
 from metaopt.estimators.reverse import sweep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -66,6 +66,8 @@ class HyperDistill(Estimator):
         stochastic_rounding: see :class:`metaopt.trajectory.Distilled`.
         seed: of the subsampling of ``D*``.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="direction distilled into one point, size fitted")
 
     gamma: float = 0.99
     theta: float = 1.0

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Stationary, Step
 from metaopt.linsolve import Neumann, Solution, Solver, solve_from
@@ -59,6 +59,8 @@ class IFT(Estimator):
     Warns:
         NotConvergedWarning: see ``converged`` and ``solved``.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="away from a solution; the solver's residual")
 
     solver: Solver = Neumann()
     converged: float | None = 1e-2

@@ -14,10 +14,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import Full, Interpolated, Last, Place, Trajectory, replay
@@ -103,6 +103,8 @@ class RMD(ReverseMode):
         trajectory: how the run is remembered; default: every state.
     """
 
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="none")
+
     trajectory: Trajectory = Full()
 
     @property
@@ -121,6 +123,8 @@ class TruncatedRMD(ReverseMode):
     Args:
         horizon: K.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the last K steps", high_dimensional=True, bias="the steps before the last K")
 
     horizon: int
 
@@ -147,6 +151,8 @@ class OneStep(ReverseMode):
     (short-horizon bias).
     """
 
+    traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="the steps before the last")
+
     @property
     def remembered(self) -> Trajectory:
         """The last step, with its graph."""
@@ -163,6 +169,8 @@ class DrMAD(ReverseMode):
     Exact :class:`RMD` is as fast over every state and as small over checkpoints (measured: ``benchmarks/README.md``). What is left to DrMAD are
     runs whose states do not fit and whose steps are too dear to be run again once to three times, and published results that used it.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="the states, taken from a straight line")
 
     @property
     def remembered(self) -> Trajectory:

@@ -12,12 +12,12 @@ with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaopt import tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import mixed_difference
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.estimators.implicit import LastBatch
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -40,6 +40,8 @@ class SAMA(Estimator):
         ValueError: for a radius that is not positive.
         TypeError: for a custom step, whose loss and optimiser are not known.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="a diagonal for the inverse Hessian; a finite difference")
 
     radius: float = 0.01
 

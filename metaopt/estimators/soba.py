@@ -12,11 +12,11 @@ this order).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, outer_gradient
+from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, Traits, outer_gradient
 from metaopt.estimators.implicit import LastBatch
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -45,6 +45,8 @@ class SOBA(Estimator):
     Raises:
         ValueError: for a rate that is not positive, or a custom step (it has no Hessian).
     """
+
+    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="until the run and its linear system have settled")
 
     rate: float = 0.01
 

@@ -12,14 +12,14 @@ low. Tallec & Ollivier 2017, "Unbiased online recurrent optimization", arXiv 170
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, Pullback, Response
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import replay
@@ -47,6 +47,8 @@ class UORO(Estimator):
     Raises:
         ValueError: for bad settings.
     """
+
+    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none; noise grows with the sizes of λ and T")
 
     sketches: int = 1
     seed: int = 0

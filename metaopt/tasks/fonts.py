@@ -66,7 +66,7 @@ def fonts(files: Sequence[str | Path] | None = None) -> list[Font]:
         from matplotlib.font_manager import findSystemFonts
 
         shipped = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
-        files = [*findSystemFonts(), *shipped]
+        files = [*sorted(findSystemFonts()), *shipped]
     by_name = {Path(file).name: Path(file) for file in files}  # matplotlib's own copy where a file is there twice
     found = [font for _, path in sorted(by_name.items()) if (font := _read(path)) is not None]
     return found

@@ -1,0 +1,71 @@
+"""Figures 3 and 4 of the HyperDistill paper on the image experiments: before meta-training, and at a finished run's end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
+from metaopt.experiments.diagnose import Stage, diagnose
+from metaopt.experiments.many_shot import RATE, ManyShotConfig, ManyShotRun, Setting, prepare
+from metaopt.linsolve import Neumann
+from metaopt.meta import Checkpoint, replicated
+from metaopt.tree import Tree
+from metaopt.verify import Problem
+
+METHODS: Mapping[str, Estimator] = {
+    "FO": FirstOrder(),
+    "1-step": OneStep(),
+    "N.IFT(10, 1)": IFT(Neumann(10, rate=RATE), converged=None, solved=None),
+    "DrMAD": DrMAD(),
+}
+"""The methods of figure 3, besides HyperDistill."""
+
+_NEW_TASKS = 1_000_000
+"""Numbers of the runs whose tasks are diagnosed; meta-training draws others."""
+
+
+def run(
+    config: ManyShotConfig, out: Path, *, finished: Path | None = None, problems: int = 2, every: int = 25, gamma: float = 0.99, seed: int = 0
+) -> list[Stage]:
+    """Diagnose, and write the figures; deterministic in its arguments.
+
+    Args:
+        config: of the experiment.
+        out: folder.
+        finished: the state file of a finished run, e.g. ``results/warpgrad/runs/hyperdistill-0.99-0.pt``, for a second stage at its end.
+        problems: meta-batches of new tasks at each stage, besides the one that θ is fitted to.
+        every: inner steps between two looks; the first step and the last are always looked at.
+        gamma: of HyperDistill.
+        seed: of the network and of the tasks.
+
+    Raises:
+        ValueError: if ``finished`` is a run of another configuration, or not finished.
+    """
+    setting, phi, lam = prepare(config, seed)
+    stages = {"before meta-training": _problems(setting, phi, lam, problems)}
+    thetas: list[float] = []
+    if finished is not None:
+        found = Checkpoint.load(finished)
+        result = found.notes.get("result")
+        if not isinstance(result, ManyShotRun) or found.notes["config"] != asdict(config):
+            raise ValueError(f"{finished} is no finished run of this configuration; give the options that the comparison was run with")
+        stages[f"after {found.run} runs"] = _problems(setting, found.phi, result.lam, problems)
+        thetas = result.theta
+    at = sorted({1, config.horizon, *range(every, config.horizon + 1, every)})
+    return diagnose(stages, METHODS, HyperDistill(gamma=gamma, example_axis=1), out, at=at, thetas=thetas, gammas=(0.0, 0.9, 0.99, 0.999))
+
+
+def _problems(setting: Setting, phi: Tree, lam: Tree, count: int) -> list[Problem]:
+    """Meta-batches of new tasks, started from φ."""
+    found = []
+    for number in range(count + 1):
+        task = setting.task(_NEW_TASKS + number)
+        assert callable(task.batches) and callable(task.outer_batches)
+        horizon = setting.config.horizon
+        batches = [task.batches(t) for t in range(1, horizon + 1)]
+        found.append(
+            Problem(setting.config.model, setting.step, setting.outer_loss, replicated(phi, task.tasks), lam, batches, task.outer_batches(horizon))
+        )
+    return found
