@@ -57,7 +57,7 @@ NOT_METHODS = {
         "OnDevice",
         "OnDisk",
     },
-    "linsolve": {"Operator", "Sketch", "Solution", "Solver", "Spectrum"},
+    "linsolve": {"Operator", "PowerIteration", "Sketch", "Solution", "Solver", "Spectrum"},
     "inner": {
         "Wrapper",
         "PerTask",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import metaopt as mo
 from metaopt import tree
 from metaopt.estimators import NotConvergedWarning
-from metaopt.linsolve import GMRES, MINRES, ConjugateGradient, EstimatedNeumann, Exact, Identity, Neumann, Nystrom, Solution
+from metaopt.linsolve import GMRES, MINRES, ConjugateGradient, Exact, Identity, Neumann, Nystrom, PowerIteration, Solution
 from metaopt.linsolve.base import solve_from
 from metaopt.meta import HyperSteps, stacked
 from metaopt.verify.cases import ridge
@@ -57,7 +57,7 @@ def test_the_residual_is_the_residual(case, seed):
     assert float(found.residual) == pytest.approx(float(left.norm() / tree.vector(alpha).norm()), abs=1e-12)
 
 
-@pytest.mark.parametrize("make", [ConjugateGradient, GMRES, MINRES, Exact, lambda damping: EstimatedNeumann(200, damping=damping)])
+@pytest.mark.parametrize("make", [ConjugateGradient, GMRES, MINRES, Exact, lambda damping: Neumann(200, PowerIteration(), damping)])
 def test_damping_shifts_the_diagonal(make):
     K, alpha = system(0)
     found = make(damping=0.5).solve(by(K), alpha)
@@ -76,7 +76,7 @@ def test_neumanns_error_is_within_its_bound(seed, terms, rate):
 @given(seed=SEEDS)
 def test_the_estimated_spectrum_is_seen_from_inside(seed):
     K, alpha = system(seed)
-    found = EstimatedNeumann(5, iterations=200).spectrum(by(K), alpha)
+    found = PowerIteration(200).spectrum(by(K), alpha)
     assert 1.5 - 1e-3 < found.largest <= 1.5 + 1e-12
     assert 0.3 - 1e-12 <= found.smallest < 0.3 + 1e-2
     assert found.bound(5) == pytest.approx((1 - found.smallest / found.largest) ** 6)
@@ -84,7 +84,7 @@ def test_the_estimated_spectrum_is_seen_from_inside(seed):
 
 def test_a_spectrum_and_a_sketch_are_used_again():
     K, alpha = system(0)
-    for solver, first, second in ((EstimatedNeumann(5, iterations=7), 19, 5), (Nystrom(rank=3, uses=2), 4, 1)):
+    for solver, first, second in ((Neumann(5, PowerIteration(7)), 19, 5), (Nystrom(rank=3, uses=2), 4, 1)):
         found = solver.solve(by(K), alpha)
         again = solver.solve(by(K), alpha, found.memory)
         assert (found.products, again.products) == (first, second)
@@ -108,7 +108,7 @@ def test_what_each_solver_is_for():
     with pytest.raises(ArithmeticError, match="curvature"):
         ConjugateGradient().solve(by(K), alpha)
     with pytest.raises(ArithmeticError, match="no rate"):
-        EstimatedNeumann().solve(by(-system(0)[0]), alpha)
+        Neumann(rate=PowerIteration()).solve(by(-system(0)[0]), alpha)
     K = K + torch.triu(torch.ones(6, 6, dtype=F64), 1)  # not symmetric
     assert torch.allclose(tree.vector(GMRES().solve(by(K), alpha).x), dense(K, alpha), atol=1e-8)
     with pytest.raises(ArithmeticError, match="singular"):
@@ -138,7 +138,8 @@ def test_a_warm_start_from_the_solution_stays_there(case):
         (lambda: Nystrom(damping=0.0), "damping"),
         (lambda: Exact(limit=0), "limit"),
         (lambda: Identity(rate=0.0), "rate"),
-        (lambda: EstimatedNeumann(iterations=0), "iterations"),
+        (lambda: PowerIteration(0), "iterations"),
+        (lambda: Neumann(2, damping=0.1), "damping needs a rate"),
     ],
 )
 def test_settings_out_of_range_are_named(make, named):
@@ -147,7 +148,7 @@ def test_settings_out_of_range_are_named(make, named):
 
 
 # -- implicit differentiation --------------------------------------------------------------------
-EXACT = [Exact(), ConjugateGradient(30), MINRES(), GMRES(), EstimatedNeumann(400, iterations=100), Neumann(2000, rate=0.3)]
+EXACT = [Exact(), ConjugateGradient(30), MINRES(), GMRES(), Neumann(400, PowerIteration(100)), Neumann(2000, rate=0.3)]
 
 
 @pytest.mark.parametrize("solver", EXACT, ids=lambda solver: type(solver).__name__)

@@ -109,7 +109,7 @@ class IFT(Estimator):
 
     def _at(self, step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng) -> tuple[InnerState, Linearized]:
         """The fixed-point map at the last weights, and a warning where they are no fixed point."""
-        stationary = step.stationary(state, self.solver.rate)
+        stationary = step.stationary(state, self.solver.descent_rate)
         with replay.preserved(state):
             replay.restore(rng)
             linearized = stationary.step.linearize(stationary.state, lam, batch)

@@ -32,11 +32,14 @@ class Solution(NamedTuple):
 
 
 class Solver(Protocol):
-    """A (possibly approximate) solver. ``rate`` scales gradient descent's ``K = rate · H``; ``None``: the inner learning rate."""
+    """A (possibly approximate) solver."""
 
     @property
-    def rate(self) -> float | None:
-        """1: the operator is the Hessian itself (or ``I - A`` of a custom Φ). A series that needs a small step has another."""
+    def descent_rate(self) -> float | None:
+        """The a of gradient descent's ``K = a · H``; ``None``: the inner learning rate.
+
+        1 unless the method needs another: the operator is then the Hessian itself (or ``I - A`` of a custom Φ).
+        """
         return 1.0
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:

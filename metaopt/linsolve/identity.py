@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt.linsolve.base import Operator, Solution, check_settings, relative_residual
+from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, relative_residual
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Solver):
     """``x = alpha``: the Neumann series' first term.
 
     Cost: nothing but the product that measures the residual. Bias: right only where K is (close to) the identity. Linear in ``alpha``.
@@ -30,6 +30,11 @@ class Identity:
         """Check the rate."""
         if self.rate is not None:
             check_settings(self, positive=("rate",))
+
+    @property
+    def descent_rate(self) -> float | None:
+        """The rate given."""
+        return self.rate
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """``alpha``."""

@@ -11,44 +11,63 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, check_settings, ratio
+from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, ratio
+from metaopt.linsolve.power_iteration import PowerIteration, Spectrum
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Neumann:
-    r"""``x = Σ_{j=0}^{terms} alpha (I - K)^j`` with ``K = rate · H``.
+class Neumann(Solver):
+    r"""``x = Σ_{j=0}^{terms} alpha (I - K)^j`` with ``K = rate · (H + damping · I)``.
 
-    Cost: ``terms`` products, and one more for the mixed term afterwards. Bias: an eigenvalue :math:`\lambda_i` of H is inverted up
-    to the factor :math:`1 - (1 - a\lambda_i)^{N+1}`, so the relative error is at most :math:`\max_i |1 - a\lambda_i|^{N+1}`; the series
-    diverges where :math:`|1 - a\lambda_i| > 1`. Linear in ``alpha``. The residual reported is that of one term
-    less (the true one would cost a product).
+    Cost: ``terms`` products, and one more for the mixed term afterwards; an estimated rate those of its estimation too, once (a warm start
+    remembers the spectrum). Bias: an eigenvalue :math:`\lambda_i` of H is inverted up to the factor :math:`1 - (1 - a\lambda_i)^{N+1}`,
+    so the relative error is at most :math:`\max_i |1 - a\lambda_i|^{N+1}` (:meth:`~metaopt.linsolve.Spectrum.bound`, of the solution's
+    ``memory``); the series diverges where :math:`|1 - a\lambda_i| > 1`. Linear in ``alpha``. The residual reported is that of one term less
+    (the true one would cost a product).
 
     Args:
         terms: N ≥ 0.
-        rate: a; default: the inner learning rate, for which the sum is that of gradient descent's own :math:`A^j B`. Where it is not
-            known, :class:`~metaopt.linsolve.EstimatedNeumann` finds it.
+        rate: a; default: the inner learning rate, for which the sum is that of gradient descent's own :math:`A^j B`.
+            ``PowerIteration()`` estimates :math:`1/\lambda_{max}` of a symmetric K (a custom Φ need not have one: use GMRES).
+        damping: added to the diagonal of H; needs a ``rate``.
     """
 
     terms: int = 5
-    rate: float | None = None
+    rate: float | PowerIteration | None = None
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.terms < 0:
-            raise ValueError(f"Neumann: terms must be at least 0, got {self.terms}")
-        if self.rate is not None:
+        check_settings(self, not_negative=("terms", "damping"))
+        if isinstance(self.rate, (int, float)):
             check_settings(self, positive=("rate",))
+        if self.rate is None and self.damping > 0:
+            raise ValueError("Neumann: damping needs a rate, which scales it: give one, or rate=PowerIteration()")
+
+    @property
+    def descent_rate(self) -> float | None:
+        """That of the series; an estimated one is applied to H itself."""
+        return 1.0 if isinstance(self.rate, PowerIteration) else self.rate
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """The partial sum."""
-        return partial_sum(operator, alpha, self.terms)
+        """The partial sum; ``memory`` is the :class:`~metaopt.linsolve.Spectrum`, where the rate is estimated.
 
+        Raises:
+            ArithmeticError: if the rate is to be estimated, and K has no positive eigenvalue.
+        """
+        if not isinstance(self.rate, PowerIteration):
+            return self._sum(damped(operator, self.damping * (self.rate or 0.0)), alpha)
+        operator = damped(operator, self.damping)
+        known = memory if isinstance(memory, Spectrum) else self.rate.spectrum(operator, alpha)
+        found = self._sum(lambda v: tree.scale(known.rate, operator(v)), alpha)
+        estimated = 0 if known is memory else 2 * self.rate.iterations
+        return Solution(tree.scale(known.rate, found.x), found.residual, found.products + estimated, known)
 
-def partial_sum(operator: Operator, alpha: Tree, terms: int) -> Solution:
-    """``Σ_{j=0}^{terms} alpha (I - K)^j``, with the residual of one term less, ``‖alpha (I - K)^terms‖``."""
-    total = power = alpha
-    for _ in range(terms):
-        power = tree.sub(power, operator(power))
-        total = tree.add(total, power)
-    return Solution(total, ratio(tree.norm(power), tree.norm(alpha)), terms)
+    def _sum(self, operator: Operator, alpha: Tree) -> Solution:
+        """The series itself, with the residual of one term less, ``‖alpha (I - K)^terms‖ / ‖alpha‖``."""
+        total = power = alpha
+        for _ in range(self.terms):
+            power = tree.sub(power, operator(power))
+            total = tree.add(total, power)
+        return Solution(total, ratio(tree.norm(power), tree.norm(alpha)), self.terms)

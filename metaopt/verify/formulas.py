@@ -36,7 +36,7 @@ from metaopt.estimators import (
     TruncatedRMD,
 )
 from metaopt.inner.step import InnerStep
-from metaopt.linsolve import Identity, Neumann
+from metaopt.linsolve import Identity, Neumann, PowerIteration
 from metaopt.verify import sampled
 from metaopt.verify.cases import Problem
 from metaopt.verify.reference import along, dense_sweep, jacobians, outer_cotangent, states, vector
@@ -120,11 +120,16 @@ def _straight_line(problem: Problem, horizon: int, estimator: DrMAD, alpha: Tens
 def _implicit(problem: Problem, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
     """``-a Σ_j α (I - aH)^j ∂²L/∂w∂λ``, or ``-α (H + ρI)^{-1} ∂²L/∂w∂λ``, at the last weights, with both derivatives from the loss itself."""
     solver = estimator.solver
-    rate = solver.rate if solver.rate is not None else _rate(problem)
     H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
     total = power = alpha[: len(H)]
+    damping = getattr(solver, "damping", 0.0) * torch.eye(len(H), dtype=H.dtype)
     if not isinstance(solver, (Neumann, Identity)):
-        return -torch.linalg.solve(H + getattr(solver, "damping", 0.0) * torch.eye(len(H), dtype=H.dtype), total) @ mixed
+        return -torch.linalg.solve(H + damping, total) @ mixed
+    H = H + damping
+    if isinstance(solver.rate, PowerIteration):
+        rate = solver.rate.spectrum(lambda v: v @ H, total).rate
+    else:
+        rate = solver.rate if solver.rate is not None else _rate(problem)
     for _ in range(solver.terms if isinstance(solver, Neumann) else 0):
         power = power - rate * (power @ H)
         total = total + power

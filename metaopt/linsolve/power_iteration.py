@@ -1,0 +1,81 @@
+r"""Both ends of a spectrum by power iteration, and with them a rate for Neumann's series.
+
+.. math:: v \leftarrow \frac{Kv}{\|Kv\|}, \qquad \lambda \approx v \cdot K v
+
+Power iteration sees :math:`\lambda_{max}` from below; the rate :math:`1/\lambda_{max}` converges as long as it is not off by a factor of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.linsolve.base import Operator, check_settings
+from metaopt.tree import Tree
+
+
+class Spectrum(NamedTuple):
+    """Both ends of the spectrum of a symmetric K, as power iteration sees them: from inside."""
+
+    smallest: float
+    largest: float
+
+    @property
+    def rate(self) -> float:
+        """``1 / largest``."""
+        return 1.0 / self.largest
+
+    def bound(self, terms: int, rate: float | None = None) -> float:
+        """``max |1 - aλ|^{terms+1}`` over the spectrum: the relative error of the series; 1 and more where it need not converge."""
+        a = self.rate if rate is None else rate
+        return max(abs(1.0 - a * self.largest), abs(1.0 - a * self.smallest)) ** (terms + 1)
+
+
+@dataclass(frozen=True)
+class PowerIteration:
+    """Estimates the spectrum of a symmetric K from products alone.
+
+    Cost: ``2 · iterations`` products. Memory: three vectors.
+
+    Args:
+        iterations: of the power method, for each end of the spectrum.
+        seed: of its first vector.
+    """
+
+    iterations: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, positive=("iterations",))
+
+    def spectrum(self, operator: Operator, like: Tree) -> Spectrum:
+        """By iteration on K and on ``first · I - K``, with ``first`` the end found first.
+
+        Raises:
+            ArithmeticError: if K has no positive eigenvalue.
+        """
+        first = self._extreme(operator, like)
+        second = first - self._extreme(lambda v: tree.sub(tree.scale(first, v), operator(v)), like)
+        smallest, largest = min(first, second), max(first, second)
+        if not largest > 0:
+            raise ArithmeticError(
+                f"PowerIteration: the largest eigenvalue of K seems to be {largest:.3g}, so that no rate makes a Neumann series converge: this is "
+                "no minimum of the inner loss (train longer, or add damping)"
+            )
+        return Spectrum(smallest, largest)
+
+    def _extreme(self, operator: Operator, like: Tree) -> float:
+        """The eigenvalue of largest modulus, as a Rayleigh quotient."""
+        generator = torch.Generator().manual_seed(self.seed)
+        v = tree.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) if tree.is_float(x) else x, like)
+        value: Tensor = torch.zeros(())
+        for _ in range(self.iterations):
+            v = tree.scale(1.0 / tree.norm(v).clamp_min(torch.finfo(torch.float32).tiny), v)
+            product = operator(v)
+            value, v = tree.dot(v, product), product
+        return float(value)
