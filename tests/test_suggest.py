@@ -33,6 +33,7 @@ def test_a_suggestion_is_the_one_its_reason_gives_and_fits(name):
     assert found.reason in str(found)
 
 
+@pytest.mark.filterwarnings("ignore::metaopt.NotConvergedWarning")
 @pytest.mark.parametrize("name", ASKED)
 @pytest.mark.parametrize("horizon", [1, 2, 7, 12])
 def test_the_model_is_what_is_counted(name, horizon):
