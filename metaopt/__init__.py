@@ -2,6 +2,7 @@
 
 from metaopt import inner, interop, linsolve, meta, models, tasks, trajectory, tree, verify
 from metaopt.estimators import (
+    BOME,
     DARTS,
     F2SA,
     FDS,
@@ -43,6 +44,7 @@ from metaopt.meta import online
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOME",
     "DARTS",
     "F2SA",
     "FDS",

@@ -74,6 +74,7 @@ ESTIMATORS: list[EstimatorCase] = [
     EstimatorCase("SAMA", lambda T: mo.SAMA()),
     EstimatorCase("SOBA", lambda T: mo.SOBA(rate=0.1)),
     EstimatorCase("F2SA", lambda T: mo.F2SA(rate=0.1)),
+    EstimatorCase("BOME", lambda T: mo.BOME(rate=0.1)),
 ]
 
 TRAJECTORIES: list[TrajectoryCase] = [

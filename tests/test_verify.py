@@ -103,6 +103,11 @@ def test_f2sa_is_its_formula_at_every_setting(rate, multiplier, seed):
     assert check(mo.F2SA(rate, multiplier), problems=[cases.log_l2, cases.non_commuting], seed=seed).passed
 
 
+@given(rate=st.floats(0.01, 0.3), eta=st.floats(0.1, 5.0), seed=st.integers(0, 1000))
+def test_bome_is_its_formula_at_every_setting(rate, eta, seed):
+    assert check(mo.BOME(rate, eta), problems=[cases.log_l2, cases.non_commuting], seed=seed).passed
+
+
 @given(sketches=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_uoro_is_its_formula_at_every_setting(sketches, seed):
     assert check(mo.UORO(sketches, seed), problems=[cases.momentum, cases.learning_rate], seed=seed).passed

@@ -11,6 +11,7 @@ from metaopt.estimators.base import (
     ZeroHypergradientWarning,
     hypergradient,
 )
+from metaopt.estimators.bome import BOME
 from metaopt.estimators.cost import Cost
 from metaopt.estimators.darts import DARTS
 from metaopt.estimators.evograd import EvoGrad
@@ -29,6 +30,7 @@ from metaopt.estimators.unroll import UndeclaredTensorWarning, unroll
 from metaopt.estimators.uoro import UORO
 
 __all__ = [
+    "BOME",
     "DARTS",
     "F2SA",
     "FDS",

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 from metaopt import tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import lam_gradient
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, Traits, outer_gradient
+from metaopt.estimators._second_run import SecondRun
+from metaopt.estimators.base import OuterObjective, Terms, Traits, outer_gradient
 from metaopt.estimators.implicit import LastBatch
 from metaopt.inner import SGD, InnerState, Step, inner_step
 from metaopt.trajectory import replay
@@ -32,7 +33,7 @@ class F2SACarry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class F2SA(Estimator):
+class F2SA(SecondRun):
     r"""A difference of two first-order gradients, for problems whose lower level is solved along the run.
 
     Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two gradients with respect to λ. Memory: one more
@@ -58,19 +59,9 @@ class F2SA(Estimator):
         _noise.check_positive(self.rate, "F2SA: rate")
         _noise.check_positive(self.multiplier, "F2SA: multiplier")
 
-    @property
-    def needs_outer_loss(self) -> bool:
-        """Yes: the second run descends it too."""
-        return True
-
     def init(self, step: Step, state: InnerState, lam: Tree) -> F2SACarry:
         """Both runs start at the same weights."""
         return F2SACarry(state.w, LastBatch())
-
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: F2SACarry) -> tuple[InnerState, F2SACarry]:
-        """A plain step; its batch is kept."""
-        rng = replay.snapshot(state)
-        return step(state, lam, batch), carry._replace(last=LastBatch(batch, rng))
 
     def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> F2SACarry:
         """A step of the second run, on the same batch."""
@@ -84,14 +75,6 @@ class F2SA(Estimator):
             y = inner_step(penalised, SGD(lr=self.rate))(InnerState(carry.y), lam, batch).w
         return carry._replace(y=y)
 
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: F2SACarry) -> tuple[Tree, Pullback]:
-        """None.
-
-        Raises:
-            TypeError: always; the second run belongs to one outer loss.
-        """
-        raise TypeError("F2SA descends one outer loss along the run and has no pullback for another: use mo.hypergradient or mo.online")
-
     def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> Terms:
         """The direct term at y, and κ times the difference; the outer loss reported is the one at y."""
         batch, rng = self._seen(carry)
@@ -99,8 +82,3 @@ class F2SA(Estimator):
         at_y = lam_gradient(step, carry.y, lam, batch, rng)
         at_w = lam_gradient(step, state.w, lam, batch, rng)
         return Terms(loss, direct, tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w))
-
-    def _seen(self, carry: F2SACarry) -> tuple[Any, Any]:
-        if carry.last.rng is None:
-            raise ValueError("F2SA has seen no inner step yet")
-        return carry.last.batch, carry.last.rng

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.estimators import (
+    BOME,
     DARTS,
     F2SA,
     FDS,
@@ -243,6 +244,7 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
     SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),
     F2SA: WholeFormula(lambda p, T: F2SA(rate=0.2, multiplier=10.0), sampled.f2sa, _never, _has_fixed_rate),
+    BOME: WholeFormula(lambda p, T: BOME(rate=0.05), sampled.bome, _never, _has_fixed_rate),
     EvoGrad: WholeFormula(lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _has_fixed_rate),
     AntitheticES: WholeFormula(lambda p, T: AntitheticES(pairs=2), sampled.evolution(sampled.one_noise), _never),
     NRES: WholeFormula(lambda p, T: NRES(pairs=2), sampled.evolution(sampled.one_noise), _never),

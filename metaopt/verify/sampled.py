@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators import F2SA, PES, UORO, EvoGrad, TruncatedES
+from metaopt.estimators import BOME, F2SA, PES, UORO, EvoGrad, TruncatedES
 from metaopt.estimators.evolution import Evolution
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
@@ -64,6 +64,30 @@ def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
         y = y - estimator.rate * g
     _, direct = outer_cotangent(problem.outer_loss, InnerState(y), lam, problem.outer_batch)
     return direct + kappa * (_inner_loss(problem, y, horizon)[1] - _inner_loss(problem, states(problem, horizon)[-1].w, horizon)[1])
+
+
+def bome(problem: Problem, horizon: int, estimator: BOME) -> Tensor:
+    """The λ part of ``∇L_val + κ ∇q`` over ``z = (y, λ)``, where ``q = L(y, λ) - L(w_t, λ)`` and y takes the y part of it, step by step."""
+    step, run, n = problem.step, states(problem, horizon), vector(problem.w0).numel()
+    assert isinstance(step, InnerStep)
+    z = move = torch.cat([vector(problem.w0), vector(problem.lam)])
+    for t in range(1, horizon + 1):
+        w = tree.detach(run[t].w)
+
+        def split(z: Tensor) -> tuple[Tree, Tree]:
+            return unvector(z[:n], problem.w0), unvector(z[n:], problem.lam)
+
+        def q(z: Tensor, w: Tree = w, batch: Any = problem.batches[t - 1]) -> Tensor:
+            y, lam = split(z)
+            return step.inner_loss(y, lam, batch) - step.inner_loss(w, lam, batch)
+
+        f = torch.func.grad(lambda z: problem.outer_loss(*split(z), problem.outer_batch))(z)
+        slope = torch.func.grad(q)(z)
+        kappa = max(estimator.eta - float(f @ slope / (slope @ slope)), 0.0)
+        move = f + kappa * slope
+        if t < horizon:
+            z = torch.cat([z[:n] - estimator.rate * move[:n], z[n:]])
+    return move[n:]
 
 
 # -- mirrored runs -------------------------------------------------------------------------------
