@@ -61,7 +61,7 @@ def within_standard_errors(samples, expected, errors=4.0, tiny=1e-12):
     assert bool(((mean - expected).abs() <= errors * se + tiny).all()), (mean, expected, se)
 
 
-RANDOM = [mo.EvoGrad(), mo.PES(window=2), mo.NRES(), mo.AntitheticES(), mo.TruncatedES(window=2), mo.ForwardGradient(), mo.UORO()]
+RANDOM = [mo.EvoGrad(check_size=False), mo.PES(window=2), mo.NRES(), mo.AntitheticES(), mo.TruncatedES(window=2), mo.ForwardGradient(), mo.UORO()]
 
 
 @pytest.mark.parametrize("estimator", RANDOM, ids=lambda e: type(e).__name__)

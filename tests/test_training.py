@@ -1,5 +1,6 @@
 """The loops: outer optimisers, online runs, initial weights, meta-training."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import metaopt as mo
-from metaopt.meta import FOMAML, Checkpoint, Fixed, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
+from metaopt.meta import FOMAML, Checkpoint, Fixed, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, SizeWarning, replicated, stacked
 
 F64 = torch.float64
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -107,6 +108,49 @@ def test_hyper_steps_come_when_they_are_due(when, due):
     reports = list(mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None] * 6, [torch.ones(1)] * 6, mo.OneStep(), sgd, hyper_steps=when))
     assert [r.t for r in reports if r.hypergradient is not None] == due
     assert all((r.outer_loss is not None) == (r.t in due) for r in reports)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "optimizer", "warned"),
+    [
+        (mo.EvoGrad(noise="gaussian"), torch.optim.SGD, True),
+        (mo.EvoGrad(noise="gaussian", unit_rate=True), torch.optim.SGD, False),
+        (mo.EvoGrad(noise="gaussian", check_size=False), torch.optim.SGD, False),
+        (mo.EvoGrad(noise="gaussian"), torch.optim.Adam, False),
+        (mo.OneStep(), torch.optim.SGD, False),
+    ],
+)
+def test_a_size_of_its_own_is_spoken_of_where_the_outer_step_is_proportional_to_it(estimator, optimizer, warned):
+    def run():
+        args = (STEP, linear, torch.zeros(2), torch.ones(2), [None] * 3, [torch.ones(2)] * 3, estimator, functools.partial(optimizer, lr=0.1))
+        return list(mo.online(*args))
+
+    with pytest.warns(SizeWarning, match=r"EvoGrad.*proportional.*unit_rate=True") if warned else contextlib.nullcontext() as caught:
+        run()
+    assert caught is None or len(caught) == 1  # once a run
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("pi", ["theta", "plain", "unit"])
+@pytest.mark.parametrize("when", [HyperSteps(), HyperSteps(every=2)], ids=["every step", "every second step"])
+def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
+    """``B = 0.5 diag(w*)`` for the loss ``½|w|² - λ·|w|²/2``; w* the γ-weighted mean of all weights before the step, λ moving between the steps."""
+    step = mo.inner_step(lambda w, lam, _: 0.5 * ((1 - lam) * w * w).sum(), mo.inner.SGD(lr=0.5))
+    w, lam, c = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([0.3, 0.2], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64)
+    estimator = mo.HyperDistill(gamma=gamma, theta=0.7, pi=pi)
+    past = []
+    for report in mo.online(step, linear, w, lam, [None] * 6, [c] * 6, estimator, sgd, hyper_steps=when):
+        past.append(w)
+        w = w - 0.5 * (1 - lam) * w
+        torch.testing.assert_close(report.state.w, w, rtol=1e-12, atol=0)
+        if report.t % when.every:
+            assert report.hypergradient is None
+            continue
+        weights = torch.tensor([gamma ** (report.t - i) for i in range(1, report.t + 1)], dtype=F64)
+        v = c * 0.5 * (weights[:, None] * torch.stack(past)).sum(0) / weights.sum()
+        expected = {"theta": 0.7 * weights.sum() * v, "plain": v, "unit": v / v.norm()}[pi]
+        torch.testing.assert_close(report.hypergradient.total, expected, rtol=1e-12, atol=0)
+        lam = lam - 0.1 * expected
 
 
 def test_truncated_online_uses_the_lam_of_each_step():

@@ -144,6 +144,11 @@ class Estimator(ABC):
         return not self.online
 
     @property
+    def own_size(self) -> bool:
+        """Whether the indirect term comes in another size than the hypergradient's, so that it wants a scale-free outer optimiser."""
+        return False
+
+    @property
     def drops_indirect(self) -> bool:
         """Whether the pullback is zero by definition, so that only the direct term is left."""
         return False

@@ -62,6 +62,7 @@ class EvoGrad(Estimator):
         chunk_size: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another without ``vmap`` (what ``vmap`` cannot
             do, such as batch norm that updates running statistics).
         seed: of the perturbations.
+        check_size: warn (:class:`~metaopt.meta.SizeWarning`) where an online loop hands such a hypergradient to plain gradient descent.
 
     Raises:
         ValueError: for bad settings, or patterns that match no weight.
@@ -81,6 +82,7 @@ class EvoGrad(Estimator):
     unit_rate: bool = False
     chunk_size: int | None = None
     seed: int = 0
+    check_size: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -92,6 +94,11 @@ class EvoGrad(Estimator):
             raise ValueError(f"EvoGrad: around must be 'before' or 'after', got {self.around!r}")
         if self.chunk_size is not None:
             _noise.check_at_least(self.chunk_size, 1, "EvoGrad: chunk_size")
+
+    @property
+    def own_size(self) -> bool:
+        """Yes, without ``unit_rate``; no where that is said to be meant."""
+        return self.check_size and not self.unit_rate
 
     @property
     def effective_rate(self) -> float:

@@ -5,7 +5,7 @@ from metaopt.meta.bounds import bounded
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import HyperSteps, OnlineReport, online
-from metaopt.meta.outer import Outer
+from metaopt.meta.outer import Outer, SizeWarning
 from metaopt.meta.sign_step import SignStep
 from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
 
@@ -22,6 +22,7 @@ __all__ = [
     "Outer",
     "Reptile",
     "SignStep",
+    "SizeWarning",
     "bounded",
     "looped",
     "online",

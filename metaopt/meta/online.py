@@ -88,6 +88,9 @@ def online(
     Raises:
         ValueError: if the estimator needs λ fixed during the run.
         FloatingPointError: if a loss or hypergradient is not finite.
+
+    Warns:
+        SizeWarning: if the estimator's size is its own (EvoGrad without ``unit_rate``), and the outer optimiser not scale-free.
     """
     outer = Outer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
     for report in run_online(step, outer_loss, w0, outer, batches, outer_batches, estimator, horizon=horizon, hyper_steps=hyper_steps):
@@ -113,6 +116,7 @@ def run_online(
         raise ValueError(
             f"{type(estimator).__name__} needs lam fixed during the inner run and cannot be used online; use mo.hypergradient or an offline loop"
         )
+    outer.check_size(estimator)
     if horizon is None and not callable(batches):
         horizon = len(batches)
     counted = CountedStep(step, Cost())

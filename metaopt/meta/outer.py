@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
 from metaopt import tree
-from metaopt.estimators.base import check_lam
+from metaopt.estimators.base import Estimator, check_lam
 from metaopt.tree import Tree
 
 OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | TorchOptimizer
@@ -20,6 +21,13 @@ OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | Torch
 
 Scheduler: TypeAlias = Callable[[TorchOptimizer], Any]
 """``optimizer -> torch.optim.lr_scheduler``, e.g. ``lambda o: LinearLR(o, 1.0, 0.0, total_iters=1000)``."""
+
+
+_PROPORTIONAL = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
+
+
+class SizeWarning(UserWarning):
+    """A hypergradient of another size than the true one goes to an outer optimiser whose step is proportional to it."""
 
 
 class Outer:
@@ -52,6 +60,17 @@ class Outer:
         self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
         self._clip_norm, self._project = clip_norm, project
         self.lam: Tree = self._read()
+
+    def check_size(self, estimator: Estimator) -> None:
+        """Warn where the estimator's size is its own, and the optimiser known not to be scale-free."""
+        if estimator.own_size and isinstance(self.optimizer, _PROPORTIONAL):
+            name = type(estimator).__name__
+            warnings.warn(
+                f"{name}'s hypergradient has a size of its own, and a step of {type(self.optimizer).__name__} is proportional to it: lam may hardly "
+                f"move. Use a scale-free outer optimiser (Adam), {name}(unit_rate=True), or {name}(check_size=False) if it is meant",
+                SizeWarning,
+                stacklevel=4,
+            )
 
     def update(self, hypergradient: Tree) -> Tree:
         """One outer step; returns the new λ (fresh tensors: whoever holds the old ones keeps their values)."""
