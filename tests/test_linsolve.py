@@ -14,6 +14,7 @@ from metaopt.estimators import NotConvergedWarning
 from metaopt.linsolve import GMRES, MINRES, ConjugateGradient, Exact, Identity, Neumann, Nystrom, PowerIteration, Solution
 from metaopt.linsolve.base import solve_from
 from metaopt.meta import HyperSteps, stacked
+from metaopt.verify import cases, check
 from metaopt.verify.cases import ridge
 
 F64 = torch.float64
@@ -160,6 +161,13 @@ def test_exact_at_the_minimum(solver):
     (ours,), (exact,) = tree.leaves(found.total), tree.leaves(problem.exact(10_000))
     assert torch.allclose(ours, exact, atol=1e-10)
     assert float(found.info.residual) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [Exact(), Exact(0.2), MINRES(), GMRES(), Identity(), Neumann(4, 0.1, 0.3), Neumann(9, PowerIteration())], ids=repr)
+@given(seed=SEEDS)
+def test_its_own_formula_everywhere(solver, seed):
+    report = check(mo.IFT(solver, converged=None, solved=None), problems=[cases.quadratic, cases.non_commuting, cases.momentum], seed=seed)
+    assert report.passed, report
 
 
 def quadratic(w, lam, batch):
