@@ -172,3 +172,11 @@ def test_bad_input_is_named():
         mo.unroll(make(teacher), w0, {"n": 3}, batches)
     with pytest.raises(TypeError, match="closed-over tensors"):
         mo.inner.closed_over(object(), [teacher])
+
+
+def test_a_pullback_that_is_not_linear_is_refused():
+    w0, lam, batches, teacher = problem()
+    lam["scale"].requires_grad_()
+    with pytest.raises(ValueError, match=r"pi='unit'.*not linear"):
+        mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="unit"))
+    assert mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="plain")).w.requires_grad

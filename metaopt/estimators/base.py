@@ -153,6 +153,11 @@ class Estimator(ABC):
         """Whether the pullback is zero by definition, so that only the direct term is left."""
         return False
 
+    @property
+    def linear(self) -> bool:
+        """Whether the pullback is linear in α, as a chain rule around it needs."""
+        return True
+
     @abstractmethod
     def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
         """What is remembered before the first step."""

@@ -61,7 +61,8 @@ class HyperDistill(Estimator):
         gamma: decay γ in [0, 1]; 0 is the 1-step method up to θ.
         theta: size θ; :meth:`calibrate` fits it.
         pi: what multiplies the direction: ``"theta"`` the fitted size ``θ S_t v_t``; ``"plain"`` v itself (the paper's π = 1 as its
-            appendix I needs it); ``"unit"`` π = 1 read literally, ``v/‖v‖`` (not linear in α).
+            appendix I needs it); ``"unit"`` π = 1 read literally, ``v/‖v‖`` (not linear in α:
+            :func:`metaopt.unroll` refuses it).
         example_axis: axis of the batch tensors that runs over examples; 1 for a stacked meta-batch.
         stochastic_rounding: see :class:`metaopt.trajectory.Distilled`.
         seed: of the subsampling of ``D*``.
@@ -82,6 +83,11 @@ class HyperDistill(Estimator):
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
         if self.pi not in ("theta", "plain", "unit"):
             raise ValueError(f"pi must be 'theta', 'plain' or 'unit', got {self.pi!r}")
+
+    @property
+    def linear(self) -> bool:
+        """Unless ``pi="unit"``."""
+        return self.pi != "unit"
 
     @property
     def memory(self) -> Distilled:

@@ -58,7 +58,7 @@ def unroll(
             declared gets no gradient, and a warning says so.
 
     Raises:
-        ValueError: for an estimator without a pullback.
+        ValueError: for an estimator without a pullback, or with one that is not linear.
         RuntimeError: in the backward pass, if ``w0`` requires grad but the estimator has no cotangent for it.
         FloatingPointError: in the backward pass, if the gradient is not finite.
 
@@ -72,6 +72,8 @@ def unroll(
     check_lam(lam)
     if estimator.needs_outer_loss:
         raise ValueError(f"{type(estimator).__name__} needs to see the outer loss during the run, so there is no pullback to unroll with")
+    if not estimator.linear:
+        raise ValueError(f"{estimator!r} is not linear in its cotangent, so autograd cannot chain through it: use mo.hypergradient or mo.online")
     for tensor in closed_over:
         if not tree.is_float(tensor):
             raise ValueError(f"closed_over holds floating-point tensors, got {tensor!r}")
