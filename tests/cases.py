@@ -102,7 +102,7 @@ TRAJECTORIES: list[TrajectoryCase] = [
 
 SOLVERS: list[SolverCase] = [
     SolverCase("Neumann", lambda: mo.linsolve.Neumann(60, rate=1.0), 1e-10),
-    SolverCase("Neumann, estimated rate", lambda: mo.linsolve.Neumann(80, rate=mo.linsolve.PowerIteration()), 1e-10),
+    SolverCase("Neumann, estimated rate", lambda: mo.linsolve.Neumann(200, rate=mo.linsolve.PowerIteration()), 1e-10),
     SolverCase("ConjugateGradient", lambda: mo.linsolve.ConjugateGradient(16, tolerance=1e-13), 1e-10),
     SolverCase("MINRES", lambda: mo.linsolve.MINRES(tolerance=1e-13), 1e-10),
     SolverCase("GMRES", lambda: mo.linsolve.GMRES(tolerance=1e-13), 1e-10),
