@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,38 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 
 from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, relative_residual
+from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
 from metaopt.tree import Tree
 
 
-def solve(method: Callable[..., Any], operator: Operator, alpha: Tree) -> Solution:
+@dataclass(frozen=True)
+class SciPySolver(Solver):
+    """What SciPy's Krylov methods share: their settings and the way there and back. Subclasses name the method.
+
+    Args:
+        iterations: at most so many.
+        tolerance: SciPy's ``rtol``.
+        damping: added to the diagonal of K.
+    """
+
+    iterations: int = 50
+    tolerance: float = 1e-10
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, positive=("iterations",), not_negative=("tolerance", "damping"))
+
+    @abstractmethod
+    def run(self, A: LinearOperator, b: Any) -> Any:
+        """SciPy's ``(x, info)`` for ``A x = b``."""
+
+    def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
+        """From zero."""
+        return _solve(self.run, damped(operator, self.damping), alpha)
+
+
+def _solve(method: Callable[..., Any], operator: Operator, alpha: Tree) -> Solution:
     """``method(A, b) -> (x, info)`` with ``A v = v K`` and ``b = alpha``, and the measured residual."""
     right = tree.vector(alpha)
     products = 0
