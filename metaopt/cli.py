@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from metaopt.experiments import compare, diagnose, diagnose_many_shot, diagnose_sinusoid, many_shot, many_shot_report, sinusoid
+from metaopt.experiments import (
+    compare,
+    diagnose,
+    diagnose_many_shot,
+    diagnose_sinusoid,
+    many_shot,
+    many_shot_report,
+    noisy_labels,
+    noisy_labels_report,
+    sinusoid,
+)
 from metaopt.experiments.image_data import Source
 from metaopt.verify import command
 
@@ -124,6 +134,41 @@ def compare_meta_weight_net(
 ) -> None:
     """MetaWeightNet on many-shot image tasks with 40 % random labels: table 2 and figure 7 of the HyperDistill paper."""
     _many_shot("meta-weight-net", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+
+
+@compare_app.command("noisy-labels")
+def compare_noisy_labels(
+    root: Annotated[Path, typer.Option(help="Folder that holds FashionMNIST/raw/ with the four unpacked files.")] = Path("data"),
+    estimators: Estimators = None,
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps (T).")] = 2_000,
+    examples: Annotated[int, typer.Option(min=1, help="Training images.")] = 10_000,
+    clean: Annotated[int, typer.Option(min=1, help="Clean images of the outer loss.")] = 1_000,
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of wrong labels.")] = 0.4,
+    download: Download = False,
+    out: Out = Path("results/noisy-labels"),
+    workers: Workers = None,
+) -> None:
+    """MetaWeightNet against wrong labels on Fashion-MNIST: EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's."""
+    config = noisy_labels.NoisyLabelsConfig(root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20))
+    try:
+        methods = compare.select(noisy_labels.METHODS, estimators.split(",") if estimators else None)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--estimators") from error
+    once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
+    try:
+        noisy_labels.prepare(methods[0], config, seed=0)  # missing files: before any process starts
+        runs = compare.run_all(once, methods, config, seeds, workers=workers)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    compare.save(runs, config, out / "runs.json")
+    pictures = noisy_labels_report.draw(methods, runs, config, out)
+    compare.show(noisy_labels_report.table(methods, runs, f"Fashion-MNIST, {rate:.0%} wrong labels, {seeds} seeds"))
+    typer.echo(f"options: {config.options}")
+    for run in runs:
+        if run.failure:
+            typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
+    typer.echo("wrote " + ", ".join(str(path) for path in [*pictures, out / "runs.json"]))
 
 
 @diagnose_app.command("warpgrad")

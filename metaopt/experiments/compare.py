@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from metaopt.experiments.statistics import summarise
+
+Run = TypeVar("Run")
 
 
 def select(methods: Sequence[Any], keys: Sequence[str] | None) -> list[Any]:
@@ -56,6 +58,36 @@ def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds:
                 bar.set_postfix_str(f"{futures[future][0]}, seed {futures[future][1]}")
                 bar.update()
     return [results[method.key, seed] for method in methods for seed in range(seeds)]
+
+
+def once(run: Callable[..., Run], kind: type[Run], folder: Path, method: Any, config: Any, seed: int) -> Run:
+    """``run(method, config, seed)``, or what an earlier call found: each run is kept in ``folder`` as soon as it has ended.
+
+    Args:
+        run: the experiment.
+        kind: the named tuple that it returns, of plain numbers, strings and lists.
+        folder: where the runs are kept, one JSON file each.
+        method: the row.
+        config: the settings, a dataclass.
+        seed: the seed.
+
+    Raises:
+        ValueError: if the folder holds that run with other settings.
+    """
+    path = folder / f"{method.key}-{seed}.json"
+    settings = json.loads(json.dumps({"method": repr(method), **asdict(config)}, default=str))
+    if path.exists():
+        found = json.loads(path.read_text())
+        different = [key for key, value in settings.items() if found["settings"].get(key) != value]
+        if different:
+            raise ValueError(f"{path} holds a run with other settings ({', '.join(different)}); choose another --out, or remove it")
+        return kind(**found["run"])
+    result = run(method, config, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_text(json.dumps({"settings": settings, "run": result._asdict()}) + "\n")  # type: ignore[attr-defined]
+    os.replace(unfinished, path)  # a kill at any moment leaves a whole file or none
+    return result
 
 
 def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: str) -> Table:

@@ -27,10 +27,9 @@ def table(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySh
     for method in methods:
         mine = [run for run in runs if run.method == method.key]
         summary = summarise([100 * run.accuracy for run in mine])
-        interval = f" ± {summary.half_width:.2f}" if math.isfinite(summary.half_width) else ""
         shown.add_row(
             method.title,
-            f"{summary.mean:.2f}{interval}",
+            summary.interval(),
             f"{summary.failed}/{len(mine)}",
             f"{np.mean([run.products for run in mine]):.0f}",
             f"{np.median([run.seconds for run in mine]):.1f}",

@@ -18,6 +18,15 @@ class Summary(NamedTuple):
     half_width: float
     failed: int
 
+    def interval(self, digits: int = 2) -> str:
+        """``mean ± half-width``; the mean alone where one seed leaves no interval.
+
+        >>> summarise([1.0, 2.0]).interval(), summarise([1.0]).interval(digits=1)
+        ('1.50 ± 6.35', '1.0')
+        """
+        half = f" ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else ""
+        return f"{self.mean:.{digits}f}{half}"
+
 
 def summarise(values: Sequence[float], failed_at: float = math.inf) -> Summary:
     """Summary of one result per seed.

@@ -1,0 +1,268 @@
+r"""Learning to weight examples with wrong labels: MetaWeightNet on Fashion-MNIST, after Shu et al. 2019 and section 5.3 of EvoGrad's paper.
+
+A classifier is trained on 10,000 images of which 40 % have one of two wrong classes; λ, the weight net, moves at every step by the loss of
+1,000 clean images. Each method is held against the same weight net at its random initial values ("frozen"), because a net that never learned
+weights examples too. Then a second classifier is trained from scratch with the weight net as it was found, which no longer moves (two stages:
+the "standard learning" of table 5 in the HyperDistill paper).
+
+Shu et al. 2019, arXiv 1902.07379; Bohdal et al. 2021, arXiv 2106.10575; Lee et al. 2022, arXiv 2110.02508.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from metaopt.estimators import Estimator, EvoGrad, HyperDistill, OneStep
+from metaopt.experiments.schedules import Data, Part, of_images
+from metaopt.inner import SGD, inner_step
+from metaopt.meta import online
+from metaopt.models import MetaWeightNet, SigmoidAbove
+from metaopt.models.meta_weight_net import Squash, batch_normalised
+from metaopt.tasks import fashion_mnist, label_noise
+from metaopt.tree import Tree
+
+
+def all_alike(x: Tensor) -> Tensor:
+    """Weight one for every example."""
+    return torch.ones_like(x)
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        key: its name on the command line.
+        title: its name in the table.
+        estimator: what moves λ; ``None``: λ stays at its random initial values.
+        squash: the weight net's output to weights.
+    """
+
+    key: str
+    title: str
+    estimator: Estimator | None = None
+    squash: Squash = SigmoidAbove()
+
+
+METHODS = (
+    Method("uniform", "uniform weights", squash=all_alike),
+    Method("frozen", "frozen random net"),
+    Method("one-step", "1-step", OneStep()),
+    Method("hyperdistill", "HyperDistill, π = 1, γ = .99", HyperDistill(gamma=0.99, pi="plain")),
+    Method("evograd", "EvoGrad, K = 2", EvoGrad(unit_rate=True)),
+)
+"""EvoGrad at its published σ and τ; ``unit_rate`` gives it 1-step's size, so that Adam's ε does not count."""
+
+HIGHEST_LOSS, BINS = 10.0, 100
+"""The weighting curve is drawn for losses from zero to here; so many points and bins."""
+
+
+@dataclass(frozen=True)
+class NoisyLabelsConfig:
+    """Settings, the same for every method.
+
+    Attributes:
+        root: where the files of Fashion-MNIST are.
+        download: fetch them there if need be.
+        examples: training images.
+        clean: images of the outer loss, with right labels.
+        rate: share of training images with a wrong label (``flip2``).
+        hidden: width of the classifier, 784-hidden-10.
+        weight_net: width of the weight net, 1-weight_net-1.
+        steps: T; λ moves at each of them.
+        batch: images of an inner and of an outer batch.
+        lr: learning rate of the inner SGD.
+        momentum: its momentum.
+        outer_lr: learning rate of λ's Adam.
+        clip_norm: bound on the norm of each hypergradient; ``None``: none.
+        evaluate_every: steps between two evaluations.
+    """
+
+    root: Path = Path("data")
+    download: bool = False
+    examples: int = 10_000
+    clean: int = 1_000
+    rate: float = 0.4
+    hidden: int = 128
+    weight_net: int = 100
+    steps: int = 2_000
+    batch: int = 100
+    lr: float = 0.01
+    momentum: float = 0.9
+    outer_lr: float = 1e-3
+    clip_norm: float | None = None
+    evaluate_every: int = 100
+
+    @property
+    def options(self) -> str:
+        """The options common to all methods, in words."""
+        clipping = "no clipping" if self.clip_norm is None else f"hypergradient norm at most {self.clip_norm:g}"
+        return (
+            f"{self.examples} training images, {self.rate:.0%} flip2 noise, {self.clean} clean images, MLP 784-{self.hidden}-10, SGD {self.lr:g} "
+            f"momentum {self.momentum:g}, batches of {self.batch}, {self.steps} steps; weight net 1-{self.weight_net}-1, weights divided by their "
+            f"sum over the batch, λ by Adam {self.outer_lr:g} at every step, {clipping}; accuracy after the last step"
+        )
+
+
+class NoisyLabelsRun(NamedTuple):
+    """One run of one method.
+
+    Attributes:
+        method: key of the method.
+        seed: of the images drawn, their noise, the initial weights and the batches.
+        accuracy: on the test images after the last step, in per cent; NaN if the run broke off.
+        two_stage: the same of a second classifier, trained with the weight net as it was found; NaN where λ did not move.
+        ratio: mean weight of the training images with the right label / of those with a wrong one, after the last step.
+        curve: accuracy at every evaluation.
+        ratios: ratio at every evaluation.
+        weights: the weighting curve, for :data:`BINS` losses from 0 to :data:`HIGHEST_LOSS`.
+        right_losses: histogram of the losses of images with the right label, after the last step; the last bin holds all higher ones.
+        wrong_losses: of those with a wrong one.
+        seconds: of the first stage, evaluations included.
+        failure: what went wrong, or "".
+    """
+
+    method: str
+    seed: int
+    accuracy: float
+    two_stage: float
+    ratio: float
+    curve: list[float]
+    ratios: list[float]
+    weights: list[float]
+    right_losses: list[float]
+    wrong_losses: list[float]
+    seconds: float
+    failure: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A configuration made ready for one seed; ``data.train`` holds the labels as they are given to the classifier."""
+
+    config: NoisyLabelsConfig
+    model: MetaWeightNet
+    data: Data
+    wrong: Tensor
+    seed: int
+
+    def batches(self, t: int) -> Part:
+        """The training batch of step t = 1 … T."""
+        return _batch(self.data.train, t, self.config.batch, 2 * self.seed)
+
+    def outer_batches(self, t: int) -> Part:
+        """The clean batch of step t."""
+        return _batch(self.data.validation, t, self.config.batch, 2 * self.seed + 1)
+
+    def train(self, w: Tree, lam: Tree, estimator: Estimator | None) -> Iterator[tuple[int, Tree, Tree]]:
+        """``(t, w, λ)`` after every step; without an estimator λ stays."""
+        c = self.config
+        step = inner_step(self.model.inner_loss, SGD(lr=c.lr, momentum=c.momentum))
+        if estimator is None:
+            state = step.init(w, lam)
+            for t in range(1, c.steps + 1):
+                state = step(state, lam, self.batches(t))
+                yield t, state.w, lam
+            return
+        optimizer = functools.partial(torch.optim.Adam, lr=c.outer_lr)
+        arguments = (step, self.model.outer_loss, w, lam, self.batches, self.outer_batches, estimator, optimizer)
+        for report in online(*arguments, horizon=c.steps, clip_norm=c.clip_norm):
+            yield report.t, report.state.w, report.lam
+
+    def accuracy(self, w: Tree, lam: Tree) -> float:
+        """On the test images, in per cent."""
+        return 100.0 * float(self.model.accuracy(w, lam, self.data.test))
+
+    def losses(self, w: Tree) -> Tensor:
+        """Of every training image, with the label that it was given."""
+        with torch.no_grad():
+            return self.model.loss(self.model.model(w, self.data.train.x), self.data.train.y)
+
+    def ratio(self, lam: Tree, losses: Tensor) -> float:
+        """Mean weight of the images with the right label, by that of those with a wrong one."""
+        with torch.no_grad():
+            weights = self.model.weights(lam, losses)
+        return float(weights[~self.wrong].mean() / weights[self.wrong].mean())
+
+
+def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Problem, Tree, Tree]:
+    """The problem, the classifier's initial weights, and λ; deterministic in ``(config, seed)``, the same for every method.
+
+    Raises:
+        FileNotFoundError: if a file of Fashion-MNIST is missing.
+        ValueError: if one is damaged, or if there are too few images.
+    """
+    parts = [fashion_mnist(config.root, part, download=config.download) for part in ("train", "test")]
+    data = of_images(parts[0], parts[1], examples=config.examples, validation=config.clean, seed=seed)
+    data = Data(*[Part(part.x.flatten(1), part.y) for part in data])
+    classes = len(parts[0].names)
+    given = label_noise.flip2(data.train.y, classes, config.rate, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(data.train.x.shape[1], config.hidden), nn.ReLU(), nn.Linear(config.hidden, classes))
+        loss = functools.partial(cross_entropy, reduction="none")
+        model = MetaWeightNet.of(net, loss, hidden=config.weight_net, squash=method.squash, coefficients=batch_normalised)
+    problem = Problem(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
+    return problem, *model.init()
+
+
+def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
+    """Both stages of one method; deterministic in ``(method, config, seed)``."""
+    problem, w0, lam0 = prepare(method, config, seed)
+    started, failure, w, lam = time.perf_counter(), "", w0, lam0
+    curve, ratios = [], []
+    try:
+        for t, w, lam in problem.train(w0, lam0, _seeded(method.estimator, seed)):
+            if t % config.evaluate_every == 0:
+                curve.append(problem.accuracy(w, lam))
+                ratios.append(problem.ratio(lam, problem.losses(w)))
+    except FloatingPointError as error:
+        failure = str(error)
+    seconds, losses = time.perf_counter() - started, problem.losses(w)
+    two_stage = math.nan
+    if method.estimator is not None and not failure:
+        *_, (_, second, _) = problem.train(w0, lam, None)
+        two_stage = problem.accuracy(second, lam)
+    with torch.no_grad():
+        weights = problem.model.weights(lam, torch.linspace(0, HIGHEST_LOSS, BINS))
+    return NoisyLabelsRun(
+        method.key,
+        seed,
+        math.nan if failure else problem.accuracy(w, lam),
+        two_stage,
+        math.nan if failure else problem.ratio(lam, losses),
+        curve,
+        ratios,
+        weights.tolist(),
+        _histogram(losses[~problem.wrong]),
+        _histogram(losses[problem.wrong]),
+        seconds,
+        failure,
+    )
+
+
+def _batch(part: Part, t: int, size: int, stream: int) -> Part:
+    """Batch t of an endless walk through ``part``, in a new random order each time round; streams are independent."""
+    around = max(1, len(part.y) // size)
+    number, place = divmod(t - 1, around)
+    order = torch.randperm(len(part.y), generator=torch.Generator().manual_seed(1_000_003 * (stream + 1) + number))
+    chosen = order[place * size : (place + 1) * size]
+    return Part(part.x[chosen], part.y[chosen])
+
+
+def _seeded(estimator: Estimator | None, seed: int) -> Estimator | None:
+    """The estimator with this seed, if it draws anything."""
+    return replace(estimator, seed=seed) if isinstance(estimator, HyperDistill | EvoGrad) else estimator
+
+
+def _histogram(losses: Tensor) -> list[float]:
+    return torch.histc(losses.clamp(0, HIGHEST_LOSS), BINS, 0, HIGHEST_LOSS).tolist()

@@ -1,0 +1,76 @@
+"""What the experiment with noisy labels shows: accuracies against the frozen weight net, and the learned weighting curves (figure 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from metaopt.experiments import compare
+from metaopt.experiments.noisy_labels import BINS, HIGHEST_LOSS, Method, NoisyLabelsConfig, NoisyLabelsRun
+from metaopt.experiments.statistics import summarise
+
+CONTROL = "frozen"
+"""Key of the method that the others are held against."""
+
+
+def table(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], title: str) -> Table:
+    """One row per method: accuracy, its gain over the frozen net on the same seeds, the second stage, and the weights' ratio."""
+    shown = Table(title=title, caption="mean ± 95 % CI over the seeds that did not fail; gain: over the frozen random net, seed by seed")
+    for column in ("method", "accuracy, %", "gain", "two stages, %", "weight right / wrong", "failed", "s / run"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    control = {run.seed: run.accuracy for run in runs if run.method == CONTROL}
+    for method in methods:
+        mine = [run for run in runs if run.method == method.key]
+        gains = [run.accuracy - control[run.seed] for run in mine if run.seed in control and method.key != CONTROL]
+        moved = [run.two_stage for run in mine if method.estimator is not None]
+        summary = summarise([run.accuracy for run in mine])
+        shown.add_row(
+            method.title,
+            summary.interval(),
+            summarise(gains).interval() if gains else "–",
+            summarise(moved).interval() if moved else "–",
+            summarise([run.ratio for run in mine]).interval(),
+            f"{summary.failed}/{len(mine)}",
+            f"{np.median([run.seconds for run in mine]):.1f}",
+        )
+    return shown
+
+
+def draw(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], config: NoisyLabelsConfig, out: Path) -> list[Path]:
+    """Accuracy along training, and the weighting curves; returns the files."""
+    paths = [out / "accuracy.png", out / "weights.png"]
+    curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
+    compare.draw_curves(curves, paths[0], ylabel="test accuracy, %", xlabel="steps", every=config.evaluate_every, yscale="linear")
+    draw_weights(methods, runs, paths[1])
+    return paths
+
+
+def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path: Path) -> None:
+    """Figure 7, a column for each method: the weight of an example against its loss, one curve per seed; below, where the losses lie."""
+    figure = Figure(figsize=(2.6 * len(methods), 4.2), layout="constrained")
+    grid = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False)
+    losses, edges = np.linspace(0, HIGHEST_LOSS, BINS), np.linspace(0, HIGHEST_LOSS, BINS + 1)
+    for (above, below), method in zip(grid.T, methods, strict=True):
+        mine = [run for run in runs if run.method == method.key]
+        for run in mine:
+            above.plot(losses, run.weights, linewidth=1.5)
+        for label, colour, found in (
+            ("right label", "tab:blue", [run.right_losses for run in mine]),
+            ("wrong label", "tab:red", [run.wrong_losses for run in mine]),
+        ):
+            below.stairs(np.mean(found, axis=0), edges, color=colour, fill=True, alpha=0.5, label=label)
+        ratio = summarise([run.ratio for run in mine]).mean
+        above.set(title=method.title, ylim=(0, 1.03))
+        above.title.set_fontsize(9)
+        below.set(xlabel="loss of an example", yscale="log")
+        if math.isfinite(ratio):
+            above.text(0.97, 0.95, f"right / wrong {ratio:.2f}", transform=above.transAxes, ha="right", va="top", fontsize=8)
+    grid[0, 0].set_ylabel("its weight")
+    grid[1, 0].set_ylabel("training images")
+    grid[1, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
