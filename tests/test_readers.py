@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from metaopt import _torchvision
-from metaopt.tasks import cifar10, cifar100, fashion_mnist, folder, tiny_imagenet
+from metaopt.tasks import cifar10, cifar100, fashion_mnist, folder, mnist, tiny_imagenet
 
 
 class Python2Pickler(pickle._Pickler):
@@ -106,12 +106,15 @@ def test_a_failed_download_says_what_else_to_do(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fashion(tmp_path):
-    place = tmp_path / "FashionMNIST" / "raw"
+    write_idx(tmp_path / "FashionMNIST" / "raw")
+    return tmp_path
+
+
+def write_idx(place):
     place.mkdir(parents=True)
     for i, (name, n) in enumerate((("train", 12), ("t10k", 5))):
         (place / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, n, 28, 28) + pixels(n, 28, 28, seed=i).tobytes())
         (place / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, n) + bytes(k % 10 for k in range(n)))
-    return tmp_path
 
 
 def test_fashion_mnist(fashion):
@@ -119,6 +122,15 @@ def test_fashion_mnist(fashion):
     assert np.array_equal(train.images[:, 0].numpy(), pixels(12, 28, 28)) and train.labels.tolist() == [*range(10), 0, 1]
     assert np.array_equal(test.images[:, 0].numpy(), pixels(5, 28, 28, seed=1)) and test.names[9] == "Ankle boot"
     assert torch.equal(both.images, torch.cat([train.images, test.images]))
+
+
+def test_mnist(tmp_path):
+    place = tmp_path / "MNIST" / "raw"
+    with pytest.raises(FileNotFoundError, match=rf"{place}/train-images-idx3-ubyte is missing; unpack the files of .*mnist .* there"):
+        mnist(tmp_path)
+    write_idx(place)
+    digits = mnist(tmp_path, "all")
+    assert np.array_equal(digits.images[:12, 0].numpy(), pixels(12, 28, 28)) and len(digits) == 17 and digits.names[7] == "7 - seven"
 
 
 def test_damaged_fashion_mnist_is_named(fashion):

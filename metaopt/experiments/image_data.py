@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import interpolate
 
-from metaopt.tasks import LabelledImages, cifar10, cifar100, fashion_mnist, folder, glyphs, split_classes, tiny_imagenet
+from metaopt.tasks import LabelledImages, cifar10, cifar100, fashion_mnist, folder, glyphs, mnist, split_classes, tiny_imagenet
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Source:
     """A data set by name.
 
     Attributes:
-        name: ``"glyphs"``, ``"cifar10"``, ``"cifar100"``, ``"tinyimagenet"``, ``"fashion-mnist"`` or ``"folder"``.
+        name: ``"glyphs"``, ``"cifar10"``, ``"cifar100"``, ``"tinyimagenet"``, ``"fashion-mnist"``, ``"mnist"`` or ``"folder"``.
         root: the folder that holds the files; glyphs are rendered and need none.
         size: height and width to work at; ``None``: the data's own.
         download: fetch the files where they are missing.
@@ -65,6 +65,7 @@ def read(source: Source, per_class: int) -> LabelledImages:
         "cifar100": lambda: cifar100(source.root, download=source.download),
         "tinyimagenet": lambda: tiny_imagenet(source.root, download=source.download),
         "fashion-mnist": lambda: fashion_mnist(source.root, download=source.download),
+        "mnist": lambda: mnist(source.root, download=source.download),
         "folder": lambda: folder(source.root, source.size or 32),
     }
     if source.name not in readers:

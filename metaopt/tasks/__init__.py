@@ -1,7 +1,7 @@
 """Task distributions."""
 
 from metaopt.tasks import fonts, label_noise, sinusoid
-from metaopt.tasks.datasets import cifar10, cifar100, fashion_mnist, folder
+from metaopt.tasks.datasets import cifar10, cifar100, fashion_mnist, folder, mnist
 from metaopt.tasks.episodes import Episode, Episodes, ImageBatch
 from metaopt.tasks.fonts import split_families
 from metaopt.tasks.glyphs import Glyphs, glyphs
@@ -23,6 +23,7 @@ __all__ = [
     "fonts",
     "glyphs",
     "label_noise",
+    "mnist",
     "sinusoid",
     "split_classes",
     "split_families",

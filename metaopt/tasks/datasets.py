@@ -18,6 +18,7 @@ from metaopt import _torchvision
 from metaopt.tasks._files import Part, check_file, fetch, open_image, parts
 from metaopt.tasks.images import LabelledImages
 
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist (train-images-idx3-ubyte.gz and three more)"
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist (data/fashion), or Debian's package dataset-fashion-mnist"
 
 
@@ -53,13 +54,12 @@ def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = Fa
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged.
     """
-    module = _torchvision.datasets()
-    folder = Path(root) / "FashionMNIST" / "raw"
-    if download:
-        fetch(partial(module.FashionMNIST, root, download=True), folder, _FASHION)
-    contents = [_idx_part(module.mnist, folder, name) for name in parts(part, "train", "t10k")]
-    images, labels = (torch.cat(tensors) for tensors in zip(*contents, strict=True))
-    return LabelledImages(images.unsqueeze(1), labels, tuple(module.FashionMNIST.classes))
+    return _idx("FashionMNIST", _FASHION, Path(root), part, download)
+
+
+def mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
+    """MNIST: 10 digits, 60,000 training and 10,000 test images of 1×28×28, in ``MNIST/raw/``; LeCun et al. 1998; as :func:`fashion_mnist`."""
+    return _idx("MNIST", _MNIST, Path(root), part, download)
 
 
 def folder(path: str | Path, size: int = 64) -> LabelledImages:
@@ -87,11 +87,22 @@ def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImage
     return LabelledImages(images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes))
 
 
-def _idx_part(reader: Any, place: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of one part of Fashion-MNIST."""
+def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> LabelledImages:
+    """A data set of torchvision's that consists of four idx files."""
+    module = _torchvision.datasets()
+    reader, place = getattr(module, name), root / name / "raw"
+    if download:
+        fetch(partial(reader, root, download=True), place, source)
+    contents = [_idx_part(module.mnist, place, piece, source) for piece in parts(part, "train", "t10k")]
+    images, labels = (torch.cat(tensors) for tensors in zip(*contents, strict=True))
+    return LabelledImages(images.unsqueeze(1), labels, tuple(reader.classes))
+
+
+def _idx_part(reader: Any, place: Path, name: str, source: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of one part."""
     contents = []
     for file, read in ((f"{name}-images-idx3-ubyte", reader.read_image_file), (f"{name}-labels-idx1-ubyte", reader.read_label_file)):
-        packed = f"gunzip the {file}.gz that is there" if (place / f"{file}.gz").exists() else f"unpack the files of {_FASHION} there"
+        packed = f"gunzip the {file}.gz that is there" if (place / f"{file}.gz").exists() else f"unpack the files of {source} there"
         check_file(place / file, f"{packed}, or pass download=True")
         try:
             contents.append(read(str(place / file)))
