@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ from metaopt.experiments import (
     many_shot_report,
     noisy_labels,
     noisy_labels_report,
+    rotation,
     sinusoid,
 )
 from metaopt.experiments.image_data import Source
@@ -151,24 +153,62 @@ def compare_noisy_labels(
 ) -> None:
     """MetaWeightNet against wrong labels on Fashion-MNIST: EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's."""
     config = noisy_labels.NoisyLabelsConfig(root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20))
+    once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
+    methods, runs = _one_data_set(noisy_labels, once, config, estimators, seeds, out, workers)
+    pictures = noisy_labels_report.draw(methods, runs, config, out)
+    compare.show(noisy_labels_report.table(methods, runs, f"Fashion-MNIST, {rate:.0%} wrong labels, {seeds} seeds"))
+    _close(config.options, runs, [*pictures, out / "runs.json"])
+
+
+@compare_app.command("rotation")
+def compare_rotation(
+    data: Annotated[str, typer.Option(help="mnist, fashion-mnist, cifar10, … or folder (one sub-folder of images per class).")] = "mnist",
+    root: Root = Path("data"),
+    size: Size = 28,
+    estimators: Estimators = None,
+    seeds: Seeds = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Times through the training images.")] = 20,
+    train: Annotated[int, typer.Option(min=1, help="Upright training images.")] = 3_000,
+    validation: Annotated[int, typer.Option(min=1, help="Turned images of the outer loss.")] = 1_000,
+    test: Annotated[int, typer.Option(min=1, help="Turned test images.")] = 1_000,
+    degrees: Annotated[float, typer.Option(help="Angle of the validation and test images.")] = 30.0,
+    download: Download = False,
+    out: Out = Path("results/rotation"),
+    workers: Workers = None,
+) -> None:
+    """Learning the angle by which test images are turned: EvoGrad's experiment."""
+    config = rotation.RotationConfig(Source(data, root, size, download), degrees, train, validation, test, epochs)
+    once = functools.partial(compare.once, rotation.run, rotation.RotationRun, out / "runs")
+    methods, runs = _one_data_set(rotation, once, config, estimators, seeds, out, workers)
+    pictures = rotation.draw(methods, runs, config, out)
+    compare.show(rotation.table(methods, runs, f"{data}, test images turned by {degrees:g}°, {seeds} seeds"))
+    _close(config.options, runs, [*pictures, out / "runs.json"])
+
+
+def _one_data_set(
+    experiment: Any, once: Callable[..., Any], config: Any, estimators: str | None, seeds: int, out: Path, workers: int | None
+) -> tuple[list[Any], list[Any]]:
+    """The chosen methods and their runs, which are saved."""
     try:
-        methods = compare.select(noisy_labels.METHODS, estimators.split(",") if estimators else None)
+        methods = compare.select(experiment.METHODS, estimators.split(",") if estimators else None)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--estimators") from error
-    once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        noisy_labels.prepare(methods[0], config, seed=0)  # missing files: before any process starts
+        experiment.prepare(methods[0], config, seed=0)  # missing files: before any process starts
         runs = compare.run_all(once, methods, config, seeds, workers=workers)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     compare.save(runs, config, out / "runs.json")
-    pictures = noisy_labels_report.draw(methods, runs, config, out)
-    compare.show(noisy_labels_report.table(methods, runs, f"Fashion-MNIST, {rate:.0%} wrong labels, {seeds} seeds"))
-    typer.echo(f"options: {config.options}")
+    return methods, runs
+
+
+def _close(options: str, runs: list[Any], written: list[Path]) -> None:
+    typer.echo(f"options: {options}")
     for run in runs:
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
-    typer.echo("wrote " + ", ".join(str(path) for path in [*pictures, out / "runs.json"]))
+    typer.echo("wrote " + ", ".join(str(path) for path in written))
 
 
 @diagnose_app.command("warpgrad")
@@ -222,11 +262,7 @@ def _many_shot(
     pictures = many_shot_report.draw(methods, runs, config, out)
     title = f"{model} on {source.name}, {config.test_tasks} test tasks, M = {config.meta_iterations}, T = {config.horizon}, {seeds} seeds"
     compare.show(many_shot_report.table(methods, runs, config, title))
-    typer.echo(f"options: {config.options}")
-    for run in runs:
-        if run.failure:
-            typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
-    typer.echo("wrote " + ", ".join(str(path) for path in [*pictures, out / "runs.json"]))
+    _close(config.options, runs, [*pictures, out / "runs.json"])
 
 
 @diagnose_app.command("sinusoid")

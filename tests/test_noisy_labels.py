@@ -59,7 +59,7 @@ def test_every_method_starts_from_the_same_problem(config):
         assert torch.equal(problem.data.train.y, problems[0][0].data.train.y) and torch.equal(problem.wrong, problems[0][0].wrong)
         assert all(torch.equal(w[name], problems[0][1][name]) for name in w)
         assert all(torch.equal(lam[name], problems[0][2][name]) for name in lam)
-        assert torch.equal(problem.batches(7).x, problems[0][0].batches(7).x)
+        assert torch.equal(problem.training.batches(7).x, problems[0][0].training.batches(7).x)
     assert 0.25 < problems[0][0].wrong.float().mean() < 0.55
 
 
@@ -68,9 +68,9 @@ def test_uniform_weights_are_plain_training(config):
     net = torch.nn.Sequential(torch.nn.Linear(784, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
     net.load_state_dict(w)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum)
-    for t, found, _ in islice(problem.train(w, lam, None), 12):
+    for t, found, _ in islice(problem.training.run(w, lam, None), 12):
         optimizer.zero_grad()
-        batch = problem.batches(t)
+        batch = problem.training.batches(t)
         torch.nn.functional.cross_entropy(net(batch.x), batch.y).backward()
         optimizer.step()
         for name, parameter in net.named_parameters():
@@ -80,24 +80,24 @@ def test_uniform_weights_are_plain_training(config):
 def test_the_frozen_net_stays_and_the_others_move(config):
     for key, method in METHODS.items():
         problem, w, lam = noisy_labels.prepare(method, config, seed=0)
-        *_, (t, _, last) = problem.train(w, lam, method.estimator)
+        *_, (t, _, last) = problem.training.run(w, lam, method.estimator)
         assert t == config.steps
         assert all(torch.equal(lam[name], last[name]) for name in lam) == (key in ("uniform", "frozen"))
 
 
 def test_the_second_stage_is_a_plain_run_with_the_weight_net_found(config):
     problem, w, lam = noisy_labels.prepare(METHODS["one-step"], config, seed=0)
-    *_, (_, _, found) = problem.train(w, lam, METHODS["one-step"].estimator)
-    *_, (_, second, _) = problem.train(w, found, None)
+    *_, (_, _, found) = problem.training.run(w, lam, METHODS["one-step"].estimator)
+    *_, (_, second, _) = problem.training.run(w, found, None)
     assert noisy_labels.run(METHODS["one-step"], config, seed=0).two_stage == problem.accuracy(second, found)
 
 
 def test_batches_go_through_all_images_before_any_comes_twice(config):
     problem, _, _ = noisy_labels.prepare(METHODS["uniform"], config, seed=0)
-    seen = torch.cat([problem.batches(t).x for t in range(11, 21)])
+    seen = torch.cat([problem.training.batches(t).x for t in range(11, 21)])
     rows = problem.data.train.x
     assert torch.equal(seen[:, 300].sort().values, rows[:, 300].sort().values)
-    assert not torch.equal(problem.batches(1).x, problem.batches(11).x)
+    assert not torch.equal(problem.training.batches(1).x, problem.training.batches(11).x)
 
 
 def test_ratio_is_that_of_mean_weights(config):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +23,8 @@ from torch.nn.functional import cross_entropy
 
 from metaopt.estimators import Estimator, EvoGrad, HyperDistill, OneStep
 from metaopt.experiments.schedules import Data, Part, of_images
+from metaopt.experiments.supervised import Supervised
 from metaopt.inner import SGD, inner_step
-from metaopt.meta import online
 from metaopt.models import MetaWeightNet, SigmoidAbove
 from metaopt.models.meta_weight_net import Squash, batch_normalised
 from metaopt.tasks import fashion_mnist, label_noise
@@ -155,28 +154,21 @@ class Problem:
     wrong: Tensor
     seed: int
 
-    def batches(self, t: int) -> Part:
-        """The training batch of step t = 1 … T."""
-        return _batch(self.data.train, t, self.config.batch, 2 * self.seed)
-
-    def outer_batches(self, t: int) -> Part:
-        """The clean batch of step t."""
-        return _batch(self.data.validation, t, self.config.batch, 2 * self.seed + 1)
-
-    def train(self, w: Tree, lam: Tree, estimator: Estimator | None) -> Iterator[tuple[int, Tree, Tree]]:
-        """``(t, w, λ)`` after every step; without an estimator λ stays."""
+    @property
+    def training(self) -> Supervised:
+        """Of a classifier, while λ moves or stays."""
         c = self.config
-        step = inner_step(self.model.inner_loss, SGD(lr=c.lr, momentum=c.momentum))
-        if estimator is None:
-            state = step.init(w, lam)
-            for t in range(1, c.steps + 1):
-                state = step(state, lam, self.batches(t))
-                yield t, state.w, lam
-            return
-        optimizer = functools.partial(torch.optim.Adam, lr=c.outer_lr)
-        arguments = (step, self.model.outer_loss, w, lam, self.batches, self.outer_batches, estimator, optimizer)
-        for report in online(*arguments, horizon=c.steps, clip_norm=c.clip_norm):
-            yield report.t, report.state.w, report.lam
+        return Supervised(
+            step=inner_step(self.model.inner_loss, SGD(lr=c.lr, momentum=c.momentum)),
+            outer_loss=self.model.outer_loss,
+            train=self.data.train,
+            validation=self.data.validation,
+            batch=c.batch,
+            steps=c.steps,
+            optimizer=functools.partial(torch.optim.Adam, lr=c.outer_lr),
+            clip_norm=c.clip_norm,
+            seed=self.seed,
+        )
 
     def accuracy(self, w: Tree, lam: Tree) -> float:
         """On the test images, in per cent."""
@@ -221,7 +213,7 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     started, failure, w, lam = time.perf_counter(), "", w0, lam0
     curve, ratios = [], []
     try:
-        for t, w, lam in problem.train(w0, lam0, _seeded(method.estimator, seed)):
+        for t, w, lam in problem.training.run(w0, lam0, method.estimator):
             if t % config.evaluate_every == 0:
                 curve.append(problem.accuracy(w, lam))
                 ratios.append(problem.ratio(lam, problem.losses(w)))
@@ -230,7 +222,7 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     seconds, losses = time.perf_counter() - started, problem.losses(w)
     two_stage = math.nan
     if method.estimator is not None and not failure:
-        *_, (_, second, _) = problem.train(w0, lam, None)
+        *_, (_, second, _) = problem.training.run(w0, lam, None)
         two_stage = problem.accuracy(second, lam)
     with torch.no_grad():
         weights = problem.model.weights(lam, torch.linspace(0, HIGHEST_LOSS, BINS))
@@ -248,20 +240,6 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
         seconds,
         failure,
     )
-
-
-def _batch(part: Part, t: int, size: int, stream: int) -> Part:
-    """Batch t of an endless walk through ``part``, in a new random order each time round; streams are independent."""
-    around = max(1, len(part.y) // size)
-    number, place = divmod(t - 1, around)
-    order = torch.randperm(len(part.y), generator=torch.Generator().manual_seed(1_000_003 * (stream + 1) + number))
-    chosen = order[place * size : (place + 1) * size]
-    return Part(part.x[chosen], part.y[chosen])
-
-
-def _seeded(estimator: Estimator | None, seed: int) -> Estimator | None:
-    """The estimator with this seed, if it draws anything."""
-    return replace(estimator, seed=seed) if isinstance(estimator, HyperDistill | EvoGrad) else estimator
 
 
 def _histogram(losses: Tensor) -> list[float]:
