@@ -53,10 +53,14 @@ def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = {pool.submit(run, method, config, seed): (method.key, seed) for method, seed in jobs}
         with tqdm(total=len(jobs), desc="runs", unit="run") as bar:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                bar.set_postfix_str(f"{futures[future][0]}, seed {futures[future][1]}")
-                bar.update()
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    bar.set_postfix_str(f"{futures[future][0]}, seed {futures[future][1]}")
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the error is told now, not after all the other runs
+                raise
     return [results[method.key, seed] for method in methods for seed in range(seeds)]
 
 
@@ -67,7 +71,7 @@ def once(run: Callable[..., Run], kind: type[Run], folder: Path, method: Any, co
         run: the experiment.
         kind: the named tuple that it returns, of plain numbers, strings and lists.
         folder: where the runs are kept, one JSON file each.
-        method: the row.
+        method: the row; its ``repr`` must say what it is, in every process.
         config: the settings, a dataclass.
         seed: the seed.
 
