@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from dataclasses import replace
 from itertools import islice
 
@@ -12,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from metaopt.cli import app
-from metaopt.experiments import compare, noisy_labels
+from metaopt.experiments import compare, noisy_labels, rotation
 from metaopt.experiments.statistics import summarise
 
 METHODS = {method.key: method for method in noisy_labels.METHODS}
@@ -123,6 +124,23 @@ def test_a_finished_run_is_read_and_other_settings_are_refused(config, tmp_path)
     assert len(calls) == 1 and json.dumps(kept[0]) == json.dumps(kept[1])
     with pytest.raises(ValueError, match=r"frozen-0.json holds a run with other settings \(lr\)"):
         compare.once(run, noisy_labels.NoisyLabelsRun, tmp_path, METHODS["frozen"], replace(config, lr=0.5), 0)
+
+
+@pytest.mark.parametrize("method", [*noisy_labels.METHODS, *rotation.METHODS], ids=lambda method: method.key)
+def test_a_finished_run_is_known_again_in_another_process(method):
+    assert " at 0x" not in repr(method)
+
+
+def stumble(method, config, seed):
+    (config / f"{method.key}-{seed}").touch()
+    time.sleep(0.05)
+    raise ValueError("stumbled")
+
+
+def test_an_error_is_told_before_the_other_runs(tmp_path):
+    with pytest.raises(ValueError, match="stumbled"):
+        compare.run_all(stumble, noisy_labels.METHODS, tmp_path, seeds=10, workers=1)
+    assert 1 <= len(list(tmp_path.iterdir())) < 50
 
 
 def test_command_writes_table_pictures_and_json(fashion, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metaopt.cli import app
-from metaopt.experiments import rotation
+from metaopt.experiments import compare, rotation
 from metaopt.experiments.image_data import Source
 from metaopt.models.rotation import rotate
 
@@ -25,6 +25,10 @@ def bar(rng, label):
     rows, columns = (slice(7, 9), slice(8, 15)) if label == 0 else (slice(8, 15), slice(7, 9))
     image[rows, columns] += 200
     return image
+
+
+def in_this_process(run, methods, config, seeds, *, workers):
+    return [run(method, config, seed) for method in methods for seed in range(seeds)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,8 @@ def test_one_step_turns_the_right_way(config):
     assert 5 < found.angle < 60
 
 
-def test_command_writes_table_pictures_and_json(pictures, tmp_path):
+def test_command_writes_table_pictures_and_json(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "run_all", in_this_process)
     sizes = ["--size", "16", "--train", "60", "--validation", "30", "--test", "30", "--epochs", "2", "--seeds", "1", "--workers", "1"]
     arguments = ["compare", "rotation", "--data", "folder", "--root", str(pictures), *sizes, "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--estimators", "baseline,evograd"])

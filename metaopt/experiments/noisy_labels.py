@@ -31,9 +31,13 @@ from metaopt.tasks import fashion_mnist, label_noise
 from metaopt.tree import Tree
 
 
-def all_alike(x: Tensor) -> Tensor:
-    """Weight one for every example."""
-    return torch.ones_like(x)
+@dataclass(frozen=True)
+class AllAlike:
+    """A squash that gives every example weight one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The weights."""
+        return torch.ones_like(x)
 
 
 class Method(NamedTuple):
@@ -53,7 +57,7 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    Method("uniform", "uniform weights", squash=all_alike),
+    Method("uniform", "uniform weights", squash=AllAlike()),
     Method("frozen", "frozen random net"),
     Method("one-step", "1-step", OneStep()),
     Method("hyperdistill", "HyperDistill, π = 1, γ = .99", HyperDistill(gamma=0.99, pi="plain")),
