@@ -1,5 +1,6 @@
 """How far a call raises the peak of this process's resident set (Linux)."""
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 
 def growth(run: Callable[[], object]) -> tuple[object, float]:
     """``(what run returns, MiB)``: the highest resident set while it runs, less what is resident before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back, or this one would live in it uncounted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _resident("VmRSS")
     result = run()

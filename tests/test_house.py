@@ -68,6 +68,7 @@ NOT_METHODS = {
         "InnerStep",
         "Linearized",
         "Stationary",
+        "Chunk",
         "CustomStep",
         "Compilation",
         "ConstantSlots",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metaopt.inner.chunk import Chunk
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Stationary, Step, Wrt
 from metaopt.inner.tangents import Tangents
@@ -50,28 +51,28 @@ class CountedStep:
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """As the wrapped step."""
-        self.cost.steps += 1
+        self.cost.steps += self._steps(batch)
         return self.step(state, lam, batch)
 
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> CountedLinearized:
         """As the wrapped step."""
-        self.cost.linearizations += 1
-        return CountedLinearized(self.step.linearize(state, lam, batch), self.cost)
+        self.cost.linearizations += (steps := self._steps(batch))
+        return CountedLinearized(self.step.linearize(state, lam, batch), self.cost, steps)
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """As the wrapped step."""
-        self.cost.linearizations += 1
-        self.cost.products += 2 if wrt == "both" else 1
+        self.cost.linearizations += (steps := self._steps(batch))
+        self.cost.products += _products(wrt, steps)
         return self.step.vjp(state, lam, batch, cotangent, wrt=wrt)
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         """As the wrapped step."""
-        self.cost.tangents += 1
+        self.cost.tangents += self._steps(batch)
         return self.step.jvp(state, lam, batch, state_dot, lam_dot)
 
     def tangents(self, state: InnerState, lam: Tree, batch: Any) -> CountedTangents:
         """As the wrapped step."""
-        self.cost.linearizations += 1
+        self.cost.linearizations += self._steps(batch)
         return CountedTangents(self.step.tangents(state, lam, batch), self.cost)
 
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
@@ -89,15 +90,23 @@ class CountedStep:
         self.cost.steps += 1
         return self.step.adapt(state, lam, batch, alpha)
 
+    def _steps(self, batch: Any) -> int:
+        return len(batch) if isinstance(self.step, Chunk) else 1
+
+
+def _products(wrt: Wrt, steps: int) -> int:
+    """Of a pullback through some steps; all but the first need both."""
+    return steps if wrt == "state" else 2 * steps - (wrt == "lam")
+
 
 class CountedLinearized:
     """A linearised step that counts its products."""
 
-    __slots__ = ("_cost", "_inner")
+    __slots__ = ("_cost", "_inner", "_steps")
 
-    def __init__(self, inner: Linearized, cost: Cost) -> None:
-        """Wrap ``inner``; ``cost`` is added to."""
-        self._inner, self._cost = inner, cost
+    def __init__(self, inner: Linearized, cost: Cost, steps: int) -> None:
+        """Wrap ``inner``, which is that of so many steps; ``cost`` is added to."""
+        self._inner, self._cost, self._steps = inner, cost, steps
 
     @property
     def state(self) -> InnerState:
@@ -106,7 +115,7 @@ class CountedLinearized:
 
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``."""
-        self._cost.products += 2 if wrt == "both" else 1
+        self._cost.products += _products(wrt, self._steps)
         return self._inner.pullback(cotangent, wrt)
 
 

@@ -11,6 +11,7 @@ from metaopt.inner.adamw import AdamW
 from metaopt.inner.adjoint import Adjoint, ForwardOverReverse, Gradient, ReverseOverReverse
 from metaopt.inner.asgd import ASGD
 from metaopt.inner.average import EMA
+from metaopt.inner.chunk import Chunk, chunked, in_chunks
 from metaopt.inner.clip import ClipNorm, ClipValue
 from metaopt.inner.closed import closed_over
 from metaopt.inner.compiled import Compilation
@@ -47,6 +48,7 @@ __all__ = [
     "Adamax",
     "Adjoint",
     "AsymmetricUpdateError",
+    "Chunk",
     "ClipNorm",
     "ClipValue",
     "Compilation",
@@ -75,9 +77,11 @@ __all__ = [
     "Step",
     "Tangents",
     "Wrapper",
+    "chunked",
     "closed_over",
     "custom_step",
     "identity_factors",
+    "in_chunks",
     "inner_step",
     "meta_curvature",
     "moments",

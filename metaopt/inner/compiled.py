@@ -14,20 +14,24 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adjoint import Loss, RandomState
-from metaopt.inner.optimizer import Optimizer
+from metaopt.inner._once import Once
+from metaopt.inner.adjoint import RandomState
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
+Phi: TypeAlias = Callable[[Tree, Tree, Tree, Any, tuple[int, ...]], tuple[Tree, Tree]]
+"""``(w, slots, lam, batch, numbers) -> (w', slots')``, pure; ``numbers`` are those of the steps it takes, 1 … T. An optimiser that does not look
+at them is compiled once for all of them."""
+
 
 class Compilation:
-    """The compiled functions of one loss and one optimiser, made when they are first called.
+    """The compiled functions of one Φ, made when they are first called.
 
     Attributes:
         backend: of :func:`torch.compile`.
@@ -36,25 +40,25 @@ class Compilation:
         unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first pullback.
     """
 
-    def __init__(self, loss: Loss, optimizer: Optimizer, backend: str) -> None:
-        """Nothing is compiled yet."""
+    def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] = lambda batch: 1) -> None:
+        """Nothing is compiled yet. ``steps(batch)`` says how many steps Φ takes."""
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
-        self._loss, self._optimizer = loss, optimizer
+        self._phi, self._steps = phi, steps
         self._made: dict[str, Callable[..., Any]] = {}
         self.unused: list[bool] | None = None
 
     def next(self, state: InnerState, lam: Tree, batch: Any) -> InnerState | None:
         """Φ, or ``None`` if it cannot be compiled."""
-        out = self._run("step", self._step, state.w, state.slots, lam, batch, state.t + 1)
-        return None if out is None else InnerState(out[0], out[1], state.t + 1)
+        out = self._run("step", self._step, state.w, state.slots, lam, batch, self._numbers(state, batch))
+        return None if out is None else InnerState(out[0], out[1], state.t + self._steps(batch))
 
     def pullback(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, wrt: str) -> tuple[InnerState | None, list[Tensor]] | None:
         """``αA`` (unless only λ is asked for) and ``αB`` per float leaf of λ, zeros included; ``None`` if it cannot be compiled."""
         slots = tree.zeros_like(state.slots) if cotangent.slots is None else cotangent.slots
         seeds = tree.floats(cotangent.w) + tree.floats(slots)
         moving = "lam" if wrt == "lam" else "both"
-        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, state.t + 1, seeds, moving == "both")
+        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, self._numbers(state, batch), seeds, moving == "both")
         if out is None:
             return None
         supply = iter(out)
@@ -62,33 +66,37 @@ class Compilation:
         return at, list(supply)
 
     # -- what is compiled ------------------------------------------------------------------------
-    def _step(self, w: Tree, slots: Tree, lam: Tree, batch: Any, t: int) -> tuple[Tree, Tree]:
-        g = torch.func.grad(self._loss)(w, lam, batch)
-        return self._optimizer.update(g, w, slots, lam, t)
+    def _step(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
+        return self._phi(w, slots, lam, batch, numbers)
 
-    def _adjoint(self, w: Tree, slots: Tree, lam: Tree, batch: Any, t: int, seeds: list[Tensor], with_state: bool) -> tuple[Tensor, ...]:
+    def _adjoint(
+        self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...], seeds: list[Tensor], with_state: bool
+    ) -> tuple[Tensor, ...]:
         moving = (w, slots, lam) if with_state else (lam,)
         fixed = () if with_state else (w, slots)
 
         def phi(*values: Tensor) -> tuple[Tensor, ...]:
             supply = iter(values)
             at = (*fixed, *tree.map(lambda x: next(supply) if tree.is_float(x) else x, moving))
-            return tuple(tree.floats(self._step(at[0], at[1], at[2], batch, t)))
+            return tuple(tree.floats(self._phi(at[0], at[1], at[2], batch, numbers)))
 
         pull = torch.func.vjp(phi, *tree.floats(moving))[1]
         return pull(tuple(seeds))
 
     # -- how -------------------------------------------------------------------------------------
+    def _numbers(self, state: InnerState, batch: Any) -> tuple[int, ...]:
+        return tuple(range(state.t + 1, state.t + 1 + self._steps(batch)))
+
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         if self.refused is not None:
             return None
         first = name not in self._made
         if first:
-            self._made[name] = self._compiled(method)
+            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)))
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                return self._made[name](*tree.detach(arguments))
+                return self._made[name](*tree.map(_cut, arguments))
         except Exception as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager step
             self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             warnings.warn(f"the inner step cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4)
@@ -97,11 +105,12 @@ class Compilation:
             if first:
                 self.seconds += time.perf_counter() - start
 
-    def _compiled(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _compiled(self, method: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
         # The compiler keeps its results, and counts them, per code object: one of our own keeps the steps of a program apart.
         function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        options: Any = {"fallback_random": True} if self.backend == "inductor" else None  # draws what the eager step draws
+        # It draws what the eager step draws; and where calls are dear, even the calls of the kernels are compiled.
+        options: Any = {"fallback_random": True, "cpp_wrapper": on_cpu, "joint_custom_pre_pass": Once()} if self.backend == "inductor" else None
         return torch.compile(types.MethodType(own, self), fullgraph=True, backend=self.backend, options=options)
 
 
@@ -155,3 +164,8 @@ class CompiledPoint:
         else:
             with self._random.again():
                 yield
+
+
+def _cut(leaf: Any) -> Any:
+    """Without a graph. What has none stays the object it is, so that the compiler sees where two inputs are one."""
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf

@@ -66,7 +66,7 @@ class SGD(Optimizer):
             g = g + hyper["weight_decay"] * w
         if "momentum" not in slots:
             return w - hyper["lr"] * g, slots
-        keep = 1.0 if t == 1 or _is_zero(self.dampening) else 1.0 - hyper["dampening"]
+        keep = 1.0 if _is_zero(self.dampening) or t == 1 else 1.0 - hyper["dampening"]
         v = hyper["momentum"] * slots["momentum"] + keep * g
         direction = g + hyper["momentum"] * v if self.nesterov else v
         return w - hyper["lr"] * direction, {"momentum": v}
@@ -81,7 +81,7 @@ class SGD(Optimizer):
             if slots_bar is not None:
                 v_bar = slots_bar["momentum"] + v_bar
             slots = {"momentum": hyper["momentum"] * v_bar}
-            kept = v_bar if t == 1 or _is_zero(self.dampening) else (1.0 - hyper["dampening"]) * v_bar
+            kept = v_bar if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
             g_bar = g_bar + kept if self.nesterov else kept
         return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
 

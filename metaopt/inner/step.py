@@ -121,7 +121,7 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
     step = InnerStep(inner_loss, optimizer, adjoint)
     if compile is False:
         return step
-    return replace(step, compilation=Compilation(step._loss, optimizer, "inductor" if compile is True else compile))
+    return replace(step, compilation=Compilation(step.pure, "inductor" if compile is True else compile))
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,11 @@ class InnerStep:
             g = gradient_of(self._loss(w, lam, batch), w, graph=False)
         u, _, _, lam_bar = pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")
         return u, lam_bar
+
+    def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
+        """Φ for a compiler to trace: the weights and slots after the step of this one number."""
+        g = torch.func.grad(self._loss)(w, lam, batch)
+        return self.optimizer.update(g, w, slots, lam, numbers[0])
 
     # -- parts -----------------------------------------------------------------------------------
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:

@@ -1,0 +1,97 @@
+"""Several inner steps as one: the same numbers, whatever differentiates them."""
+
+import pytest
+import torch
+from cases import OPTIMIZERS, TRAJECTORIES
+from test_compiled import close, problem
+
+import metaopt as mo
+from metaopt import tree
+
+BODY = (torch.nn.Dropout(0.5),)
+FULL = [case for case in TRAJECTORIES if case.full]
+
+
+def run(chunked, estimator, optimizer, body=(), compile=False, size=3):
+    step, loss, w, lam, batches = problem(optimizer, body, compile)
+    batches = [*batches, *batches[:3]]  # seven: the last group is shorter
+    lam = {name: leaf for name, leaf in lam.items() if name != "spare" and (name != "rate" or getattr(optimizer, "lr", None) is rate)}
+    torch.manual_seed(3)
+    if chunked:
+        step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, size)
+    return mo.hypergradient(step, loss, w, lam, batches, problem(optimizer)[4][0], estimator), step
+
+
+def rate(lam, t):
+    return lam["rate"].exp() / t
+
+
+@pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
+@pytest.mark.parametrize("body", [(), BODY], ids=["plain", "dropout"])
+def test_exact_over_chunks(case, body):
+    optimizer = mo.inner.SGD(lr=rate, momentum=0.9)
+    single, _ = run(False, mo.RMD(), optimizer, body)
+    together, _ = run(True, mo.RMD(case.make(3)), optimizer, body)
+    assert close(together.total, single.total, 1e-12)
+    assert close(together.init, single.init, 1e-12)
+    assert together.state.t == 7
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=[case.name for case in OPTIMIZERS])
+def test_forward_over_chunks(case):
+    if not case.plain:
+        pytest.skip("needs weights of its own")
+    single, _ = run(False, mo.FMD(), case.make())
+    together, _ = run(True, mo.FMD(), case.make())
+    assert close(together.total, single.total, 1e-12)
+
+
+def test_one_chunk_back_is_so_many_steps_back():
+    optimizer = mo.inner.Adam(lr=0.05)
+    single, _ = run(False, mo.TruncatedRMD(4), optimizer)  # groups of 3: the last two hold 3 + 1
+    together, _ = run(True, mo.TruncatedRMD(2), optimizer)
+    assert close(together.total, single.total, 1e-12)
+    assert float(tree.norm(together.indirect)) > 1e-6
+
+
+def test_the_work_is_counted_in_steps():
+    optimizer = mo.inner.SGD(lr=0.1)
+    assert run(True, mo.RMD(), optimizer)[0].cost == run(False, mo.RMD(), optimizer)[0].cost
+    assert run(True, mo.TruncatedRMD(2), optimizer)[0].cost == run(False, mo.TruncatedRMD(4), optimizer)[0].cost
+
+
+def test_jvp_and_vjp_are_transposes():
+    step, _, w, lam, batches = problem(mo.inner.SGD(lr=rate, momentum=0.9))
+    whole, state = mo.inner.chunked(step), step.init(w, lam)
+    dot, lam_dot, bar = (tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, part) for part in (state, lam, state))
+    pushed = whole.jvp(state, lam, batches, dot, lam_dot)
+    state_bar, lam_bar = whole.vjp(state, lam, batches, bar)
+    forth = tree.dot((pushed.w, pushed.slots), (bar.w, bar.slots))
+    back = tree.dot((dot.w, dot.slots), (state_bar.w, state_bar.slots)) + tree.dot(lam_dot, lam_bar)
+    assert torch.allclose(forth, back, rtol=1e-11)
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, while it traces
+@pytest.mark.parametrize("body", [(), BODY], ids=["plain", "dropout"])
+def test_compiled_chunks_are_eager_steps(body):
+    torch._dynamo.reset()
+    optimizer = mo.inner.SGD(lr=rate, momentum=0.9)
+    single, _ = run(False, mo.RMD(), optimizer, body)
+    together, step = run(True, mo.RMD(), optimizer, body, compile="aot_eager")
+    assert step.compilation.refused is None and step.compilation.seconds > 0
+    assert close(together.total, single.total, 1e-10)
+    assert close(together.state.w, single.state.w, 1e-10)
+
+
+def test_bad_input():
+    step, loss, w, lam, batches = problem(mo.inner.SGD(lr=0.1))
+    lam.pop("spare")
+    whole = mo.inner.chunked(step)
+    with pytest.raises(TypeError, match=r"list with one batch per inner step.*mo\.inner\.in_chunks"):
+        mo.hypergradient(whole, loss, w, lam, [torch.ones(2)], batches[0], mo.RMD())
+    with pytest.raises(TypeError, match="implicit differentiation needs single inner steps"):
+        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], mo.IFT(mo.linsolve.Neumann(2, rate=0.1)))
+    with pytest.raises(TypeError, match="single inner steps"):
+        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], mo.DARTS())
+    with pytest.raises(ValueError, match="at least one batch"):
+        mo.inner.in_chunks(batches, 0)
