@@ -77,14 +77,15 @@ def _collect(tree: Tree, out: list[Any]) -> None:
     kind = _kind(type(tree))
     if kind == _LEAF:
         out.append(tree)
-    elif kind == _DICT:
-        for child in tree.values():
-            _collect(child, out)
+        return
+    if kind == _DICT:
+        tree = tree.values()
     elif kind == _OTHER:
-        for child in pytree.SUPPORTED_NODES[type(tree)].flatten_fn(tree)[0]:
-            _collect(child, out)
-    else:
-        for child in tree:
+        tree = pytree.SUPPORTED_NODES[type(tree)].flatten_fn(tree)[0]
+    for child in tree:
+        if _KINDS.get(type(child)) == _LEAF:  # most children are: no call for those
+            out.append(child)
+        else:
             _collect(child, out)
 
 
@@ -94,17 +95,34 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     Raises:
         ValueError: if they have not.
     """
+    return _mapped_with(fn, tree, rest) if rest else _mapped(fn, tree)
+
+
+def _mapped(fn: Callable[..., Any], tree: Tree) -> Tree:
+    kind = _kind(type(tree))
+    if kind == _LEAF:
+        return fn(tree)
+    if kind == _OTHER:
+        return pytree.tree_map(fn, tree)
+    if kind == _DICT:
+        return {key: fn(child) if _KINDS.get(type(child)) == _LEAF else _mapped(fn, child) for key, child in tree.items()}
+    children = [fn(child) if _KINDS.get(type(child)) == _LEAF else _mapped(fn, child) for child in tree]
+    return type(tree)(*children) if kind == _NAMEDTUPLE else type(tree)(children)
+
+
+def _mapped_with(fn: Callable[..., Any], tree: Tree, rest: Sequence[Tree]) -> Tree:
     cls = type(tree)
     kind = _kind(cls)
     if kind == _LEAF:
         return fn(tree, *rest)
-    if kind == _OTHER or any(type(other) is not cls or len(other) != len(tree) for other in rest):
-        return pytree.tree_map(fn, tree, *rest)
-    if kind == _DICT:
-        if any(other.keys() != tree.keys() for other in rest):
+    for other in rest:
+        if kind == _OTHER or type(other) is not cls or len(other) != len(tree):
+            return pytree.tree_map(fn, tree, *rest)
+        if kind == _DICT and other.keys() != tree.keys():
             raise ValueError(f"the trees have different keys: {[list(other) for other in (tree, *rest)]}")
-        return {key: map(fn, child, *[other[key] for other in rest]) for key, child in tree.items()}
-    children = [map(fn, *pair) for pair in zip(tree, *rest, strict=True)]
+    if kind == _DICT:
+        return {key: _mapped_with(fn, child, [other[key] for other in rest]) for key, child in tree.items()}
+    children = [_mapped_with(fn, child, others) for child, *others in zip(tree, *rest, strict=True)]
     return cls(*children) if kind == _NAMEDTUPLE else cls(children)
 
 

@@ -1,16 +1,19 @@
 """metaopt: exact RMD over each trajectory, and DrMAD."""
 
 from functools import partial
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import metaopt as mo
 from benchmarks.problem import Problem
 
+WRAPPED: WeakKeyDictionary[nn.Module, mo.FunctionalModel] = WeakKeyDictionary()  # once, as a user would
+
 
 def parts(problem: Problem, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()):
     """``(step, loss, w, lam)``."""
-    model = mo.functional(problem.module)
+    model = WRAPPED.get(problem.module) or WRAPPED.setdefault(problem.module, mo.functional(problem.module))
     w, lam = mo.partition(model.params, problem.weights)
 
     def loss(w, lam, batch):

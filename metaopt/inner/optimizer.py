@@ -125,7 +125,7 @@ def _transpose(per_leaf_slots: list[Slots], spec: tree.Spec) -> Tree:
 def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[Tree, Tree, Tree, Tree]:
     """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``; parts that ``wrt`` does not ask for are ``None``.
 
-    Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero).
+    Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero), and ``g`` may carry a graph, which is left alone.
     """
     if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
         return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
@@ -153,7 +153,8 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
         bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
     u = tree.unflatten([torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)], tree.flatten(g)[1])
     w_bar = tree.unflatten(bars[n_g : n_g + n_w], tree.flatten(state.w)[1]) if wrt != "lam" else None
-    slots_bar = _into_floats(bars[n_g + n_w : n_g + n_w + n_slots], state.slots) if wrt != "lam" else None
+    slot_bars = zip(bars[n_g + n_w : n_g + n_w + n_slots], inputs[n_g + n_w :], strict=False)
+    slots_bar = _into_floats([torch.zeros_like(x) if b is None else b for b, x in slot_bars], state.slots) if wrt != "lam" else None
     lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
     return u, w_bar, slots_bar, lam_bar
 

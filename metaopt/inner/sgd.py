@@ -66,8 +66,8 @@ class SGD(Optimizer):
             g = g + hyper["weight_decay"] * w
         if "momentum" not in slots:
             return w - hyper["lr"] * g, slots
-        keep = 1.0 if _is_zero(self.dampening) or t == 1 else 1.0 - hyper["dampening"]
-        v = hyper["momentum"] * slots["momentum"] + keep * g
+        kept = g if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * g
+        v = hyper["momentum"] * slots["momentum"] + kept
         direction = g + hyper["momentum"] * v if self.nesterov else v
         return w - hyper["lr"] * direction, {"momentum": v}
 

@@ -291,12 +291,13 @@ class LinearizedInnerStep:
         return self._pullback(cotangent, wrt, last=True)
 
     def _pullback(self, cotangent: InnerState, wrt: Wrt, *, last: bool) -> tuple[InnerState | None, Tree]:
-        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, tree.detach(self._gradient.g), self._at, self._lam, cotangent, wrt)
+        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, self._gradient.g, self._at, self._lam, cotangent, wrt)
         hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state", last=last)
         state_bar = None
         if wrt != "lam":
-            w_bar = tree.filled(tree.add(w_bar, tree.unflatten(hessian_part, tree.flatten(self._at.w)[1])), self._at.w)
-            state_bar = InnerState(w_bar, tree.filled(slots_bar, self._at.slots), self._at.t)
+            w, spec = tree.flatten(self._at.w)
+            parts = zip(tree.leaves(w_bar), hessian_part, w, strict=True)
+            state_bar = InnerState(tree.unflatten([_sum(a, b, like) for a, b, like in parts], spec), slots_bar, self._at.t)
         if wrt == "state":
             return state_bar, None
         supply = iter(mixed_part)
@@ -327,6 +328,12 @@ def check_weights(w: Tree) -> None:
         if not tree.is_float(leaf):
             kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(f"the weight {name} is {kind}; weights are floating-point tensors (pass anything else through the batch)")
+
+
+def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    if a is None or b is None:
+        return _zero_if_none(a if b is None else b, like)
+    return a + b
 
 
 def _zero_if_none(value: Tensor | None, like: Tensor) -> Tensor:

@@ -20,21 +20,25 @@ SMALL = 1 << 16
 
 
 class Rows:
-    """Takes states, gives back equal ones whose tensors are views into blocks of rows."""
+    """Takes states of one run, gives back equal ones whose tensors are views into blocks of rows."""
 
-    __slots__ = ("_block", "_next")
+    __slots__ = ("_block", "_by_reference", "_next")
 
     def __init__(self) -> None:
         """Nothing is allocated yet."""
         self._block: Tensor | None = None
         self._next = ROWS
+        self._by_reference = False  # found out with the first state
 
     def put(self, state: InnerState) -> InnerState:
         """A copy in the next row; the state itself where it is small or mixes dtypes or devices."""
+        if self._by_reference:
+            return state
         tensors = tree.floats(state)
         size = sum(x.numel() for x in tensors)
         first = tensors[0]
         if size * first.element_size() < SMALL or any(x.dtype != first.dtype or x.device != first.device for x in tensors):
+            self._by_reference = True
             return state
         if self._block is None or self._next == ROWS or self._block.shape[1] != size:
             self._block, self._next = torch.empty(ROWS, size, dtype=first.dtype, device=first.device), 0
@@ -51,15 +55,18 @@ class Rows:
 class Place:
     """Memory for one state, taken once: what changes from step to step is written over itself, for the same reason."""
 
-    __slots__ = ("_there",)
+    __slots__ = ("_small", "_there")
 
     def __init__(self) -> None:
         """Nothing is allocated yet."""
         self._there: Tree = None
+        self._small: bool | None = None  # found out with the first state
 
     def put(self, state: InnerState) -> InnerState:
         """A copy, which lives until the next state of the same structure is put here; the state itself where it is small."""
-        if sum(x.numel() * x.element_size() for x in tree.floats(state)) < SMALL // 16:
+        if self._small is None:
+            self._small = sum(x.numel() * x.element_size() for x in tree.floats(state)) < SMALL // 16
+        if self._small:
             return state
         if self._there is None:
             self._there = tree.map(lambda x: torch.empty_like(x) if tree.is_float(x) else None, state)
