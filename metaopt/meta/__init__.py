@@ -7,6 +7,7 @@ from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import HyperSteps, OnlineReport, online
 from metaopt.meta.outer import Outer, SizeWarning
 from metaopt.meta.sign_step import SignStep
+from metaopt.meta.task_chunks import InTaskChunks, TaskChunks, in_task_chunks
 from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Fixed",
     "HyperSteps",
+    "InTaskChunks",
     "Initialisation",
     "MetaReport",
     "MetaTask",
@@ -23,7 +25,9 @@ __all__ = [
     "Reptile",
     "SignStep",
     "SizeWarning",
+    "TaskChunks",
     "bounded",
+    "in_task_chunks",
     "looped",
     "online",
     "replicated",

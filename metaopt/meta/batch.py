@@ -23,7 +23,7 @@ def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "dif
 
     Args:
         loss: ``(w, lam, batch) -> scalar`` of one task.
-        chunk_size: tasks computed at a time; default all.
+        chunk_size: tasks computed at a time; default all. The graphs of all are kept none the less: to hold fewer, :func:`in_task_chunks`.
         randomness: of dropout across tasks, as in :func:`torch.vmap`.
     """
     mapped = torch.vmap(loss, in_dims=(0, None, 0), chunk_size=chunk_size, randomness=randomness)

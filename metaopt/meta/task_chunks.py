@@ -1,0 +1,174 @@
+r"""A stacked meta-batch a few tasks at a time, for when memory is short.
+
+Tasks do not see each other, so that with the tasks split into parts :math:`P`
+
+.. math::
+    \alpha A = [\alpha_P A_P]_P, \qquad \alpha B = \sum_P \alpha_P B_P, \qquad \nabla L_{val} = \sum_P \nabla L_{val, P}:
+
+the graph of one part at a time is enough. The states of all tasks are still kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from metaopt import tree
+from metaopt.inner import InnerState, Linearized, Stationary, Step, Tangents
+from metaopt.inner.step import Wrt
+from metaopt.meta.batch import Loss
+from metaopt.tree import Tree
+
+
+class InTaskChunks(NamedTuple):
+    """A stacked problem, a few tasks at a time.
+
+    Attributes:
+        step: Φ of the meta-batch.
+        outer_loss: the outer loss of the meta-batch.
+    """
+
+    step: Step
+    outer_loss: Loss
+
+
+def in_task_chunks(step: Step, outer_loss: Loss, chunk_size: int) -> InTaskChunks:
+    """The same Φ and outer loss of a stacked meta-batch, at most ``chunk_size`` tasks at a time.
+
+    Every estimator takes them in place of the originals, online and offline, and gets the same numbers to rounding; random draws come in another
+    order. Cost: one more evaluation of the outer loss. Memory: the graphs of ``chunk_size`` tasks; what keeps graphs on purpose
+    (:class:`~metaopt.trajectory.Graphs`, the 1-step method's training step, forward mode), or is built from the inner loss alone (EvoGrad, DARTS
+    and its kin), holds all tasks at once.
+
+    Args:
+        step: made of a loss from :func:`stacked` or :func:`looped`.
+        outer_loss: a sum over tasks from one of the two.
+        chunk_size: tasks at a time; the last chunk may be smaller.
+
+    Raises:
+        ValueError: if ``chunk_size`` is less than 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is a number of tasks, at least 1, got {chunk_size}")
+
+    def total(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        def part(w_i: Tree, batch_i: Any) -> Tensor:
+            return checkpoint(outer_loss, w_i, lam, batch_i, use_reentrant=False)
+
+        return torch.stack([part(w_i, batch_i) for w_i, batch_i in _parts((w, batch), chunk_size)]).sum()
+
+    return InTaskChunks(TaskChunks(step, chunk_size), total)
+
+
+@dataclass(frozen=True)
+class TaskChunks:
+    """Φ of a stacked meta-batch, a few tasks at a time; see :func:`in_task_chunks`."""
+
+    step: Step
+    chunk_size: int
+
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """As the step of all tasks."""
+        return self.step.init(w, lam)
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ, part by part."""
+        return _joined([self.step(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)])
+
+    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
+        """The graphs of all parts."""
+        return LinearizedParts([self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)], self.chunk_size)
+
+    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """The adjoint, part by part: one part's graph at a time."""
+        parts = self._parts(state, batch, cotangent)
+        return _gathered(self.step.vjp(state_i, lam, batch_i, bar_i, wrt=wrt) for state_i, batch_i, bar_i in parts)
+
+    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
+        """The tangent, part by part."""
+        parts = self._parts(state, batch, state_dot)
+        return _joined([self.step.jvp(state_i, lam, batch_i, dot_i, lam_dot) for state_i, batch_i, dot_i in parts])
+
+    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> Tangents:
+        """As the step of all tasks: forward mode keeps their graphs together anyway."""
+        return self.step.tangents(state, lam, batch)
+
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
+        """As the step of all tasks, in parts again."""
+        found = self.step.stationary(state, rate)
+        return found._replace(step=TaskChunks(found.step, self.chunk_size))
+
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """As the step of all tasks."""
+        return self.step.loss(w, lam, batch)
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
+        """Part by part."""
+        found = [self.step.adapt(state_i, lam, batch_i, alpha_i) for state_i, batch_i, alpha_i in self._parts(state, batch, alpha)]
+        return _joined([u for u, _ in found]), _sum([bar for _, bar in found])
+
+    def _parts(self, *stacked: Tree) -> Iterator[tuple[Tree, ...]]:
+        return _parts(stacked, self.chunk_size)
+
+
+class LinearizedParts:
+    """The parts of Φ at one point."""
+
+    __slots__ = ("_chunk_size", "_parts")
+
+    def __init__(self, parts: list[Linearized], chunk_size: int) -> None:
+        """Keep them."""
+        self._parts, self._chunk_size = parts, chunk_size
+
+    @property
+    def state(self) -> InnerState:
+        """Of all tasks."""
+        return _joined([part.state for part in self._parts])
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """Part by part."""
+        bars = _parts((cotangent,), self._chunk_size)
+        return _gathered(part.pullback(bar, wrt) for part, (bar,) in zip(self._parts, bars, strict=True))
+
+
+def _parts(stacked: tuple[Tree, ...], chunk_size: int) -> Iterator[tuple[Tree, ...]]:
+    """The trees cut along the first axis of their tensors; leaves that are no tensors are shared."""
+    tasks = next(leaf.shape[0] for leaf in tree.leaves(stacked) if isinstance(leaf, Tensor))
+    for start in range(0, tasks, chunk_size):
+        rows = slice(start, start + chunk_size)
+        yield tree.map(lambda leaf, rows=rows: _cut(leaf, rows, tasks), stacked)
+
+
+def _cut(leaf: Any, rows: slice, tasks: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.shape[:1] != (tasks,):
+        raise ValueError(f"a meta-batch of {tasks} tasks has them on the first axis of every tensor, but one has shape {tuple(leaf.shape)}")
+    return leaf[rows]
+
+
+def _joined(parts: list[Tree]) -> Tree:
+    return tree.map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
+
+
+def _gathered(products: Iterator[tuple[InnerState | None, Tree]]) -> tuple[InnerState | None, Tree]:
+    """``(αA, αB)`` of all parts from those of each."""
+    bars: list[InnerState] = []
+    total: Tree = None
+    for state_bar, product in products:
+        total = tree.add(total, product)
+        if state_bar is not None:
+            bars.append(state_bar)
+    return _joined(bars) if bars else None, total
+
+
+def _sum(products: list[Tree]) -> Tree:
+    total: Tree = None
+    for product in products:
+        total = tree.add(total, product)
+    return total
