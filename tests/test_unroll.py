@@ -180,3 +180,28 @@ def test_a_pullback_that_is_not_linear_is_refused():
     with pytest.raises(ValueError, match=r"pi='unit'.*not linear"):
         mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="unit"))
     assert mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="plain")).w.requires_grad
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["steps", "chunks"])
+def test_hoisted_features_are_the_whole_net(chunked):
+    torch.manual_seed(0)
+    body, head = nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double(), mo.functional(nn.Linear(4, 1).double())
+    (x, y), (x_val, y_val) = [(torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)) for _ in range(2)]
+    lam = dict(body.named_parameters())
+    optimizer = mo.inner.Adam(lr=0.1)
+
+    def loss(w, lam, batch):
+        return (head(w, torch.func.functional_call(body, lam, (batch[0],))) - batch[1]).pow(2).mean()
+
+    def head_loss(w, features, y):
+        return (head(w, features) - y).pow(2).mean()
+
+    whole = mo.hypergradient(mo.inner_step(loss, optimizer), loss, head.params, tree.detach(lam), [(x, y)] * T, (x_val, y_val), mo.RMD()).total
+    step, batches = mo.inner_step(head_loss, optimizer), [y] * T
+    if chunked:
+        step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, 3)
+    w = mo.unroll(step, head.params, body(x), batches).w
+    head_loss(w, body(x_val), y_val).backward()
+    for name, leaf in lam.items():
+        assert torch.allclose(leaf.grad, whole[name], rtol=1e-12)
+        assert leaf.grad.abs().sum() > 0

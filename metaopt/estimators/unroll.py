@@ -47,6 +47,13 @@ def unroll(
     Under ``torch.no_grad()``, or if nothing requires grad, this is the plain run, and nothing is remembered. Under ``torch.autocast`` the
     sweep runs under the same autocast. The sweep happens once per call of ``backward``.
 
+    **Hoisting.** What λ and the data alone make, and every inner step would make again (the features under ANIL's head, where the batch repeats), can
+    be made once and given to the run as its hyperparameters; autograd does the rest::
+
+        features = body(lam, x)  # lam requires grad
+        w = mo.unroll(head_step, w0, features, [y] * T).w
+        head_loss(w, body(lam, x_val), y_val).backward()
+
     Args:
         step: Φ.
         w0: initial weights.
