@@ -40,11 +40,11 @@ class Compilation:
         unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first pullback.
     """
 
-    def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] = lambda batch: 1) -> None:
-        """Nothing is compiled yet. ``steps(batch)`` says how many steps Φ takes."""
+    def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] | None = None) -> None:
+        """Nothing is compiled yet. ``steps(batch)`` says how many steps Φ takes, if it is not one."""
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
-        self._phi, self._steps = phi, steps
+        self._phi, self._many = phi, steps
         self._made: dict[str, Callable[..., Any]] = {}
         self.unused: list[bool] | None = None
 
@@ -84,6 +84,9 @@ class Compilation:
         return pull(tuple(seeds))
 
     # -- how -------------------------------------------------------------------------------------
+    def _steps(self, batch: Any) -> int:
+        return self._many(batch) if self._many else 1
+
     def _numbers(self, state: InnerState, batch: Any) -> tuple[int, ...]:
         return tuple(range(state.t + 1, state.t + 1 + self._steps(batch)))
 
@@ -109,8 +112,11 @@ class Compilation:
         # The compiler keeps its results, and counts them, per code object: one of our own keeps the steps of a program apart.
         function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        # It draws what the eager step draws; and where calls are dear, even the calls of the kernels are compiled.
-        options: Any = {"fallback_random": True, "cpp_wrapper": on_cpu, "joint_custom_pre_pass": Once()} if self.backend == "inductor" else None
+        options: Any = None
+        if self.backend == "inductor":
+            options = {"fallback_random": True, "cpp_wrapper": on_cpu}  # draws what the eager step draws; where calls are dear, compiles even those
+            if self._many:  # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
+                options["joint_custom_pre_pass"] = Once()
         return torch.compile(types.MethodType(own, self), fullgraph=True, backend=self.backend, options=options)
 
 
