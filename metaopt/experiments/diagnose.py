@@ -118,7 +118,7 @@ def figure_3(stages: Sequence[Stage]) -> Figure:
         _band(axes[2], stage.methods, "indirect")
         axes[2].set_title("(c) indirect term, methods", fontsize="medium")
         for panel in axes:
-            panel.set(xlabel="inner steps t", ylim=(None, 1.03))
+            panel.set(xlabel="inner steps t", ylim=(min(panel.get_ylim()[0], 0.9), 1.03))
             panel.grid(alpha=0.25)
             panel.legend(fontsize="small", loc="lower left")
         axes[0].set_ylabel("cosine to exact RMD")
