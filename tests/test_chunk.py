@@ -1,21 +1,26 @@
 """Several inner steps as one: the same numbers, whatever differentiates them."""
 
+import shutil
+from collections import Counter
+
 import pytest
 import torch
 from cases import OPTIMIZERS, TRAJECTORIES
 from test_compiled import close, problem
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.inner._once import Once
 
 BODY = (torch.nn.Dropout(0.5),)
 PLAIN = [case for case in OPTIMIZERS if case.plain]
 FULL = [case for case in TRAJECTORIES if case.full]
 
 
-def run(chunked, estimator, optimizer, body=(), compile=False, size=3):
+def run(chunked, estimator, optimizer, body=(), compile=False, size=3, steps=7):
     step, loss, w, lam, batches = problem(optimizer, body, compile)
-    batches = [*batches, *batches[:3]]  # seven: the last group is shorter
+    batches = [*batches, *batches][:steps]  # of seven the last group is shorter
     lam = {name: leaf for name, leaf in lam.items() if name != "spare" and (name != "rate" or getattr(optimizer, "lr", None) is rate)}
     torch.manual_seed(3)
     if chunked:
@@ -75,8 +80,8 @@ def test_jvp_and_vjp_are_transposes():
 def test_compiled_chunks_are_eager_steps(body):
     torch._dynamo.reset()
     optimizer = mo.inner.SGD(lr=rate, momentum=0.9)
-    single, _ = run(False, mo.RMD(), optimizer, body)
-    together, step = run(True, mo.RMD(), optimizer, body, compile="aot_eager")
+    single, _ = run(False, mo.RMD(), optimizer, body, steps=4)
+    together, step = run(True, mo.RMD(), optimizer, body, compile="aot_eager", size=2, steps=4)
     assert step.compilation.refused is None and step.compilation.seconds > 0
     assert close(together.total, single.total, 1e-10)
     assert close(together.state.w, single.state.w, 1e-10)
@@ -94,3 +99,41 @@ def test_bad_input():
         mo.hypergradient(whole, loss, w, lam, [batches], batches[0], mo.DARTS())
     with pytest.raises(ValueError, match="at least one batch"):
         mo.inner.in_chunks(batches, 0)
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor():
+    torch._dynamo.reset()
+    optimizer = mo.inner.SGD(lr=0.1, momentum=0.9)
+    single, _ = run(False, mo.RMD(), optimizer, steps=4)
+    together, step = run(True, mo.RMD(), optimizer, compile=True, size=2, steps=4)
+    assert step.compilation.refused is None
+    assert close(together.total, single.total, 1e-10)
+
+
+def test_equal_subexpressions_are_joined_and_random_ones_are_not():
+    def twice(x):
+        towers = [(x @ x).tanh() + 1 for _ in range(2)] + [(x @ x).tanh() + 1.0]
+        return sum(towers) + torch.rand_like(x) + torch.rand_like(x)
+
+    traced = make_fx(twice)(torch.randn(3, 3))
+    count = lambda: Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")  # noqa: E731
+    before = count()
+    Once()(traced.graph)
+    traced.recompile()
+    after = count()
+    assert before["aten.mm.default"] == 3 and after["aten.mm.default"] == 1 and after["aten.tanh.default"] == 1
+    assert after["aten.rand_like.default"] == before["aten.rand_like.default"] == 2
+    x = torch.randn(3, 3)
+    torch.manual_seed(0)
+    want = twice(x)
+    torch.manual_seed(0)
+    assert torch.allclose(traced(x), want)
+
+
+def test_a_graph_that_mutates_is_left_alone():
+    traced = make_fx(lambda x: x.clone().add_(1) * x.clone().add_(1))(torch.ones(2))
+    before = str(traced.graph)
+    Once()(traced.graph)
+    assert str(traced.graph) == before

@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import OpOverload
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 
 class Once(CustomGraphPass):
-    """Common subexpression elimination, which inductor leaves to its callers; random and mutating operations are never joined."""
+    """Common subexpression elimination, which inductor leaves to its callers.
+
+    Random operations are never joined, and a graph with an operation that mutates is left as it is: what was equal might be changed in between.
+    """
 
     def __call__(self, graph: Graph) -> None:
         """In place, first come first kept. Users of a removed node are rewritten at once, so that equal towers fall together in one walk."""
-        kept: dict[tuple[object, str, str], torch.fx.Node] = {}
-        for node in list(graph.nodes):
-            target = node.target
-            if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+        operations = [(node, node.target) for node in graph.nodes if isinstance(node.target, OpOverload)]
+        if any(target._schema.is_mutable for _, target in operations):
+            return
+        kept: dict[tuple[OpOverload, str, str], Node] = {}
+        for node, target in operations:
+            if torch.Tag.nondeterministic_seeded in target.tags:
                 continue
             first = kept.setdefault((target, str(node.args), str(node.kwargs)), node)  # as text: 1, 1.0 and True are different arguments
             if first is not node:
