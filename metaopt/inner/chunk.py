@@ -103,7 +103,7 @@ def chunked(step: Step) -> Chunk:
     interpolation of :class:`~metaopt.DrMAD`) it then counts in chunks.
 
     Of a step built with ``inner_step(..., compile=True)`` a whole chunk is compiled: on a small net, where calls take the time and not arithmetic,
-    chunks of ten made exact RMD two to three times as fast as compiled single steps (``benchmarks/README.md``). The compiler takes a few seconds
+    chunks of twenty made exact RMD three to six times as fast as compiled steps (``benchmarks/README.md``). The compiler takes a few seconds
     per step of a chunk, once per length. Compiled or not, the sweep holds the activations of one chunk.
     """
     compiled = step.compilation if isinstance(step, InnerStep) else None
