@@ -4,14 +4,13 @@ The naive loop and the budgets take turns; a figure is the median over rounds of
 """
 
 import argparse
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import metaopt as mo
+from benchmarks import measure
 from benchmarks.engines import naive, ours
 from benchmarks.problems import PROBLEMS
 from benchmarks.report import merged, pyplot
@@ -29,23 +28,18 @@ def bytes_of_all_graphs(problem) -> int:
     return len(problem.batches) * (tape.graphs[0].size + tape.state_size) + tape.state_size
 
 
-def measure(name: str, T: int, rounds: int) -> list[dict]:
+def measured(name: str, T: int, rounds: int) -> list[dict]:
     torch.manual_seed(0)
     problem = PROBLEMS[name].make(T, torch.float32)
     all_of_it = bytes_of_all_graphs(problem)
-    engines = {"naive": naive.gradient, "states only": partial(ours.gradient, estimator=mo.RMD())}
+    engines = {"naive": partial(naive.gradient, problem), "states only": partial(ours.gradient, problem, mo.RMD())}
     for share in SHARES[1:]:
         trajectory = mo.trajectory.Budgeted(int(share * all_of_it))
-        engines[f"{share:.0%} of the graphs"] = partial(ours.gradient, estimator=mo.RMD(trajectory))
-    times: dict[str, list[float]] = {engine: [] for engine in engines}
-    for turn in range(rounds + 1):
-        for engine, gradient in engines.items():
-            start = time.process_time()
-            gradient(problem)
-            times[engine].append(time.process_time() - start) if turn else None
+        engines[f"{share:.0%} of the graphs"] = partial(ours.gradient, problem, mo.RMD(trajectory))
+    times = measure.seconds(engines, rounds)
     rows = []
-    for number, (engine, own) in enumerate(times.items()):
-        ratio = statistics.median(a / b for a, b in zip(own, times["naive"], strict=True))
+    for number, engine in enumerate(engines):
+        ratio = measure.ratio(times, engine, "naive")
         share = None if number == 0 else SHARES[number - 1]
         rows.append({"problem": name, "T": T, "engine": engine, "share": share, "budget MiB": (share or 0) * all_of_it / 2**20, "ratio": ratio})
         print(f"{name:14} T={T:<3} {engine:24} {ratio:5.2f} x naive", flush=True)
@@ -60,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = merged(measure(arguments.problem, arguments.steps, arguments.rounds), arguments.out / "budget.json")
+    rows = merged(measured(arguments.problem, arguments.steps, arguments.rounds), arguments.out / "budget.json")
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.5))
     for problem, T in dict.fromkeys((row["problem"], row["T"]) for row in rows):

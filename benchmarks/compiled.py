@@ -9,8 +9,6 @@ Memory: growth of the resident set's peak, each in a process of its own after a 
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -18,7 +16,7 @@ import torch
 from torch.func import functional_call
 
 import metaopt as mo
-from benchmarks import memory
+from benchmarks import measure
 from benchmarks.engines.naive import gradient as naive
 from benchmarks.engines.ours import parts
 from benchmarks.problem import Problem
@@ -93,7 +91,7 @@ SIZES = {
 }
 
 
-def seconds(problem: Problem, chunk: int, names: list[str], rounds: int) -> dict[str, list[float]]:
+def seconds(problem: Problem, chunk: int, names: list[str], rounds: int) -> measure.Times:
     forms = {name: FORMS[name](problem, chunk) for name in names}
     for name, form in forms.items():
         start = time.perf_counter()
@@ -102,26 +100,15 @@ def seconds(problem: Problem, chunk: int, names: list[str], rounds: int) -> dict
         print(f"  {name}: first two calls {time.perf_counter() - start:.1f} s", flush=True)
         if isinstance(form, Form) and form.step.compilation is not None:
             assert form.step.compilation.refused is None, form.step.compilation.refused
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.process_time()
-            form()
-            times[name].append(time.process_time() - start)
-    return times
+    return measure.seconds(forms, rounds)
 
 
-def weigh(problem: str, T: int, chunk: int, name: str) -> None:
+def growth(problem: str, T: int, chunk: int, name: str) -> float | None:
     torch.manual_seed(0)
     form = FORMS[name](PROBLEMS[problem].make(T, torch.float32), chunk)
     form()
     form()
-    print(memory.growth(form)[1])
-
-
-def growth(problem: str, T: int, chunk: int, name: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.compiled", "--weigh", problem, str(T), str(chunk), name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return measure.growth(form)
 
 
 def main() -> None:
@@ -131,12 +118,8 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, help="T, where it differs")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
-    parser.add_argument("--weigh", nargs=4, metavar=("PROBLEM", "T", "CHUNK", "FORM"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.weigh:
-        problem, T, chunk, name = arguments.weigh
-        return weigh(problem, int(T), int(chunk), name)
     for problem in arguments.problems.split(","):
         T, chunk, forms = SIZES[problem]
         T, names = arguments.horizon or T, ["naive", "plain training", "plain training, outer gradient", *forms]
@@ -144,11 +127,10 @@ def main() -> None:
             torch.manual_seed(0)
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)
             for name, own in times.items():
-                ratio = statistics.median(a / b for a, b in zip(own, times["naive"], strict=True))
+                ratio = measure.ratio(times, name, "naive")
                 print(f"{problem:14} T={T:<4} {name:33} {ratio:5.2f} x naive   {statistics.median(own):8.4f} s", flush=True)
         for name in () if arguments.no_memory else names:
-            print(f"{problem:14} T={T:<4} {name:33} {growth(problem, T, chunk, name):6.0f} MiB", flush=True)
-    return None
+            print(f"{problem:14} T={T:<4} {name:33} {measure.alone(growth, problem, T, chunk, name):6.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":

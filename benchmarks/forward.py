@@ -7,13 +7,14 @@ and a label shift for each of ten examples or classes, and ten learning rates in
 
 import argparse
 import statistics
-import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import metaopt as mo
+from benchmarks import measure
 from benchmarks.problems import PROBLEMS
 from metaopt import tree
 from metaopt.estimators.forward import basis_of
@@ -134,15 +135,10 @@ def main() -> None:
         case = make(torch.float64)
         difference = max(float((flat(by_fmd(case)) - flat(loop(case))).abs().max()) for loop in (by_loop, by_forward_mode))
         case = make(torch.float32)
-        times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
-        for turn in range(rounds + 1):
-            for engine, run in ENGINES.items():
-                start = time.perf_counter()
-                run(case)
-                times[engine] += [time.perf_counter() - start] if turn else []
+        times = measure.seconds({engine: partial(run, case) for engine, run in ENGINES.items()}, rounds)
         print(f"{name} (largest difference in float64: {difference:.0e})")
         for engine, own in times.items():
-            ratio = statistics.median(a / b for a, b in zip(times["a loop of jvps"], own, strict=True))
+            ratio = measure.ratio(times, "a loop of jvps", engine)
             print(f"  {engine:34} {1e3 * statistics.median(own):9.1f} ms   {ratio:5.1f} x as fast as the loop", flush=True)
 
 

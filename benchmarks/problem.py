@@ -20,6 +20,12 @@ class Problem(NamedTuple):
     momentum: float = 0.9
 
 
+def few(problem: Problem) -> Problem:
+    """Two steps on four examples, to warm up on."""
+    small = tuple(part[:4].clone() for part in problem.outer_batch)
+    return problem._replace(batches=[small] * 2, outer_batch=small)
+
+
 def images(module: nn.Sequential, weights: list[str], tail: int | None, T: int, dtype: torch.dtype) -> Problem:
     """Ten classes, batches of a hundred 3x32x32 images of noise (five batches, used in turn)."""
     data = [(torch.randn(100, 3, 32, 32, dtype=dtype), torch.randint(10, (100,))) for _ in range(6)]

@@ -7,16 +7,14 @@ loop's in the same round). Memory: growth of the resident set's peak, each in a 
 
 import argparse
 import statistics
-import subprocess
-import sys
-import time
+from functools import partial
 
 import torch
 
 import metaopt as mo
-from benchmarks import memory
+from benchmarks import measure
 from benchmarks.engines.ours import parts
-from benchmarks.problem import Problem
+from benchmarks.problem import Problem, few
 from benchmarks.problems import PROBLEMS
 from metaopt import tree
 
@@ -41,16 +39,10 @@ def run(problem: Problem, way: str):
     return mo.hypergradient(*pair, mo.meta.replicated(w, TASKS), lam, batches[:-1], batches[-1], mo.RMD()).total
 
 
-def growth(problem: str, T: int, way: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.tasks", "--weigh", problem, str(T), way]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def weigh(problem: str, T: int, way: str) -> None:
+def growth(problem: str, T: int, way: str) -> float | None:
     made = PROBLEMS[problem].make(T, torch.float32)
-    few = tuple(part[:2].clone() for part in made.outer_batch)
-    run(made._replace(batches=[few] * 2, outer_batch=few), way)
-    print(memory.growth(lambda: run(made, way))[1])
+    run(few(made), way)
+    return measure.growth(partial(run, made, way))
 
 
 def main() -> None:
@@ -58,27 +50,18 @@ def main() -> None:
     parser.add_argument("--problems", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--weigh", nargs=3, metavar=("PROBLEM", "T", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.weigh:
-        return weigh(arguments.weigh[0], int(arguments.weigh[1]), arguments.weigh[2])
     for name in arguments.problems.split(","):
         torch.manual_seed(0)
         T = SIZES[name]
         problem = PROBLEMS[name].make(T, torch.float32)
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
-        for turn in range(arguments.rounds + 1):
-            for way in WAYS:
-                start = time.process_time()
-                run(problem, way)
-                times[way].append(time.process_time() - start) if turn else None
+        times = measure.seconds({way: partial(run, problem, way) for way in WAYS}, arguments.rounds)
         for way, own in times.items():
-            ratio = statistics.median(a / b for a, b in zip(own, times["loop over tasks"], strict=True))
+            ratio = measure.ratio(times, way, "loop over tasks")
             print(f"{name:14} T={T:<3} {way:25} {ratio:5.2f} x loop   {statistics.median(own):8.3f} s", flush=True)
         for way in () if arguments.no_memory else WAYS:
-            print(f"{name:14} T={T:<3} {way:25} {growth(name, T, way):6.0f} MiB", flush=True)
-    return None
+            print(f"{name:14} T={T:<3} {way:25} {measure.alone(growth, name, T, way):6.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":

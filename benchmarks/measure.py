@@ -1,0 +1,56 @@
+"""How every benchmark here measures: times side by side in one process, memory each alone in a fresh one."""
+
+import ctypes
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Times = dict[str, list[float]]
+
+
+def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    """Processor seconds of ``rounds`` calls of each, which take turns (A B C A B C …) after a first one that is not counted.
+
+    The processor's time, not the clock's: waiting for other jobs does not count. What returns ``None`` does not apply and is left out.
+    """
+    times: Times = {name: [] for name, run in runs.items() if run() is not None}
+    for _ in range(rounds):
+        for name, own in times.items():
+            start = time.process_time()
+            runs[name]()
+            own.append(time.process_time() - start)
+    return times
+
+
+def ratio(times: Times, name: str, base: str) -> float:
+    """The median over rounds of (time of ``name`` / time of ``base`` in the same round)."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def alone(measurement: Callable[..., Any], *arguments: Any) -> Any:
+    """``measurement(*arguments)`` in a fresh process, which knows nothing of this one but what Python can find by name."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(measurement, *arguments).result()
+
+
+def growth(run: Callable[[], object]) -> float | None:
+    """MiB by which ``run`` raises the peak of this process's resident set over what is resident before (Linux); ``None`` if it does not apply."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back, or this one would live in it uncounted
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _resident("VmRSS")
+    if run() is None:
+        return None
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
