@@ -20,14 +20,14 @@ from benchmarks.problems import PROBLEMS
 ESTIMATORS = {"FirstOrder": mo.FirstOrder(), "OneStep": mo.OneStep(), "HyperDistill": mo.HyperDistill()}
 METHODS = ("plain", *ESTIMATORS)
 COMPILED = ("plain, compiled", "HyperDistill, compiled")
-STEPS: dict[tuple[int, str], mo.inner.InnerStep] = {}  # what is compiled is kept from call to call
+PARTS: dict[tuple[int, str], tuple[mo.inner.InnerStep, mo.CompiledLoss]] = {}  # what is compiled is kept from call to call
 
 
 def run(problem, method: str) -> None:
     step, loss, w, lam = parts(problem)
     if method.endswith(", compiled"):
         method = method.removesuffix(", compiled")
-        step = STEPS.setdefault((id(problem), method), mo.inner_step(loss, step.optimizer, compile=True))
+        step, loss = PARTS.setdefault((id(problem), method), (mo.inner_step(loss, step.optimizer, compile=True), mo.compiled_loss(loss)))
     if method == "plain":
         state = step.init(w, lam)
         for batch in problem.batches:

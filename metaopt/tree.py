@@ -269,11 +269,12 @@ def check_like(tree: Tree, reference: Tree, what: str, reference_what: str) -> N
     if spec != reference_spec:
         only = sorted(set(names(tree)) ^ set(names(reference)))
         raise ValueError(f"{what} and {reference_what} have different structures; they differ at {only[:4] or spec}")
-    for name, x, y in zip(names(reference), mine, theirs, strict=True):
+    for number, (x, y) in enumerate(zip(mine, theirs, strict=True)):
         for attribute in ("shape", "dtype", "device"):
             got, want = getattr(x, attribute, None), getattr(y, attribute, None)
             if got != want:
                 shown = (tuple(got), tuple(want)) if attribute == "shape" and got is not None and want is not None else (got, want)
+                name = names(reference)[number]
                 raise ValueError(f"{what} does not match {reference_what} at {name}: {attribute} {shown[0]} against {shown[1]}")
 
 

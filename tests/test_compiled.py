@@ -6,6 +6,7 @@ from torch import nn
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.estimators.base import outer_gradient
 
 F64 = torch.float64
 
@@ -69,3 +70,61 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
     assert step.compilation.refused
     assert torch.equal(got.total, mo.hypergradient(mo.inner_step(loss, mo.inner.SGD(lr=0.1)), *args).total)
     assert torch._C._functorch.peek_interpreter_stack() is None
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["HyperDistill", "OneStep", "RMD"])
+def test_compiled_outer_loss_is_eager(name):
+    torch._dynamo.reset()
+    step, loss, w, lam, batches = problem(mo.inner.SGD(lr=0.1, momentum=0.9))
+
+    def hypergradients(outer_loss):
+        if name == "RMD":
+            return [mo.hypergradient(step, outer_loss, w, lam, batches, batch, mo.RMD()).total for batch in batches]
+        reports = mo.online(step, outer_loss, w, lam, batches, batches, getattr(mo, name)(), lambda params: torch.optim.SGD(params, lr=0.1))
+        return [report.hypergradient.total for report in reports]
+
+    outer, found = mo.compiled_loss(loss, "aot_eager"), []
+    for outer_loss in (loss, outer):
+        with pytest.warns(mo.UnusedHyperparameterWarning, match="spare"):
+            found.append(hypergradients(outer_loss))
+    assert outer.refused is None
+    assert outer.seconds > 0
+    assert close(found[0], found[1], 1e-12)
+    assert float(tree.norm(found[0][-1])) > 1e-6
+    assert torch.equal(outer(w, lam, batches[0]), loss(w, lam, batches[0]))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_outer_loss_notices_what_changes():
+    torch._dynamo.reset()
+    model = mo.functional(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1)).double())
+    settings = {"squared": True}
+
+    def loss(w, lam, x):
+        return model(w, x).pow(2 if settings["squared"] else 4).mean() + (lam * w["1.weight"]).sum()
+
+    outer = mo.compiled_loss(loss, "aot_eager")
+    lam = torch.ones(1, 3, dtype=F64)
+    for x in (torch.randn(4, 3, dtype=F64), torch.randn(6, 3, dtype=F64)):
+        for settings["squared"] in (True, False):
+            for mode in (True, False):
+                model, got = model.train(mode), []
+                for one in (loss, outer, outer):
+                    torch.manual_seed(1)
+                    got.append(outer_gradient(one, model.params, lam, x))
+                assert close(got[1], got[0], 1e-12)
+                assert close(got[2], got[0], 1e-12)
+    assert outer.refused is None
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_outer_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once():
+    torch._dynamo.reset()
+    outer = mo.compiled_loss(lambda w, lam, _: (w * lam).sum() * (1.0 if float(w.detach().sum()) > 0 else 2.0), "aot_eager")
+    with pytest.warns(UserWarning, match="the outer loss cannot be compiled and runs eagerly") as caught:
+        found = [outer_gradient(outer, torch.full((2,), -1.0), torch.ones(2), None) for _ in range(4)]
+    assert len(caught) == 1
+    assert all(alpha.tolist() == [2.0, 2.0] and direct.tolist() == [-2.0, -2.0] for _, alpha, direct in found)
+    with pytest.raises(TypeError, match="outer_loss must be a function"):
+        mo.compiled_loss(None)

@@ -12,6 +12,7 @@ from metaopt.estimators.base import (
     hypergradient,
 )
 from metaopt.estimators.bome import BOME
+from metaopt.estimators.compiled_loss import CompiledLoss, compiled_loss
 from metaopt.estimators.cost import Cost
 from metaopt.estimators.darts import DARTS
 from metaopt.estimators.evograd import EvoGrad
@@ -43,6 +44,7 @@ __all__ = [
     "SOBA",
     "UORO",
     "AntitheticES",
+    "CompiledLoss",
     "Cost",
     "DrMAD",
     "Estimator",
@@ -62,6 +64,7 @@ __all__ = [
     "UndeclaredTensorWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
+    "compiled_loss",
     "hypergradient",
     "unroll",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from metaopt import tree
+from metaopt.estimators.compiled_loss import CompiledLoss, ValueAndGradient
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step, checked_scalar
@@ -279,21 +280,29 @@ def outer_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> tup
         ValueError: if the loss is no scalar or depends on nothing.
         FloatingPointError: if it is not finite.
     """
+
+    def eager() -> ValueAndGradient:
+        return _value_and_gradient(outer_loss, w, lam, batch)
+
+    loss, gradients = outer_loss.gradient(w, lam, batch, eager) if isinstance(outer_loss, CompiledLoss) else eager()
+    if not bool(torch.isfinite(loss)):
+        bad = tree.first_non_finite(w)
+        where = f"the weight {bad} is not finite: the inner run diverged (lower its learning rate)" if bad else "the weights are finite"
+        raise FloatingPointError(f"outer_loss is {loss.item()}; {where}")
+    w_flat, w_spec = tree.flatten(w)
+    alpha = tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, w_flat, strict=False)], w_spec)
+    return loss.detach(), alpha, tree.unflatten(gradients[len(w_flat) :], tree.flatten(lam)[1])
+
+
+def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> ValueAndGradient:
     with torch.enable_grad():
         w_, lam_ = tree.attach(w), tree.attach(lam)
         loss = checked_scalar(outer_loss(w_, lam_, batch), "outer_loss")
         if not loss.requires_grad:
             raise ValueError("outer_loss depends neither on the weights nor on lam, or its graph was cut (detach, no_grad, .item(), argmax)")
-        w_flat, w_spec = tree.flatten(w_)
-        lam_flat, lam_spec = tree.flatten(lam_)
-        gradients = torch.autograd.grad(loss, w_flat + lam_flat, allow_unused=True)
+        gradients = torch.autograd.grad(loss, tree.leaves((w_, lam_)), allow_unused=True)
         torch.clear_autocast_cache()  # as in the inner step
-    if not bool(torch.isfinite(loss)):
-        bad = tree.first_non_finite(w)
-        where = f"the weight {bad} is not finite: the inner run diverged (lower its learning rate)" if bad else "the weights are finite"
-        raise FloatingPointError(f"outer_loss is {loss.item()}; {where}")
-    alpha = tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, w_flat, strict=False)], w_spec)
-    return loss.detach(), alpha, tree.unflatten(gradients[len(w_flat) :], lam_spec)
+    return loss, gradients
 
 
 def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:

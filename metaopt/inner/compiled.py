@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -30,22 +30,66 @@ Phi: TypeAlias = Callable[[Tree, Tree, Tree, Any, tuple[int, ...]], tuple[Tree, 
 at them is compiled once for all of them."""
 
 
-class Compilation:
-    """The compiled functions of one Φ, made when they are first called.
+class Compiled:
+    """Functions that are compiled when they are first called, or never if the compiler refuses one of them.
 
     Attributes:
         backend: of :func:`torch.compile`.
         seconds: what the first calls took, tracing and compiling included.
         refused: why nothing is compiled any more; ``None`` as long as all goes well.
+    """
+
+    def __init__(self, what: str, backend: str, *, dynamic: bool | None = None, options: dict[str, Any] | None = None) -> None:
+        """Nothing is compiled yet; ``what`` stands in the warning if nothing can be.
+
+        ``dynamic`` is torch's: ``False`` compiles for every shape and number anew, ``None`` in general from the second on; ``options`` are inductor's.
+        """
+        self.backend, self.seconds = backend, 0.0
+        self.refused: str | None = None
+        self._what, self._dynamic, self._options = what, dynamic, options or {}
+        self._made: dict[str, Callable[..., Any]] = {}
+
+    def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be."""
+        if self.refused is not None:
+            return None
+        first = name not in self._made
+        if first:
+            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)))
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                return self._made[name](*tree.map(_cut, arguments))
+        except Exception as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager function
+            self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            warnings.warn(f"{self._what} cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4)
+            return None
+        finally:
+            if first:
+                self.seconds += time.perf_counter() - start
+
+    def _compiled(self, method: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
+        # The compiler keeps its results, and counts them, per code object: one of our own keeps the functions of a program apart.
+        function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
+        if self.backend == "inductor":  # draws what the eager function draws; where calls are dear, compiles even those
+            options |= {"fallback_random": True, "cpp_wrapper": on_cpu, **self._options}
+        return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options)
+
+
+class Compilation(Compiled):
+    """The compiled functions of one Φ.
+
+    Attributes:
         unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first pullback.
     """
 
     def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] | None = None) -> None:
-        """Nothing is compiled yet. ``steps(batch)`` says how many steps Φ takes, if it is not one."""
-        self.backend, self.seconds = backend, 0.0
-        self.refused: str | None = None
+        """``steps(batch)`` says how many steps Φ takes, if it is not one."""
+        # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
+        super().__init__("the inner step", backend, options={"joint_custom_pre_pass": Once()} if steps else None)
         self._phi, self._many = phi, steps
-        self._made: dict[str, Callable[..., Any]] = {}
         self.unused: list[bool] | None = None
 
     def next(self, state: InnerState, lam: Tree, batch: Any) -> InnerState | None:
@@ -89,35 +133,6 @@ class Compilation:
 
     def _numbers(self, state: InnerState, batch: Any) -> tuple[int, ...]:
         return tuple(range(state.t + 1, state.t + 1 + self._steps(batch)))
-
-    def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        if self.refused is not None:
-            return None
-        first = name not in self._made
-        if first:
-            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)))
-        start = time.perf_counter()
-        try:
-            with torch.no_grad():
-                return self._made[name](*tree.map(_cut, arguments))
-        except Exception as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager step
-            self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            warnings.warn(f"the inner step cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4)
-            return None
-        finally:
-            if first:
-                self.seconds += time.perf_counter() - start
-
-    def _compiled(self, method: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
-        # The compiler keeps its results, and counts them, per code object: one of our own keeps the steps of a program apart.
-        function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
-        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        options: Any = None
-        if self.backend == "inductor":
-            options = {"fallback_random": True, "cpp_wrapper": on_cpu}  # draws what the eager step draws; where calls are dear, compiles even those
-            if self._many:  # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
-                options["joint_custom_pre_pass"] = Once()
-        return torch.compile(types.MethodType(own, self), fullgraph=True, backend=self.backend, options=options)
 
 
 class CompiledPoint:
@@ -170,6 +185,14 @@ class CompiledPoint:
         else:
             with self._random.again():
                 yield
+
+
+def _worth_checking(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's assumptions are checked at every call: all but those on the code of torch and of this library, which stays what it is.
+
+    On a small net those are most, and checking them takes a quarter of an online step.
+    """
+    return [not guard.name.startswith(("G['__import_torch", "G['__import_metaopt")) for guard in guards]
 
 
 def _cut(leaf: Any) -> Any:
