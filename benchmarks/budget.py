@@ -18,30 +18,33 @@ from benchmarks.report import merged, pyplot
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def bytes_of_all_graphs(problem) -> int:
-    """What the graphs of every step hold, and every state, as `Budgeted` counts it."""
+def sizes(problem) -> tuple[int, int]:
+    """Bytes of all states and of the graphs of all steps, as `Budgeted` counts them."""
     trajectory = mo.trajectory.Budgeted(1 << 40)
     step, _, w, lam = ours.parts(problem)
     state = step.init(w, lam)
     tape = trajectory.start(state, lam)
     trajectory.record(tape, step, state, lam, problem.batches[0])
-    return len(problem.batches) * (tape.graphs[0].size + tape.state_size) + tape.state_size
+    T = len(problem.batches)
+    return (T + 1) * tape.state_size, T * tape.graphs[0].size
 
 
 def measured(name: str, T: int, rounds: int) -> list[dict]:
     torch.manual_seed(0)
     problem = PROBLEMS[name].make(T, torch.float32)
-    all_of_it = bytes_of_all_graphs(problem)
+    states, graphs = sizes(problem)
     engines = {"naive": partial(naive.gradient, problem), "states only": partial(ours.gradient, problem, mo.RMD())}
     for share in SHARES[1:]:
-        trajectory = mo.trajectory.Budgeted(int(share * all_of_it))
+        trajectory = mo.trajectory.Budgeted(states + int(share * graphs))
         engines[f"{share:.0%} of the graphs"] = partial(ours.gradient, problem, mo.RMD(trajectory))
     times = measure.seconds(engines, rounds)
     rows = []
     for number, engine in enumerate(engines):
         ratio = measure.ratio(times, engine, "naive")
         share = None if number == 0 else SHARES[number - 1]
-        rows.append({"problem": name, "T": T, "engine": engine, "share": share, "budget MiB": (share or 0) * all_of_it / 2**20, "ratio": ratio})
+        rows.append(
+            {"problem": name, "T": T, "engine": engine, "share": share, "budget MiB": (states + (share or 0) * graphs) / 2**20, "ratio": ratio}
+        )
         print(f"{name:14} T={T:<3} {engine:24} {ratio:5.2f} x naive", flush=True)
     return rows
 

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from metaopt import _batch_norm
+
 Params: TypeAlias = dict[str, Tensor]
 
 
@@ -109,9 +111,10 @@ def functional(module: nn.Module) -> FunctionalModel:
 
     The module is never mutated: parameters and buffers are cloned, and later changes of the module are not seen.
 
-    Two layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong second derivative, so the private
+    Three layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong second derivative, so the private
     copy computes ``g · v / ‖v‖`` from plain operations. In training mode ``spectral_norm`` holds its singular vectors constant, as if
     they did not depend on the weight; the private copy differentiates its power iterations too (the two agree once those have converged).
+    The second derivative of batch norm by batch statistics is right in torch, but slow and large; the private copy has one that is neither.
 
     Raises:
         TypeError: if ``module`` is no ``nn.Module``.
@@ -179,9 +182,7 @@ def merge(w: Params, lam: Params) -> Params:
 
 # -- slots ---------------------------------------------------------------------------------------
 _NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
+    *_batch_norm.LEAN.values(),
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
@@ -277,6 +278,8 @@ class _SpectralNormThroughIterations(_SpectralNorm):
 
 def _twice_differentiable(module: nn.Module) -> nn.Module:
     for submodule in module.modules():
+        if type(submodule) in _batch_norm.LEAN:
+            _batch_norm.lean(submodule)
         if isinstance(submodule, nn.utils.parametrize.ParametrizationList):
             for index, parametrization in enumerate(submodule):
                 if isinstance(parametrization, _FusedWeightNorm):

@@ -42,7 +42,7 @@ class Compiled:
     def __init__(self, what: str, backend: str, *, dynamic: bool | None = None, options: dict[str, Any] | None = None) -> None:
         """Nothing is compiled yet; ``what`` stands in the warning if nothing can be.
 
-        ``dynamic`` is torch's: ``False`` compiles for every shape and number anew, ``None`` in general from the second on; ``options`` are inductor's.
+        ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general from the second on; ``options`` are inductor's.
         """
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
@@ -73,8 +73,10 @@ class Compiled:
         function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
         options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
-        if self.backend == "inductor":  # draws what the eager function draws; where calls are dear, compiles even those
-            options |= {"fallback_random": True, "cpp_wrapper": on_cpu, **self._options}
+        if self.backend == "inductor":
+            options |= {"fallback_random": True, **self._options}  # draws what the eager function draws
+            if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
+                options |= {"cpp_wrapper": True, "layout_optimization": False}
         return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options)
 
 
