@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.inner._once import Once
+from metaopt.inner._once import join
 
 BODY = (torch.nn.Dropout(0.5),)
 PLAIN = [case for case in OPTIMIZERS if case.plain]
@@ -120,7 +120,7 @@ def test_equal_subexpressions_are_joined_and_random_ones_are_not():
     traced = make_fx(twice)(torch.randn(3, 3))
     count = lambda: Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")  # noqa: E731
     before = count()
-    Once()(traced.graph)
+    join(traced.graph)
     traced.recompile()
     after = count()
     assert before["aten.mm.default"] == 3 and after["aten.mm.default"] == 1 and after["aten.tanh.default"] == 1
@@ -135,5 +135,5 @@ def test_equal_subexpressions_are_joined_and_random_ones_are_not():
 def test_a_graph_that_mutates_is_left_alone():
     traced = make_fx(lambda x: x.clone().add_(1) * x.clone().add_(1))(torch.ones(2))
     before = str(traced.graph)
-    Once()(traced.graph)
+    join(traced.graph)
     assert str(traced.graph) == before

@@ -1,6 +1,8 @@
 """The house's edges: who may import whom, and that nothing is missing from the front door or the tables."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,8 @@ def test_estimators_are_at_the_front_door():
 def test_files_are_not_too_long():
     for path in ROOT.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, f"{path} has two jobs"
+
+
+def test_importing_does_not_wait_for_the_compiler():
+    loaded = "import sys, metaopt; print([m for m in ('torch._inductor.compile_fx', 'torch._dynamo.convert_frame') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner._once import Once
+from metaopt.inner._once import once
 from metaopt.inner.adjoint import RandomState
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -90,7 +90,7 @@ class Compilation(Compiled):
     def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] | None = None) -> None:
         """``steps(batch)`` says how many steps Φ takes, if it is not one."""
         # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
-        super().__init__("the inner step", backend, options={"joint_custom_pre_pass": Once()} if steps else None)
+        super().__init__("the inner step", backend, options={"joint_custom_pre_pass": once()} if steps else None)
         self._phi, self._many = phi, steps
         self.unused: list[bool] | None = None
 
