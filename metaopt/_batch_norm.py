@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from metaopt._eager import eager, transformed
 
 
 class LeanBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,21 +57,7 @@ LEAN: dict[type, type] = {nn.BatchNorm1d: _Lean1d, nn.BatchNorm2d: _Lean2d, nn.B
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
     """Eager reverse mode, with more than one value per channel and one dtype."""
-    return (
-        x.ndim >= 2
-        and x.numel() > x.shape[1]
-        and x.dtype == weight.dtype
-        and not torch.compiler.is_compiling()
-        and not _transformed()
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func is under way, or one of the tensors is many in one (``is_grads_batched``)."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.peek_interpreter_stack() is not None or any(x is not None and functorch.is_legacy_batchedtensor(x) for x in tensors)
+    return x.ndim >= 2 and x.numel() > x.shape[1] and x.dtype == weight.dtype and eager() and not torch.is_autocast_enabled(x.device.type)
 
 
 class _Normalised(torch.autograd.Function):
@@ -86,7 +73,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
-        if _transformed(*cotangents):
+        if transformed(*cotangents):
             return (*_composed(cotangents[0], x, weight, ctx.eps), None)
         return (*_Backward.apply(cotangents[0], x, weight, mean, scale, ctx.eps), None)
 
@@ -106,7 +93,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, scale, weight_bar, bias_bar = ctx.saved_tensors
         u, weight_u, bias_u = cotangents
-        if torch.is_grad_enabled() or _transformed(*cotangents):  # once more to be differentiated, or many cotangents at once
+        if torch.is_grad_enabled() or transformed(*cotangents):  # once more to be differentiated, or many cotangents at once
             return (*_through_composed(g, x, weight, cotangents, ctx.eps), None, None, None)
 
         over = [axis for axis in range(x.ndim) if axis != 1]

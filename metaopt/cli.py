@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,13 +49,7 @@ def compare_sinusoid(
 ) -> None:
     """Sinusoid regression with ANIL: table 4 and figure 8 of the HyperDistill paper."""
     config = sinusoid.SinusoidConfig(meta_iterations=meta_iterations, clip_norm=clip_norm or None, constant_momentum=not exact_momentum)
-    try:
-        methods = compare.select(sinusoid.METHODS, estimators.split(",") if estimators else None)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--estimators") from error
-    out.mkdir(parents=True, exist_ok=True)
-    runs = compare.run_all(sinusoid.run, methods, config, seeds, workers=workers)
-    compare.save(runs, config, out / "runs.json")
+    methods, runs = _run_all(sinusoid.METHODS, _names(estimators), lambda _: None, sinusoid.run, config, seeds, out, workers)
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
     own_options = [method.title for method in methods if method.overrides]
     compare.draw_curves(curves, out / "convergence.png", ylabel="outer loss after T = 30 inner steps", dashed=own_options)
@@ -154,7 +148,8 @@ def compare_noisy_labels(
     """MetaWeightNet against wrong labels on Fashion-MNIST: EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's."""
     config = noisy_labels.NoisyLabelsConfig(root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20))
     once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
-    methods, runs = _one_data_set(noisy_labels, once, config, estimators, seeds, out, workers)
+    prepare = functools.partial(noisy_labels.prepare, config=config, seed=0)
+    methods, runs = _run_all(noisy_labels.METHODS, _names(estimators), prepare, once, config, seeds, out, workers)
     pictures = noisy_labels_report.draw(methods, runs, config, out)
     compare.show(noisy_labels_report.table(methods, runs, f"Fashion-MNIST, {rate:.0%} wrong labels, {seeds} seeds"))
     _close(config.options, runs, [*pictures, out / "runs.json"])
@@ -179,28 +174,41 @@ def compare_rotation(
     """Learning the angle by which test images are turned: EvoGrad's experiment."""
     config = rotation.RotationConfig(Source(data, root, size, download), degrees, train, validation, test, epochs)
     once = functools.partial(compare.once, rotation.run, rotation.RotationRun, out / "runs")
-    methods, runs = _one_data_set(rotation, once, config, estimators, seeds, out, workers)
+    prepare = functools.partial(rotation.prepare, config=config, seed=0)
+    methods, runs = _run_all(rotation.METHODS, _names(estimators), prepare, once, config, seeds, out, workers)
     pictures = rotation.draw(methods, runs, config, out)
     compare.show(rotation.table(methods, runs, f"{data}, test images turned by {degrees:g}°, {seeds} seeds"))
     _close(config.options, runs, [*pictures, out / "runs.json"])
 
 
-def _one_data_set(
-    experiment: Any, once: Callable[..., Any], config: Any, estimators: str | None, seeds: int, out: Path, workers: int | None
+def _run_all(
+    known: Sequence[Any],
+    chosen: Sequence[str] | None,
+    prepare: Callable[[Any], object],
+    once: Callable[..., Any],
+    config: Any,
+    seeds: int,
+    out: Path,
+    workers: int | None,
+    saved: Callable[[Any], Any] = lambda run: run,
 ) -> tuple[list[Any], list[Any]]:
-    """The chosen methods and their runs, which are saved."""
+    """The chosen methods and their runs, of which ``saved`` is written; ``prepare`` fails for missing files before any process starts."""
     try:
-        methods = compare.select(experiment.METHODS, estimators.split(",") if estimators else None)
+        methods = compare.select(known, chosen)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--estimators") from error
     out.mkdir(parents=True, exist_ok=True)
     try:
-        experiment.prepare(methods[0], config, seed=0)  # missing files: before any process starts
+        prepare(methods[0])
         runs = compare.run_all(once, methods, config, seeds, workers=workers)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
-    compare.save(runs, config, out / "runs.json")
+    compare.save([saved(run) for run in runs], config, out / "runs.json")
     return methods, runs
+
+
+def _names(estimators: str | None) -> list[str] | None:
+    return estimators.split(",") if estimators else None
 
 
 def _close(options: str, runs: list[Any], written: list[Path]) -> None:
@@ -248,17 +256,18 @@ def _many_shot(
 ) -> None:
     config = many_shot.configure(model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations)
     default = many_shot.TABLE_2_WEIGHTS if model == "meta-weight-net" else many_shot.TABLE_2
-    try:
-        methods = compare.select(many_shot.METHODS, estimators.split(",") if estimators else default)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--estimators") from error
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        many_shot.prepare(config, seed=0)  # missing files, unknown data: before any process starts
-        runs = compare.run_all(functools.partial(many_shot.run, folder=out / "runs"), methods, config, seeds, workers=workers)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    compare.save([run._replace(lam=None) for run in runs], config, out / "runs.json")
+    chosen, once = _names(estimators) or default, functools.partial(many_shot.run, folder=out / "runs")
+    methods, runs = _run_all(
+        many_shot.METHODS,
+        chosen,
+        lambda _: many_shot.prepare(config, seed=0),
+        once,
+        config,
+        seeds,
+        out,
+        workers,
+        saved=lambda run: run._replace(lam=None),
+    )
     pictures = many_shot_report.draw(methods, runs, config, out)
     title = f"{model} on {source.name}, {config.test_tasks} test tasks, M = {config.meta_iterations}, T = {config.horizon}, {seeds} seeds"
     compare.show(many_shot_report.table(methods, runs, config, title))

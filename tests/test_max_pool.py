@@ -1,0 +1,86 @@
+"""Max pooling inside a wrapped model: torch's numbers and derivatives, to the bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import metaopt as mo
+from metaopt import _max_pool
+
+F64 = torch.float64
+
+
+def torchs(x):
+    return nn.functional.max_pool2d(x, 2)
+
+
+@given(st.integers(0, 5), st.sampled_from([(1, 1, 2, 2), (3, 2, 4, 6), (2, 3, 6, 2)]), st.booleans(), st.booleans())
+def test_every_derivative_is_torchs(seed, shape, ties, channels_last):
+    torch.manual_seed(seed)
+    x = torch.randint(0, 3, shape).to(F64) if ties else torch.randn(shape, dtype=F64)
+    x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    half = (*shape[:2], shape[2] // 2, shape[3] // 2)
+    g, u = torch.randn(half, dtype=F64, requires_grad=True), torch.randn(shape, dtype=F64, requires_grad=True)
+    found = []
+    for pool in (_max_pool._Pool.apply, torchs):
+        y = pool(x)
+        (first,) = torch.autograd.grad(y, x, g, create_graph=True)
+        (second,) = torch.autograd.grad(first, g, u, create_graph=True)
+        (third,) = torch.autograd.grad(second, u, g, retain_graph=True)
+        found.append([y, first, second, third])
+        if not channels_last:  # many cotangents at once are beyond torch's pooling in that format
+            found[-1] += torch.autograd.grad(y, x, torch.stack([g, 2.0 * g]), is_grads_batched=True, retain_graph=True)
+            found[-1] += torch.autograd.grad(first, g, torch.stack([u, 2.0 * u]), is_grads_batched=True, retain_graph=True)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(_max_pool.LeanMaxPool2d(2)(x.detach()), found[1][0])
+
+
+def test_no_number_stays_no_number():
+    x = torch.randn(1, 2, 4, 4)
+    x[0, 0, 1, 2] = float("nan")
+    for at in (x, x.clone().requires_grad_()):
+        assert torch.equal(_max_pool.LeanMaxPool2d(2)(at).isnan(), torchs(at).isnan())
+
+
+LAYERS = {
+    "2": nn.MaxPool2d(2),
+    "3": nn.MaxPool2d(3),
+    "stride": nn.MaxPool2d(2, stride=1),
+    "padding": nn.MaxPool2d(2, padding=1),
+    "dilation": nn.MaxPool2d(2, dilation=2),
+    "ceil": nn.MaxPool2d(2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", [(2, 3, 6, 6), (2, 3, 7, 6), (3, 6, 6)])
+def test_a_wrapped_layer_is_the_layer(name, size):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), LAYERS[name]).double()
+    model, x = mo.functional(net), torch.randn(size, dtype=F64)
+    gradients = []
+    for call in (lambda at: model(model.params, at), net):
+        at = x.clone().requires_grad_()
+        out = call(at)
+        gradients.append((out, *torch.autograd.grad(out.pow(2).sum(), at)))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(model(model.params, x), net(x))
+    assert type(net[1]) is nn.MaxPool2d
+
+
+def test_under_transforms_it_is_torchs():
+    model = mo.functional(nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2)).double())
+    x, tangent = torch.randn(2, 1, 4, 4, dtype=F64), torch.randn(2, 1, 4, 4, dtype=F64)
+
+    def loss(x):
+        return model(model.params, x).pow(2).sum()
+
+    at = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(at), at)
+    assert torch.allclose(torch.func.grad(loss)(x), gradient)
+    assert torch.allclose(torch.func.jvp(loss, (x,), (tangent,))[1], (gradient * tangent).sum())
+    assert torch.allclose(torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))[1], gradient)
