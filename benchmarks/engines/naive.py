@@ -12,6 +12,20 @@ def gradient(problem: Problem) -> list[Tensor]:
     return unrolled(problem, lambda step, *args: step(*args))
 
 
+def plain(problem: Problem) -> dict[str, Tensor]:
+    """Training alone, by hand."""
+    w, lam = mo.partition({name: p.detach() for name, p in problem.module.named_parameters()}, problem.weights)
+    v = {name: torch.zeros_like(p) for name, p in w.items()}
+    for x, y in problem.batches:
+        w = {name: p.detach().requires_grad_() for name, p in w.items()}
+        loss = problem.criterion(functional_call(problem.module, {**w, **lam}, (x,)), y)
+        gradients = torch.autograd.grad(loss, list(w.values()))
+        with torch.no_grad():
+            v = {name: problem.momentum * v[name] + g for name, g in zip(w, gradients, strict=True)}
+            w = {name: p - problem.lr * v[name] for name, p in w.items()}
+    return w
+
+
 def unrolled(problem: Problem, call) -> list[Tensor]:
     w, lam = mo.partition({name: p.detach() for name, p in problem.module.named_parameters()}, problem.weights)
     w = {name: p.clone().requires_grad_() for name, p in w.items()}

@@ -65,15 +65,15 @@ class SGD(Optimizer):
         if not _is_zero(self.weight_decay):
             g = g + hyper["weight_decay"] * w
         if "momentum" not in slots:
-            return w - hyper["lr"] * g, slots
+            return _minus(w, hyper["lr"], g), slots
         kept = g if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * g
         v = hyper["momentum"] * slots["momentum"] + kept
         direction = g + hyper["momentum"] * v if self.nesterov else v
-        return w - hyper["lr"] * direction, {"momentum": v}
+        return _minus(w, hyper["lr"], direction), {"momentum": v}
 
     def transpose_leaf(self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int) -> tuple[Tensor, Tensor, Slots]:
         r"""With :math:`\bar d = -\eta \bar w`: :math:`\bar v = \bar v + \bar d`, :math:`\bar g = (1-\text{damp})\,\bar v`, and so on, backwards."""
-        d_bar = -(hyper["lr"] * w_bar)
+        d_bar = w_bar * -hyper["lr"]
         slots: Slots = {}
         g_bar = d_bar
         if not _is_zero(self.momentum):
@@ -84,6 +84,11 @@ class SGD(Optimizer):
             kept = v_bar if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
             g_bar = g_bar + kept if self.nesterov else kept
         return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
+
+
+def _minus(w: Tensor, factor: float | Tensor, direction: Tensor) -> Tensor:
+    """``w - factor * direction``, in one operation where the factor is a number."""
+    return w - factor * direction if isinstance(factor, Tensor) else torch.sub(w, direction, alpha=factor)
 
 
 def _is_zero(value: Hyper) -> bool:
