@@ -109,7 +109,7 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
         adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or ``mo.inner.ForwardOverReverse()``.
         compile: whether Φ and its adjoint are compiled (``True``: inductor, or the name of a backend of :func:`torch.compile`). What cannot be
             compiled runs eagerly, and a warning says why. The first calls take seconds: ``step.compilation.seconds``. Values agree to rounding;
-            the adjoint is always reverse over reverse.
+            the adjoint is always reverse over reverse. :func:`metaopt.compiled_loss` does the same for the outer loss.
 
     Raises:
         TypeError: if one of the two is not what it should be.
