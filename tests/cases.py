@@ -181,3 +181,12 @@ PLAIN_OPTIMIZERS = [case for case in OPTIMIZERS if case.plain]
 def ids(table: list[Any]) -> list[str]:
     """Names for ``pytest.mark.parametrize``."""
     return [case.name for case in table]
+
+
+def check_under_transforms(loss, x):
+    """``loss`` has one gradient at x, whatever takes it: autograd, torch.func, forward mode, vmap."""
+    tangent, at = torch.randn_like(x), x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(at), at)
+    assert torch.allclose(torch.func.grad(loss)(x), gradient)
+    assert torch.allclose(torch.func.jvp(loss, (x,), (tangent,))[1], (gradient * tangent).sum())
+    assert torch.allclose(torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))[1], gradient)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import check_under_transforms
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -74,13 +75,9 @@ def test_a_wrapped_layer_is_the_layer(name, size):
 
 def test_under_transforms_it_is_torchs():
     model = mo.functional(nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2)).double())
-    x, tangent = torch.randn(2, 1, 4, 4, dtype=F64), torch.randn(2, 1, 4, 4, dtype=F64)
+    x = torch.randn(2, 1, 4, 4, dtype=F64)
 
     def loss(x):
         return model(model.params, x).pow(2).sum()
 
-    at = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(at), at)
-    assert torch.allclose(torch.func.grad(loss)(x), gradient)
-    assert torch.allclose(torch.func.jvp(loss, (x,), (tangent,))[1], (gradient * tangent).sum())
-    assert torch.allclose(torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))[1], gradient)
+    check_under_transforms(loss, x)
