@@ -55,22 +55,21 @@ class Form:
         return dict(zip(lam, gradients, strict=True))
 
 
-def plain(problem: Problem, outer: bool = False):
-    """Training; ``outer``: and one gradient of the outer loss."""
-    step, loss, w, lam = parts(problem)
+def plain(problem: Problem, whole: bool = False):
+    """Training; ``whole``: of all parameters, λ too."""
+    step, _, w, lam = parts(problem)
+    if whole:
+        w, lam = mo.merge(w, lam), {}
     state = step.init(w, lam)
     for batch in problem.batches:
         state = step(state, lam, batch)
-    if not outer:
-        return state.w
-    w, lam = ({name: leaf.detach().requires_grad_() for name, leaf in part.items()} for part in (state.w, lam))
-    return torch.autograd.grad(loss(w, lam, problem.outer_batch), [*w.values(), *lam.values()])
+    return state.w
 
 
 FORMS = {
     "naive": lambda problem, chunk: partial(naive, problem),
     "plain training": lambda problem, chunk: partial(plain, problem),
-    "plain training, outer gradient": lambda problem, chunk: partial(plain, problem, outer=True),
+    "plain training, whole net": lambda problem, chunk: partial(plain, problem, whole=True),
     "eager": lambda problem, chunk: Form(problem, compile=False),
     "eager, hoisted": lambda problem, chunk: Form(problem, compile=False, hoist=True),
     "compiled": lambda problem, chunk: Form(problem, compile=True),
@@ -122,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for problem in arguments.problems.split(","):
         T, chunk, forms = SIZES[problem]
-        T, names = arguments.horizon or T, ["naive", "plain training", "plain training, outer gradient", *forms]
+        T, names = arguments.horizon or T, ["naive", "plain training", "plain training, whole net", *forms]
         if not arguments.no_time:
             torch.manual_seed(0)
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)

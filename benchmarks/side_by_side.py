@@ -50,10 +50,14 @@ class Chosen(NamedTuple):
         return [name for name in ENGINES if name in always or any(word in name for word in self.only)]
 
 
-def seconds(problem: str, T: int, engines: list[str], rounds: int) -> measure.Times:
+def seconds(problem: str, T: int, engines: list[str], rounds: int, naive_steps: int | None) -> measure.Times:
+    """Of each engine. ``naive_steps``: naive takes that many only, and its time is scaled to T (its outer gradient counts as a step)."""
     torch.manual_seed(0)
     made = PROBLEMS[problem].make(T, torch.float32)
-    return measure.seconds({name: partial(ENGINES[name], made) for name in engines}, rounds)
+    short = T if naive_steps is None else min(T, naive_steps)
+    problems = {"naive": made._replace(batches=made.batches[:short])}
+    times = measure.seconds({name: partial(ENGINES[name], problems.get(name, made)) for name in engines}, rounds)
+    return {**times, "naive": [own * (T + 1) / (short + 1) for own in times["naive"]]}
 
 
 def growth(problem: str, T: int, engine: str) -> float | None:
@@ -62,12 +66,12 @@ def growth(problem: str, T: int, engine: str) -> float | None:
     return measure.growth(partial(ENGINES[engine], made))
 
 
-def measured(problems: list[str], rounds: int, time_them: bool, weigh_them: bool, chosen: Chosen) -> list[Row]:
+def measured(problems: list[str], rounds: int, time_them: bool, weigh_them: bool, chosen: Chosen, naive_steps: int | None) -> list[Row]:
     rows = []
     for problem in problems:
         to_time, to_weigh, _ = SIZES[problem]
         for T in chosen.of(to_time) if time_them else ():
-            times = seconds(problem, T, chosen.engines(problem, T, "naive"), rounds)
+            times = seconds(problem, T, chosen.engines(problem, T, "naive"), rounds, naive_steps)
             for name, own in times.items():
                 ratio = measure.ratio(times, name, "naive")
                 rows.append({"problem": problem, "T": T, "engine": name, "seconds": statistics.median(own), "ratio": ratio})
@@ -87,13 +91,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--horizons", type=int, nargs="+", help="other ones than those of the table")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="engines with one of these words in their names")
+    parser.add_argument("--naive-steps", type=int, metavar="N", help="naive takes N steps, its time is scaled: for a T at which it does not fit")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     chosen = Chosen(arguments.horizons, arguments.only)
-    rows = measured(arguments.problems.split(","), arguments.rounds, not arguments.no_time, not arguments.no_memory, chosen)
+    rows = measured(arguments.problems.split(","), arguments.rounds, not arguments.no_time, not arguments.no_memory, chosen, arguments.naive_steps)
     report(merged(rows, arguments.out / "rows.json"), arguments.out)
 
 
