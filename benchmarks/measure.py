@@ -15,8 +15,6 @@ import torch
 
 Times = dict[str, list[float]]
 
-M_MMAP_THRESHOLD = -3  # malloc.h
-
 
 def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     """Processor seconds of ``rounds`` calls of each, which take turns (A B C A B C …) after a first one that is not counted.
@@ -38,22 +36,20 @@ def ratio(times: Times, name: str, base: str) -> float:
 
 
 def alone(measurement: Callable[..., Any], *arguments: Any) -> Any:
-    """``measurement(*arguments)`` in a fresh process, which knows nothing of this one but what Python can find by name."""
+    """``measurement(*arguments)`` in a fresh process, which knows nothing of this one but what Python can find by name.
+
+    There glibc gives every tensor over a megabyte memory of its own, which goes back to the system when it is freed, so that a peak is of what is
+    alive. In its heap there are holes, too, and their size is a matter of luck: one run took 119, 123 and 153 MiB. A ``MALLOC_MMAP_THRESHOLD_`` in
+    the environment stands.
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # read when a process starts, so not by this one
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return pool.submit(measurement, *arguments).result()
 
 
 def growth(run: Callable[[], object]) -> float | None:
-    """MiB by which ``run`` raises the peak of this process's resident set over what is resident before (Linux); ``None`` if it does not apply.
-
-    glibc is told to give every tensor over a megabyte memory of its own, which goes back to the system when it is freed, so that the peak is what is
-    alive. In its heap there are holes, too, and their size is a matter of luck: one run took 119, 123 and 153 MiB. A ``MALLOC_MMAP_THRESHOLD_`` in
-    the environment stands.
-    """
-    libc = ctypes.CDLL(None)
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        libc.mallopt(M_MMAP_THRESHOLD, 1_000_000)
-    libc.malloc_trim(0)  # what earlier runs freed goes back, or this one would live in it uncounted
+    """MiB by which ``run`` raises the peak of this process's resident set over what is resident before (Linux); ``None`` if it does not apply."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back, or this one would live in it uncounted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _resident("VmRSS")
     if run() is None:
