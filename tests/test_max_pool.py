@@ -81,3 +81,45 @@ def test_under_transforms_it_is_torchs():
         return model(model.params, x).pow(2).sum()
 
     check_under_transforms(loss, x)
+
+
+def sequence(relu):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), relu, nn.MaxPool2d(2), nn.Flatten())
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, padding=1), nn.MaxPool2d(3, stride=1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_relu_and_pooling_change_places(pool, ties):
+    torch.manual_seed(0)
+    x = torch.randint(-2, 3, (4, 3, 6, 6)).to(F64) if ties else torch.randn(4, 3, 6, 6, dtype=F64)
+    module = nn.Sequential(nn.ReLU(), pool).double()
+    seen = []
+    for run in (module, lambda x, lean=mo.functional(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), pool))._module: lean[1:](x)):
+        at = x.clone().requires_grad_()
+        y = run(at)
+        g = torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y).requires_grad_()
+        (first,) = torch.autograd.grad(y, at, g, create_graph=True)
+        (second,) = torch.autograd.grad(first, g, torch.cos(x))
+        seen.append((y, first, second))
+    for theirs, ours in zip(*seen, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+def test_the_relu_of_a_sequence_sees_a_quarter():
+    shapes = []
+    model = mo.functional(sequence(nn.ReLU()))
+    model._module[2].forward = lambda x: shapes.append(x.shape) or nn.functional.relu(x)
+    assert model(model.params, torch.randn(2, 3, 8, 8)).shape == (2, 64)
+    assert shapes == [(2, 4, 4, 4)]
+    assert [type(layer).__name__ for layer in model._module[2:4]] == ["ReLU", "LeanMaxPool2d"]  # as they stood
+
+
+def test_a_relu_that_others_may_see_stays_first():
+    watched = nn.ReLU()
+    watched.register_forward_hook(lambda module, args, out: None)
+    for relu in (nn.ReLU(inplace=True), watched):
+        shapes = []
+        model = mo.functional(sequence(relu))
+        model._module[2].forward = lambda x, shapes=shapes: shapes.append(x.shape) or nn.functional.relu(x)
+        model(model.params, torch.randn(2, 3, 8, 8))
+        assert shapes == [(2, 4, 8, 8)]
