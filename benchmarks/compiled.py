@@ -18,7 +18,7 @@ from torch.func import functional_call
 import metaopt as mo
 from benchmarks import measure
 from benchmarks.engines.naive import gradient as naive
-from benchmarks.engines.ours import parts
+from benchmarks.engines.ours import parts, trained
 from benchmarks.problem import Problem
 from benchmarks.problems import PROBLEMS
 
@@ -60,10 +60,7 @@ def plain(problem: Problem, whole: bool = False):
     step, _, w, lam = parts(problem)
     if whole:
         w, lam = mo.merge(w, lam), {}
-    state = step.init(w, lam)
-    for batch in problem.batches:
-        state = step(state, lam, batch)
-    return state.w
+    return trained(step, w, lam, problem.batches)
 
 
 FORMS = {

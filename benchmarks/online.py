@@ -15,7 +15,7 @@ import torch
 import metaopt as mo
 from benchmarks import measure
 from benchmarks.engines import naive
-from benchmarks.engines.ours import parts
+from benchmarks.engines.ours import parts, trained
 from benchmarks.problem import Problem, few
 from benchmarks.problems import PROBLEMS
 
@@ -33,10 +33,7 @@ def run(problem: Problem, method: str) -> object:
         method = method.removesuffix(", compiled")
         step, loss = PARTS.setdefault((id(problem), method), (mo.inner_step(loss, step.optimizer, compile=True), mo.compiled_loss(loss)))
     if method == "plain, ours":
-        state = step.init(w, lam)
-        for batch in problem.batches:
-            state = step(state, lam, batch)
-        return state.w
+        return trained(step, w, lam, problem.batches)
     outer_batches, optimizer = [problem.outer_batch] * len(problem.batches), partial(torch.optim.SGD, lr=1e-3)
     *_, last = mo.online(step, loss, w, lam, problem.batches, outer_batches, ESTIMATORS[method], optimizer)
     return last.lam

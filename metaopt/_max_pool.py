@@ -34,8 +34,8 @@ class LeanMaxPool2d(nn.MaxPool2d):
 class LeanSequential(nn.Sequential):
     """What a sequence of layers becomes inside :func:`metaopt.functional`: max pooling takes turns with a ReLU right before it.
 
-    ``pool(relu(x)) = relu(pool(x))``, with the same derivatives of every order; but the ReLU and its derivatives see a quarter of the numbers. The
-    layers stay where they are for whoever looks at them one by one.
+    ``pool(relu(x)) = relu(pool(x))``, with the same derivatives; but the ReLU and its derivatives see fewer numbers, a quarter of them after 2 × 2
+    windows. The layers stay where they are for whoever looks at them one by one.
     """
 
     def forward(self, input: Any) -> Any:

@@ -22,6 +22,14 @@ def parts(problem: Problem, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReve
     return mo.inner_step(loss, mo.inner.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint), loss, w, lam
 
 
+def trained(step: mo.inner.InnerStep, w, lam, batches):
+    """The weights after plain training, no hypergradient."""
+    state = step.init(w, lam)
+    for batch in batches:
+        state = step(state, lam, batch)
+    return state.w
+
+
 def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()) -> list[Tensor]:
     step, loss, w, lam = parts(problem, adjoint)
     return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())

@@ -146,7 +146,7 @@ class HyperDistill(Estimator):
         """``(x_s, y_s)`` of algorithm 4: DrMAD's partial sweeps against the product at the distillate of the same horizon."""
         horizon, memory = len(run.batches), self.memory
         rng = replay.snapshot(run.first)
-        moments = [Moment(state, lam, run.batches[t - 1], rng) for t, state in interpolate(run.first, run.last, horizon)]
+        moments = [Moment(interpolate(run.first, run.last, t, horizon), lam, run.batches[t - 1], rng) for t in range(horizon, 0, -1)]
         alpha = InnerState(run.alpha, None, run.last.t)
         partial_sums = sweep(step, iter(moments), alpha, lam, to_start=False)
         xs, ys, distillate = [], [], None

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from metaopt import tree
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -60,19 +58,16 @@ class Interpolated:
 
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first, at the interpolated states."""
-        for t, state in interpolate(tape.first, last, len(tape.batches)):
+        horizon = len(tape.batches)
+        for t in range(horizon, 0, -1):
             batch, rng = tape.batches[t - 1]
-            yield Moment(state, tape.lam, batch, rng)
+            yield Moment(interpolate(tape.first, last, t, horizon), tape.lam, batch, rng)
 
     def complete(self, tape: InterpolatedTape) -> bool:
         """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""
         return False
 
 
-def interpolate(first: InnerState, last: InnerState, horizon: int) -> Iterator[tuple[int, InnerState]]:
-    r"""``(t, ŝ_{t-1})`` for :math:`t = T \dots 1`: the interpolated states that the steps start from, newest first."""
-    pairs = list(zip(tree.floats(first), tree.floats(last), strict=True))
-    for t in range(horizon, 0, -1):
-        between = iter([torch.lerp(a, b, (t - 1) / horizon) for a, b in pairs])
-        state = tree.map(lambda x: next(between) if tree.is_float(x) else x, last)  # noqa: B023
-        yield t, state._replace(t=first.t + t - 1)
+def interpolate(first: InnerState, last: InnerState, t: int, horizon: int) -> InnerState:
+    r"""The interpolated state :math:`\hat s_{t-1}` that step ``t`` of ``horizon`` starts from."""
+    return tree.lerp(first, last, (t - 1) / horizon)._replace(t=first.t + t - 1)
