@@ -18,6 +18,7 @@ from torch.func import functional_call
 import metaopt as mo
 from benchmarks import measure
 from benchmarks.engines.naive import gradient as naive
+from benchmarks.engines.naive import plain as by_hand
 from benchmarks.engines.ours import parts, trained
 from benchmarks.problem import Problem
 from benchmarks.problems import PROBLEMS
@@ -66,6 +67,7 @@ def plain(problem: Problem, whole: bool = False):
 FORMS = {
     "naive": lambda problem, chunk: partial(naive, problem),
     "plain training": lambda problem, chunk: partial(plain, problem),
+    "plain training, by hand": lambda problem, chunk: partial(by_hand, problem),
     "plain training, whole net": lambda problem, chunk: partial(plain, problem, whole=True),
     "eager": lambda problem, chunk: Form(problem, compile=False),
     "eager, hoisted": lambda problem, chunk: Form(problem, compile=False, hoist=True),
@@ -118,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for problem in arguments.problems.split(","):
         T, chunk, forms = SIZES[problem]
-        T, names = arguments.horizon or T, ["naive", "plain training", "plain training, whole net", *forms]
+        T, names = arguments.horizon or T, [*FORMS][:4] + [*forms]
         if not arguments.no_time:
             torch.manual_seed(0)
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)

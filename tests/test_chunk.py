@@ -1,17 +1,14 @@
 """Several inner steps as one: the same numbers, whatever differentiates them."""
 
 import shutil
-from collections import Counter
 
 import pytest
 import torch
 from cases import OPTIMIZERS, TRAJECTORIES
 from test_compiled import close, problem
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.inner._once import join
 
 BODY = (torch.nn.Dropout(0.5),)
 PLAIN = [case for case in OPTIMIZERS if case.plain]
@@ -110,30 +107,3 @@ def test_inductor():
     together, step = run(True, mo.RMD(), optimizer, compile=True, size=2, steps=4)
     assert step.compilation.refused is None
     assert close(together.total, single.total, 1e-10)
-
-
-def test_equal_subexpressions_are_joined_and_random_ones_are_not():
-    def twice(x):
-        towers = [(x @ x).tanh() + 1 for _ in range(2)] + [(x @ x).tanh() + 1.0]
-        return sum(towers) + torch.rand_like(x) + torch.rand_like(x)
-
-    traced = make_fx(twice)(torch.randn(3, 3))
-    count = lambda: Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")  # noqa: E731
-    before = count()
-    join(traced.graph)
-    traced.recompile()
-    after = count()
-    assert before["aten.mm.default"] == 3 and after["aten.mm.default"] == 1 and after["aten.tanh.default"] == 1
-    assert after["aten.rand_like.default"] == before["aten.rand_like.default"] == 2
-    x = torch.randn(3, 3)
-    torch.manual_seed(0)
-    want = twice(x)
-    torch.manual_seed(0)
-    assert torch.allclose(traced(x), want)
-
-
-def test_a_graph_that_mutates_is_left_alone():
-    traced = make_fx(lambda x: x.clone().add_(1) * x.clone().add_(1))(torch.ones(2))
-    before = str(traced.graph)
-    join(traced.graph)
-    assert str(traced.graph) == before

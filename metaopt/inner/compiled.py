@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner._once import once
+from metaopt.inner import _passes
 from metaopt.inner.adjoint import RandomState
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -39,14 +39,16 @@ class Compiled:
         refused: why nothing is compiled any more; ``None`` as long as all goes well.
     """
 
-    def __init__(self, what: str, backend: str, *, dynamic: bool | None = None, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, what: str, backend: str, *, dynamic: bool | None = None, join: bool = False) -> None:
         """Nothing is compiled yet; ``what`` stands in the warning if nothing can be.
 
-        ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general from the second on; ``options`` are inductor's.
+        ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general from the second on; ``join``: what
+        is computed more than once is computed once.
         """
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
-        self._what, self._dynamic, self._options = what, dynamic, options or {}
+        self._what, self._dynamic = what, dynamic
+        self._passes = (*([_passes.join] if join else []), _passes.trim, _passes.note)
         self._made: dict[str, Callable[..., Any]] = {}
 
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,7 +76,8 @@ class Compiled:
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
         options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
         if self.backend == "inductor":
-            options |= {"fallback_random": True, **self._options}  # draws what the eager function draws
+            options["fallback_random"] = True  # draws what the eager function draws
+            options["joint_custom_pre_pass"] = _passes.passes(*self._passes)
             if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
                 options |= {"cpp_wrapper": True, "layout_optimization": False}
         return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options)
@@ -90,7 +93,7 @@ class Compilation(Compiled):
     def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] | None = None) -> None:
         """``steps(batch)`` says how many steps Φ takes, if it is not one."""
         # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
-        super().__init__("the inner step", backend, options={"joint_custom_pre_pass": once()} if steps else None)
+        super().__init__("the inner step", backend, join=steps is not None)
         self._phi, self._many = phi, steps
         self.unused: list[bool] | None = None
 
