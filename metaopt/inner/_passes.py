@@ -35,7 +35,7 @@ def join(graph: Graph) -> None:
 def trim(graph: Graph) -> None:
     """A convolution's backward computes those of its three gradients that are used; those by the weights cost as much as those by the images."""
     for node in graph.nodes:
-        if node.target is aten.convolution_backward.default:
+        if node.target is aten.convolution_backward.default and all(user.target is getitem for user in node.users):
             used = {user.args[1] for user in node.users}
             *rest, mask = node.args
             mask = [wanted and place in used for place, wanted in enumerate(mask)]
