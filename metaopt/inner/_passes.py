@@ -51,8 +51,9 @@ def note(graph: Graph) -> None:
     """
     from torch._inductor import inductor_prims as prims  # as below
 
+    pooling = getattr(prims, "_low_memory_max_pool_with_offsets", None)  # not every version of torch calls it that
     for node in list(graph.nodes):
-        if node.target is getitem and node.args[0].target is prims._low_memory_max_pool_with_offsets and node.args[1] == 1:
+        if node.target is getitem and node.args[0].target is pooling and node.args[1] == 1:
             strides = list(node.meta["val"].stride())
             if all(isinstance(stride, int) for stride in strides):
                 with graph.inserting_after(node):
