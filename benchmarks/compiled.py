@@ -76,7 +76,8 @@ FORMS = {
     "compiled in chunks, a batch each": lambda problem, chunk: Form(problem, compile=True, chunk=chunk, own=True),
     "compiled in chunks, hoisted": lambda problem, chunk: Form(problem, compile=True, chunk=chunk, hoist=True),
 }
-# problem: (T, steps of a chunk, forms besides naive and plain training); a chunk of the bigger nets would take many minutes to compile
+ALWAYS = ("naive", "plain training", "plain training, by hand", "plain training, whole net")
+# problem: (T, steps of a chunk, forms besides); a chunk of the bigger nets would take many minutes to compile
 SIZES = {
     "sinusoid": (
         100,
@@ -120,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for problem in arguments.problems.split(","):
         T, chunk, forms = SIZES[problem]
-        T, names = arguments.horizon or T, [*FORMS][:4] + [*forms]
+        T, names = arguments.horizon or T, [*ALWAYS, *forms]
         if not arguments.no_time:
             torch.manual_seed(0)
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)
