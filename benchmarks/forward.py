@@ -128,14 +128,15 @@ ENGINES = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", default="", help="the cases whose names contain this")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name, make in CASES.items():
+    for name, make in ((name, make) for name, make in CASES.items() if arguments.only in name):
         torch.manual_seed(0)
         case = make(torch.float64)
         difference = max(float((flat(by_fmd(case)) - flat(loop(case))).abs().max()) for loop in (by_loop, by_forward_mode))
         case = make(torch.float32)
-        times = measure.seconds({engine: partial(run, case) for engine, run in ENGINES.items()}, rounds)
+        times = measure.seconds({engine: partial(run, case) for engine, run in ENGINES.items()}, arguments.rounds)
         print(f"{name} (largest difference in float64: {difference:.0e})")
         for engine, own in times.items():
             ratio = measure.ratio(times, "a loop of jvps", engine)
