@@ -72,6 +72,7 @@ CASES = {
     "sinusoid net, all weights, T=10": (lambda dtype: sinusoid(None, 10, dtype)),
     "conv net, ANIL's split, T=3": (lambda dtype: conv(["12.*", "13.*", "17.*"], 3, dtype)),
     "conv net, all weights, T=1": (lambda dtype: conv(None, 1, dtype)),
+    "conv net, all weights, T=3": (lambda dtype: conv(None, 3, dtype)),
 }
 
 

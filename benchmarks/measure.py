@@ -1,8 +1,10 @@
 """How every benchmark here measures: times side by side in one process, memory each alone in a fresh one."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
+import random
 import re
 import statistics
 import time
@@ -17,16 +19,20 @@ Times = dict[str, list[float]]
 
 
 def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Processor seconds of ``rounds`` calls of each, which take turns (A B C A B C …) after a first one that is not counted.
+    """Processor seconds of ``rounds`` calls of each, which take turns in an order drawn anew each round, after a first one that is not counted.
 
-    The processor's time, not the clock's: waiting for other jobs does not count. What returns ``None`` does not apply and is left out.
+    The processor's time, not the clock's: waiting for other jobs does not count. Nor does the garbage of whoever ran before: it is collected
+    between calls. What returns ``None`` does not apply and is left out.
     """
     times: Times = {name: [] for name, run in runs.items() if run() is not None}
+    order, draw = list(times), random.Random(0)
     for _ in range(rounds):
-        for name, own in times.items():
+        draw.shuffle(order)
+        for name in order:
+            gc.collect()
             start = time.process_time()
             runs[name]()
-            own.append(time.process_time() - start)
+            times[name].append(time.process_time() - start)
     return times
 
 

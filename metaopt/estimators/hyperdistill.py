@@ -25,7 +25,7 @@ from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
 from metaopt.trajectory import Distillate, Distilled, Moment, replay
 from metaopt.trajectory.distilled import geometric_sum
-from metaopt.trajectory.interpolated import interpolate
+from metaopt.trajectory.interpolated import straight_line
 from metaopt.trajectory.replay import Rng
 from metaopt.tree import Tree
 
@@ -146,7 +146,8 @@ class HyperDistill(Estimator):
         """``(x_s, y_s)`` of algorithm 4: DrMAD's partial sweeps against the product at the distillate of the same horizon."""
         horizon, memory = len(run.batches), self.memory
         rng = replay.snapshot(run.first)
-        moments = [Moment(interpolate(run.first, run.last, t, horizon), lam, run.batches[t - 1], rng) for t in range(horizon, 0, -1)]
+        states = straight_line(run.first, run.last, horizon)
+        moments = [Moment(state, lam, batch, rng) for state, batch in zip(states, reversed(run.batches), strict=True)]
         alpha = InnerState(run.alpha, None, run.last.t)
         partial_sums = sweep(step, iter(moments), alpha, lam, to_start=False)
         xs, ys, distillate = [], [], None

@@ -115,7 +115,8 @@ class InnerTangents:
 
     def _gradient_tangents(self, dots: list[Tensor], chunk_size: int) -> list[Tensor]:
         w, lam = self._inputs
-        live = [(g, dot) for g, dot in zip(self._gradients, dots, strict=True) if g is not None and g.requires_grad]
+        first = 0 if len(_moving(dots[: len(w)], len(dots[0]))) else len(w)  # weights that stand still need ∇_λ L alone: a graph of first order
+        live = [(g, dot) for g, dot in zip(self._gradients[first:], dots[first:], strict=True) if g is not None and g.requires_grad]
         rows = _moving([dot for _, dot in live], len(dots[0]))
         self._products += len(rows)
         products: Sequence[Tensor | None] = [None] * len(w)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from metaopt import tree
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Step
@@ -58,16 +60,18 @@ class Interpolated:
 
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first, at the interpolated states."""
-        horizon = len(tape.batches)
-        for t in range(horizon, 0, -1):
-            batch, rng = tape.batches[t - 1]
-            yield Moment(interpolate(tape.first, last, t, horizon), tape.lam, batch, rng)
+        states = straight_line(tape.first, last, len(tape.batches))
+        for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True):
+            yield Moment(state, tape.lam, batch, rng)
 
     def complete(self, tape: InterpolatedTape) -> bool:
         """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""
         return False
 
 
-def interpolate(first: InnerState, last: InnerState, t: int, horizon: int) -> InnerState:
-    r"""The interpolated state :math:`\hat s_{t-1}` that step ``t`` of ``horizon`` starts from."""
-    return tree.lerp(first, last, (t - 1) / horizon)._replace(t=first.t + t - 1)
+def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:
+    r"""The interpolated states :math:`\hat s_{T-1}, \dots, \hat s_0`, from which the steps of a run start, newest first."""
+    ends = tree.floats(first), tree.floats(last)
+    for t in range(horizon - 1, -1, -1):
+        between = iter(torch._foreach_lerp(*ends, t / horizon))  # one call for all leaves: on small nets calls are what costs
+        yield tree.map(lambda x: next(between) if tree.is_float(x) else x, last)._replace(t=first.t + t)  # noqa: B023
