@@ -64,27 +64,104 @@ def test_gradients_of_a_convolution_that_nobody_uses_are_not_computed():
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_what_was_pooled_is_noted(monkeypatch):
+def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = mo.functional(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 1)).double())
-    w, lam = mo.partition(model.params, weights=["4.*"])
-    batches = [(torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)) for _ in range(2)]
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 2, 3, padding=1)
+    model = mo.functional(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 1)).double())
+    w, lam = mo.partition(model.params, weights=["0.*", "6.*"])
+    batches = [(torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)) for _ in range(3)]
 
     def loss(w, lam, batch):
         return (model(mo.merge(w, lam), batch[0]) - batch[1]).pow(2).mean()
 
-    noted, note = [], _passes.note
+    noted, more, note, recompute = [], [], _passes.note, _passes.recompute
 
-    def watched(graph):
+    def watched_note(graph):
         note(graph)
         noted.append(count(graph)["prims.inductor_force_stride_order.default"])
 
-    monkeypatch.setattr(_passes, "note", watched)
+    def watched_recompute(graph):
+        before = count(graph)["aten.convolution.default"]
+        recompute(graph)
+        more.append(count(graph)["aten.convolution.default"] - before)
+
+    monkeypatch.setattr(_passes, "note", watched_note)
+    monkeypatch.setattr(_passes, "recompute", watched_recompute)
     found = []
     for compile in (False, True):
         step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), compile=compile)
         found.append([mo.hypergradient(step, loss, w, lam, batches, batches[0], mo.RMD()).total for _ in range(2)])
     assert step.compilation.refused is None
-    assert noted == [0, 1]  # the step itself needs no derivative of the pooling; its adjoint does
+    assert noted == [1, 1]
+    assert more == [1, 2]  # the layer's output in the step itself; in its adjoint that and its tangent
     assert close(found[0], found[1], 1e-12)
+
+
+def held(x, weight, g, images, other):
+    """A convolution used at once and again after a gradient of another one."""
+    made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    early = made.tanh().sum()
+    (gradient, _, _) = aten.convolution_backward(g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+    return early, made * (1 + gradient.isnan().any())
+
+
+@pytest.mark.parametrize(("channels", "again"), [(8, 2), (4, 1)])
+def test_a_convolution_that_grows_is_computed_again_for_late_users(channels, again):
+    arguments = torch.randn(2, 1, 4, 4), torch.randn(channels, 1, 3, 3), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
+    traced = make_fx(held, tracing_mode="fake")(*arguments)
+    _passes.recompute(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    convolutions = [node for node in traced.graph.nodes if node.target is aten.convolution.default]
+    assert len(convolutions) == again
+    for gradient in (1.0, float("inf"), float("nan")):  # the zero that is made of it is one
+        arguments[2].fill_(gradient)
+        assert all(torch.equal(a, b) for a, b in zip(traced(*arguments), held(*arguments), strict=True))
+    if again == 2:
+        first, second = convolutions
+        assert {user.target for user in first.users} == {aten.tanh.default} and {user.target for user in second.users} == {aten.mul.Tensor}
+        gradient = next(node for node in traced.graph.nodes if node.target is aten.convolution_backward.default)
+        assert gradient in ancestors(second) and gradient not in ancestors(first)
+        assert second.meta["val"].shape == first.meta["val"].shape
+
+
+def test_element_wise_functions_are_computed_again_and_sums_are_not():
+    def function(x, weight, g, images, other):
+        made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        mean = made.mean()
+        curve = (made - mean).tanh()
+        (gradient, _, _) = aten.convolution_backward(g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+        return curve.sum(), curve * gradient.mean(), made
+
+    arguments = torch.randn(2, 1, 4, 4), torch.randn(8, 1, 3, 3), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
+    traced = make_fx(function, tracing_mode="fake")(*arguments)
+    before = count(traced.graph)
+    _passes.recompute(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    more = count(traced.graph) - before
+    assert (more["aten.convolution.default"], more["aten.sub.Tensor"], more["aten.tanh.default"]) == (1, 1, 1)
+    assert more["aten.mean.default"] == more["aten.sum.default"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(traced(*arguments), function(*arguments), strict=True))
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    assert output.args[0][2] is next(node for node in traced.graph.nodes if node.target is aten.convolution.default)  # what goes out is no late use
+
+
+def ancestors(node):
+    found, waiting = set(), [node]
+    while waiting:
+        for above in waiting.pop().all_input_nodes:
+            if above not in found:
+                found.add(above)
+                waiting.append(above)
+    return found
+
+
+def test_a_convolution_is_not_computed_again_where_nothing_tells_late_from_early():
+    traced = make_fx(lambda x, weight: (lambda made: (made.tanh(), made.exp()))(nn.functional.conv2d(x, weight)), tracing_mode="fake")(
+        torch.randn(1, 1, 3, 3), torch.randn(9, 1, 1, 1)
+    )
+    before = str(traced.graph)
+    _passes.recompute(traced.graph)
+    assert str(traced.graph) == before

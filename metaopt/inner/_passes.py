@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from operator import getitem
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def join(graph: Graph) -> None:
@@ -20,7 +22,7 @@ def join(graph: Graph) -> None:
     joined, and a graph with an operation that mutates is left as it is: what was equal might be changed in between.
     """
     operations = [(node, node.target) for node in graph.nodes if isinstance(node.target, OpOverload)]
-    if any(target._schema.is_mutable for _, target in operations):
+    if _mutates(graph):
         return
     kept: dict[tuple[OpOverload, str, str], Node] = {}
     for node, target in operations:
@@ -49,17 +51,95 @@ def note(graph: Graph) -> None:
     Inductor would find it out anew wherever it is needed, and hold the images for it: at 2 × 2 windows sixteen times as much. Left to it where
     shapes are symbols.
     """
-    from torch._inductor import inductor_prims as prims  # as below
+    from torch._inductor import inductor_prims  # as below
 
-    pooling = getattr(prims, "_low_memory_max_pool_with_offsets", None)  # not every version of torch calls it that
+    pooling = getattr(inductor_prims, "_low_memory_max_pool_with_offsets", None)  # not every version of torch calls it that
     for node in list(graph.nodes):
         if node.target is getitem and node.args[0].target is pooling and node.args[1] == 1:
             strides = list(node.meta["val"].stride())
             if all(isinstance(stride, int) for stride in strides):
                 with graph.inserting_after(node):
-                    noted = graph.call_function(prims.force_stride_order, (node, strides))  # which needs the numbers in memory
+                    noted = graph.call_function(inductor_prims.force_stride_order, (node, strides))  # which needs the numbers in memory
                 noted.meta = dict(node.meta)
                 node.replace_all_uses_with(noted, delete_user_cb=lambda user, noted=noted: user is not noted)
+
+
+def recompute(graph: Graph) -> None:
+    """What a convolution makes of far fewer numbers, as the first one of a net does, is computed again for those who wait for a gradient meanwhile.
+
+    Element-wise functions of it are, too. Its images then take a zero that is made of that gradient, without which a scheduler would compute it
+    early, and hold it as before. A graph with an operation that mutates is left as it is.
+    """
+    if _mutates(graph):
+        return
+    place: dict[Node, int] = {}
+    gradient: dict[Node, Node] = {}  # by images: the last one that a node waits for
+    for node in graph.nodes:
+        place[node] = len(place)
+        if node.op == "output":
+            continue
+        if node.target is getitem and node.args[0].target is aten.convolution_backward.default and node.args[1] == 0:
+            gradient[node] = node
+        elif waited := [gradient[x] for x in node.all_input_nodes if x in gradient]:
+            gradient[node] = max(waited, key=place.__getitem__)
+    convolutions = [node for node in place if node not in gradient and node.target is aten.convolution.default]
+    for node in reversed(list(place)):  # who is needed by such nodes alone may wait as well
+        if node not in gradient and node.users and all(user in gradient for user in node.users):
+            first = min((gradient[user] for user in node.users), key=place.__getitem__)
+            if place[first] < place[node]:
+                gradient[node] = first
+    for node in convolutions:
+        if node not in gradient and _grows(node.args[0], node):
+            _again(node, gradient)
+
+
+def _again(convolution: Node, gradient: dict[Node, Node]) -> None:
+    """:func:`recompute` of one."""
+    graph, held, copies = convolution.graph, {convolution}, {}
+
+    def copy(node: Node, late: Node) -> Node:
+        if node not in copies and node is convolution:
+            copies[node] = _call(node.target, _call(aten.add.Tensor, node.args[0], _zero(late, node.meta["val"].dtype)), *node.args[1:])
+        elif node not in copies:
+            made = {x: copy(x, late) for x in node.all_input_nodes if x in held}
+            copies[node] = graph.node_copy(node, lambda x: made.get(x, x))
+        return copies[node]
+
+    for node in list(graph.nodes):
+        inputs = [x for x in node.all_input_nodes if x in held]
+        if inputs and node in gradient:
+            with graph.inserting_before(node):
+                for x in inputs:
+                    node.replace_input_with(x, copy(x, gradient[node]))
+        elif inputs and isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+            held.add(node)
+
+
+def _mutates(graph: Graph) -> bool:
+    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
+
+
+def _grows(taken: Node, made: Node) -> bool:
+    """Whether there are eight numbers or more for each that is taken (not if they are counted in symbols)."""
+    few, many = taken.meta["val"].numel(), made.meta["val"].numel()
+    return isinstance(few, int) and isinstance(many, int) and many >= 8 * few
+
+
+def _zero(late: Node, dtype: torch.dtype) -> Node:
+    """A zero that is not to be had before ``late`` is."""
+    for axis in range(late.meta["val"].ndim):
+        late = _call(aten.slice.Tensor, late, axis, 0, 1)
+    return _call(prims.convert_element_type.default, _call(aten.gt.Scalar, late, float("inf")), dtype)
+
+
+def _call(target: Callable[..., Any], *args: Any) -> Node:
+    """A call at the place where the graph inserts, with what the compiler needs to know of its result."""
+    inputs = [arg for arg in args if isinstance(arg, Node)]
+    node = inputs[0].graph.call_function(target, args)
+    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+    with detect_fake_mode(values) or nullcontext():
+        node.meta["val"] = target(*values)
+    return node
 
 
 def passes(*functions: Callable[[Graph], None]) -> Any:

@@ -48,7 +48,7 @@ class Compiled:
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
         self._what, self._dynamic = what, dynamic
-        self._passes = (*([_passes.join] if join else []), _passes.trim, _passes.note)
+        self._passes = (*([_passes.join] if join else []), _passes.trim, _passes.recompute, _passes.note)
         self._made: dict[str, Callable[..., Any]] = {}
 
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
