@@ -3,7 +3,7 @@
 The forms: single steps; chunks of them (`mo.inner.chunked`), which compute what their steps share once, where they share a batch, or where each step
 has its own (*a batch each*); and, on the sinusoid net, *hoisted*: λ does not move in the inner run and its one batch repeats, so what λ and the data
 make (the features) is computed once, the run learns the head on them, and `mo.unroll` hands their gradient on.
-They take turns (A B C A B C …); a figure is the median over rounds of (its time / naive's in the same round). Compiling is not timed, but printed.
+They take turns; a figure is the median over rounds of (its time / naive's in the same round). Compiling is not timed, but printed.
 Memory: growth of the resident set's peak, each in a process of its own after a run on the same shapes, whose memory has been given back.
 """
 

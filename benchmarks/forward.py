@@ -1,4 +1,4 @@
-"""``python -m benchmarks.forward``: FMD against a loop of jvps, 30 hyperparameters, side by side (A B A B), one thread.
+"""``python -m benchmarks.forward``: FMD against a loop of jvps, 30 hyperparameters, side by side, one thread.
 
 The loop is forward mode as one would write it with the step alone: ``step.jvp`` (reverse mode twice) once per column and inner step, or
 ``torch.func.jvp`` of the gradient (forward over reverse). All give the same numbers (checked in float64 first). Hyperparameters: a weight

@@ -75,6 +75,50 @@ def test_no_second_derivative_is_an_error(name, mode):
         mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """``x ** 2``; autograd leaves its second derivative out of what else there is, without a word."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+ONCE = {
+    "RMD": mo.RMD(),
+    "RMD, Graphs": mo.RMD(mo.trajectory.Graphs()),
+    "OneStep": mo.OneStep(),
+    "DrMAD": mo.DrMAD(),
+    "IFT": mo.IFT(converged=None),
+    "HyperDistill": mo.HyperDistill(theta=1.0),
+    "FMD": mo.FMD(),
+    "ForwardGradient": mo.ForwardGradient(),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("kind", ["reverse", "mixed", "custom"])
+@pytest.mark.filterwarnings("ignore:forward over reverse is impossible")
+def test_an_operation_that_is_differentiable_once_is_an_error(name, kind):
+    def loss(w, lam, x):
+        return (lam * OnceDifferentiable.apply(x @ w)).pow(2).mean() + lam * w.pow(2).sum()
+
+    def by_hand(state, lam, x):
+        g = torch.autograd.grad(loss(state.w, lam, x), state.w, create_graph=True)[0]
+        return state._replace(w=state.w - 0.1 * g)
+
+    _, outer, w0, lam, xs = scalar_problem(lambda w, x: x @ w)
+    mode = mo.inner.ForwardOverReverse() if kind == "mixed" else mo.inner.ReverseOverReverse()
+    step = mo.custom_step(by_hand) if kind == "custom" else mo.inner_step(loss, mo.inner.SGD(lr=0.1), adjoint=mode)
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        mo.hypergradient(step, outer, w0, lam, xs, None, ONCE[name])
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_transformer_layers(train):
     """torch's own layer runs fused kernels: an error; with the composed ones it is right."""

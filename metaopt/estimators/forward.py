@@ -82,8 +82,9 @@ class FMD(ForwardMode):
     """Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
 
     Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one second-order product of that graph per column of Z
-    that needs one: a hyperparameter of the optimiser alone needs none until it has moved the weights. Memory: ``|λ|`` states (weights and
-    slots), ``|λ|²`` numbers, the graph of one gradient; constant in the horizon. Bias: exact. There is no cotangent of the initial weights.
+    that needs one: a hyperparameter of the optimiser alone needs none until it has moved the weights, and before any has (at the first step)
+    products are of first order. Memory: ``|λ|`` states (weights and slots), ``|λ|²`` numbers, the graph of one gradient; constant in the horizon.
+    Bias: exact. There is no cotangent of the initial weights.
 
     Online, λ may move: then ``α Z_t`` is the exact derivative with respect to a shift that all λ of the run have in common,
     ``Σ_i α A_t … A_{i+1} B_i`` with each Jacobian at the λ of its own step.

@@ -11,7 +11,7 @@ With :math:`g = \nabla_w L(w, \lambda)` and a cotangent u of it,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -63,13 +63,40 @@ def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
 
     Raises:
         ValueError: if the loss has no graph.
+        RuntimeError: if ``graph`` and an operation is differentiable once only.
     """
     flat, spec = tree.flatten(w)
     if not loss.requires_grad:
         raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
     gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
+    if graph:
+        check_twice_differentiable(gradients, flat)
     torch.clear_autocast_cache()
     return tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, flat, strict=True)], spec)
+
+
+def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> None:
+    """Walk the graph from gradients to the inputs (half a microsecond a node).
+
+    An operation whose backward is marked ``once_differentiable`` leaves a node there that is an error, and on no way to any input: autograd would
+    leave it out, and whatever passes through it would be missing from every second-order product.
+
+    Raises:
+        RuntimeError: if there is such a node.
+    """
+    seen = {x.grad_fn for x in inputs} | {None}
+    waiting = [x.grad_fn for x in gradients if x is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):
+            raise RuntimeError(
+                "an operation of the inner step is differentiable once only (its backward is marked once_differentiable): a hypergradient would miss "
+                "what passes through it. Write its backward in operations of torch, without that mark, or use another form of it"
+            )
+        waiting.extend([parent for parent, _ in node.next_functions])
 
 
 @dataclass(frozen=True)
@@ -224,6 +251,7 @@ def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], dots: list[Ten
     live = [x for x in outputs if x.requires_grad]
     seeds = [torch.zeros_like(x).requires_grad_() for x in live]
     bars = torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+    check_twice_differentiable(bars)
     terms = [(bar * dot).sum() for bar, dot in zip(bars, dots, strict=True) if bar is not None and bar.requires_grad]
     slopes = torch.autograd.grad(torch.stack(terms).sum(), seeds, allow_unused=True) if terms else [None] * len(seeds)
     of_live = iter(slopes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adjoint import dots_of, transposed_twice
+from metaopt.inner.adjoint import check_twice_differentiable, dots_of, transposed_twice
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Stationary, Wrt, check_weights
 from metaopt.inner.tangents import FunctionTangents
@@ -110,6 +110,7 @@ class CustomStep:
             raise TypeError(f"the custom step must return an InnerState(w, slots), got {type(new).__name__}")
         new = InnerState(new.w, getattr(new, "slots", {}), state.t + 1)
         tree.check_like(new.w, state.w, "the custom step's new w", "w")
+        check_twice_differentiable(tree.floats(new), tree.floats(state))
         return new
 
 

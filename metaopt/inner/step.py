@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adjoint import Adjoint, Gradient, RandomState, ReverseOverReverse, dots_of, gradient_of, transposed_twice
+from metaopt.inner.adjoint import (
+    Adjoint,
+    Gradient,
+    RandomState,
+    ReverseOverReverse,
+    check_twice_differentiable,
+    dots_of,
+    gradient_of,
+    transposed_twice,
+)
 from metaopt.inner.compiled import Compilation, CompiledPoint
 from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
 from metaopt.inner.reweighted import AsymmetricUpdateError
@@ -253,6 +262,7 @@ class InnerStep:
         loss = self._loss(w, lam, batch)
         w_flat, lam_flat = tree.leaves(w), tree.floats(lam)
         gradients = torch.autograd.grad(loss, w_flat + lam_flat, create_graph=True, allow_unused=True)
+        check_twice_differentiable(gradients)
         dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam)
         terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
         slopes = torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)

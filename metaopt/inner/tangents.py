@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adjoint import Loss
+from metaopt.inner.adjoint import Loss, check_twice_differentiable
 from metaopt.inner.optimizer import Optimizer, split_state, update_of_floats
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.state import InnerState
@@ -117,6 +117,7 @@ class InnerTangents:
         w, lam = self._inputs
         first = 0 if len(_moving(dots[: len(w)], len(dots[0]))) else len(w)  # weights that stand still need ∇_λ L alone: a graph of first order
         live = [(g, dot) for g, dot in zip(self._gradients[first:], dots[first:], strict=True) if g is not None and g.requires_grad]
+        check_twice_differentiable(g for g, _ in live)
         rows = _moving([dot for _, dot in live], len(dots[0]))
         self._products += len(rows)
         products: Sequence[Tensor | None] = [None] * len(w)
@@ -157,6 +158,7 @@ class Transposed:
         with torch.enable_grad():
             self._seeds = [torch.zeros_like(x).requires_grad_() for x in live]
             bars = torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+        check_twice_differentiable(bars)
         self._bars: list[Tensor | None] = list(bars)
 
     @property
