@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from benchmarks.problem import Problem
+from metaopt.trajectory.base import Moment
 
 WRAPPED: WeakKeyDictionary[nn.Module, mo.FunctionalModel] = WeakKeyDictionary()  # once, as a user would
 
@@ -35,6 +36,20 @@ def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoin
     return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())
 
 
+class StatesForNothing(mo.trajectory.Interpolated):
+    """Every step at the first state: no method, but what DrMAD would take if the line between the states cost nothing."""
+
+    def moments(self, tape, step, last):
+        for t, (batch, rng) in reversed(list(enumerate(tape.batches))):
+            yield Moment(tape.first._replace(t=tape.first.t + t), tape.lam, batch, rng)
+
+
+class FloorOfDrMAD(mo.DrMAD):
+    @property
+    def remembered(self):
+        return StatesForNothing()
+
+
 TRAJECTORIES = {
     "Full": mo.trajectory.Full(),
     "Graphs": mo.trajectory.Graphs(),
@@ -46,4 +61,5 @@ ENGINES = {
     **{f"ours: RMD, {name}": partial(gradient, estimator=mo.RMD(trajectory)) for name, trajectory in TRAJECTORIES.items()},
     "ours: RMD, Full, mixed mode": partial(gradient, estimator=mo.RMD(), adjoint=mo.inner.ForwardOverReverse()),
     "ours: DrMAD": partial(gradient, estimator=mo.DrMAD()),
+    "floor of DrMAD": partial(gradient, estimator=FloorOfDrMAD()),
 }
