@@ -151,6 +151,7 @@ class InnerStep:
     optimizer: Optimizer
     adjoint: Adjoint = ReverseOverReverse()
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
+    _twice: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)  # not empty: a gradient's graph has been checked
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights (detached) and fresh slots.
@@ -166,7 +167,9 @@ class InnerStep:
         """Φ. Cost: one gradient."""
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
             w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
-            return self._next(gradient_of(self._loss(w, lam, batch), w, graph=True), state._replace(w=w), lam)
+            g = gradient_of(self._loss(w, lam, batch), w, graph=True)
+            self._check(g, w)
+            return self._next(g, state._replace(w=w), lam)
         if self.compilation is not None and (new := self.compilation.next(state, lam, batch)) is not None:
             return new
         with torch.enable_grad():
@@ -185,7 +188,9 @@ class InnerStep:
         return self._graph(state, lam, batch)
 
     def _graph(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
-        return LinearizedInnerStep(self, state, lam, self.adjoint.gradient(self._loss, state.w, lam, batch))
+        gradient = self.adjoint.gradient(self._loss, state.w, lam, batch)
+        self._check(gradient.g, state.w)
+        return LinearizedInnerStep(self, state, lam, gradient)
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """The step adjoint ``(αA, αB)``. Cost: one gradient and one contraction of its graph (about three plain steps)."""
@@ -254,6 +259,12 @@ class InnerStep:
         return self.optimizer.update(g, w, slots, lam, numbers[0])
 
     # -- parts -----------------------------------------------------------------------------------
+    def _check(self, g: Tree, w: Tree) -> None:
+        """Whether the first gradient that has a graph can be differentiated again: once, since on a small net it takes as long as an operation."""
+        if not self._twice and tree.requires_grad(g):
+            check_twice_differentiable(tree.leaves(g), tree.leaves(w))
+            self._twice.append(True)
+
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
 
