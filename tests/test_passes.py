@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_compiled import close
 from torch import nn
+from torch._inductor import config as inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import metaopt as mo
@@ -91,10 +92,11 @@ def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     found = []
     for compile in (False, True):
         step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), compile=compile)
-        found.append([mo.hypergradient(step, loss, w, lam, batches, batches[0], mo.RMD()).total for _ in range(2)])
+        with inductor.patch(force_disable_caches=True):  # what comes from a cache has been through the passes before
+            found.append([mo.hypergradient(step, loss, w, lam, batches, batches[0], mo.RMD()).total for _ in range(2)])
     assert step.compilation.refused is None
-    assert noted == [1, 1]
-    assert more == [1, 2]  # the layer's output in the step itself; in its adjoint that and its tangent
+    assert set(noted) == {1}
+    assert set(more) == {2}  # in the adjoint alone: the layer's output and its tangent
     assert close(found[0], found[1], 1e-12)
 
 

@@ -119,7 +119,7 @@ def _mutates(graph: Graph) -> bool:
     return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
 
 
-def _grows(taken: Node, made: Node) -> bool:
+def _grows(taken: Any, made: Node) -> bool:
     """Whether there are eight numbers or more for each that is taken (not if they are counted in symbols)."""
     few, many = taken.meta["val"].numel(), made.meta["val"].numel()
     return isinstance(few, int) and isinstance(many, int) and many >= 8 * few
@@ -132,7 +132,7 @@ def _zero(late: Node, dtype: torch.dtype) -> Node:
     return _call(prims.convert_element_type.default, _call(aten.gt.Scalar, late, float("inf")), dtype)
 
 
-def _call(target: Callable[..., Any], *args: Any) -> Node:
+def _call(target: Any, *args: Any) -> Node:
     """A call at the place where the graph inserts, with what the compiler needs to know of its result."""
     inputs = [arg for arg in args if isinstance(arg, Node)]
     node = inputs[0].graph.call_function(target, args)

@@ -81,11 +81,11 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Itera
     Raises:
         RuntimeError: if there is such a node.
     """
-    seen = {x.grad_fn for x in inputs} | {None}
-    waiting = [x.grad_fn for x in gradients if x is not None]
+    seen: set[Any] = {x.grad_fn for x in inputs}
+    waiting: list[Any] = [x.grad_fn for x in gradients if x is not None]
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         if node.name().endswith("Error"):

@@ -48,16 +48,16 @@ class Compiled:
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
         self._what, self._dynamic = what, dynamic
-        self._passes = (*([_passes.join] if join else []), _passes.trim, _passes.recompute, _passes.note)
+        self._join = join
         self._made: dict[str, Callable[..., Any]] = {}
 
-    def _run(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be."""
+    def _run(self, name: str, method: Callable[..., Any], *arguments: Any, lean: bool = False) -> Any:
+        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be. ``lean`` computes again rather than hold."""
         if self.refused is not None:
             return None
         first = name not in self._made
         if first:
-            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)))
+            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)), lean=lean)
         start = time.perf_counter()
         try:
             with torch.no_grad():
@@ -70,14 +70,15 @@ class Compiled:
             if first:
                 self.seconds += time.perf_counter() - start
 
-    def _compiled(self, method: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
+    def _compiled(self, method: Callable[..., Any], *, on_cpu: bool, lean: bool) -> Callable[..., Any]:
         # The compiler keeps its results, and counts them, per code object: one of our own keeps the functions of a program apart.
         function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
         options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
         if self.backend == "inductor":
             options["fallback_random"] = True  # draws what the eager function draws
-            options["joint_custom_pre_pass"] = _passes.passes(*self._passes)
+            used = {_passes.join: self._join, _passes.trim: True, _passes.recompute: lean, _passes.note: True}
+            options["joint_custom_pre_pass"] = _passes.passes(*(function for function, wanted in used.items() if wanted))
             if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
                 options |= {"cpp_wrapper": True, "layout_optimization": False}
         return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options)
@@ -107,7 +108,7 @@ class Compilation(Compiled):
         slots = tree.zeros_like(state.slots) if cotangent.slots is None else cotangent.slots
         seeds = tree.floats(cotangent.w) + tree.floats(slots)
         moving = "lam" if wrt == "lam" else "both"
-        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, self._numbers(state, batch), seeds, moving == "both")
+        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, self._numbers(state, batch), seeds, moving == "both", lean=True)
         if out is None:
             return None
         supply = iter(out)

@@ -73,5 +73,5 @@ def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator
     r"""The interpolated states :math:`\hat s_{T-1}, \dots, \hat s_0`, from which the steps of a run start, newest first."""
     ends = tree.floats(first), tree.floats(last)
     for t in range(horizon - 1, -1, -1):
-        between = iter(torch._foreach_lerp(*ends, t / horizon))  # one call for all leaves: on small nets calls are what costs
+        between = iter(torch._foreach_lerp(*ends, t / horizon))  # pyright: ignore[reportPrivateImportUsage]  (one call: on small nets those are what costs)
         yield tree.map(lambda x: next(between) if tree.is_float(x) else x, last)._replace(t=first.t + t)  # noqa: B023
