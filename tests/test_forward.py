@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import OPTIMIZERS, ids
+from cases import OPTIMIZERS, OnceDifferentiable, ids
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -232,23 +232,9 @@ def test_one_gradient_a_step_and_no_product_before_a_column_moves_the_weights():
     assert close(problem.by(mo.FMD()).total, problem.by(mo.RMD()).total)
 
 
-class Square(torch.autograd.Function):
-    """``w ** 2``, whose derivative cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, w):
-        ctx.save_for_backward(w)
-        return w**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad * ctx.saved_tensors[0]
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_weights_that_stand_still_need_no_second_order(chunk_size):
-    step = mo.inner_step(lambda w, lam, _: (lam * Square.apply(w)).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, _: (lam * OnceDifferentiable.apply(w)).sum(), mo.inner.SGD(lr=0.1))
     w, lam = t64(1.0, 2.0, 3.0), t64(0.5, -1.0, 2.0)
     after_one = mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None], None, mo.FMD(chunk_size))
     assert close(after_one.total, -0.1 * 2 * w)

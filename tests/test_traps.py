@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from cases import OnceDifferentiable
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -73,20 +74,6 @@ def test_no_second_derivative_is_an_error(name, mode):
     step = mo.inner_step(step.inner_loss, step.optimizer, adjoint=mode)
     with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*Use another form"):
         mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """``x ** 2``; autograd leaves its second derivative out of what else there is, without a word."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad * ctx.saved_tensors[0]
 
 
 ONCE = {
