@@ -189,7 +189,11 @@ def _plus(x: Any, y: Any) -> Any:
 
 def accumulate(total: Tree, b: Tree) -> Tree:
     """``total + b``, written into ``total``'s own tensors; a missing leaf (``None``) counts as zero, and is copied from ``b`` at first."""
-    return map(_accumulated, total, b)
+    pairs = [(x, y) for x, y in zip(leaves(total), leaves(b), strict=True) if is_float(y)]
+    if not pairs or any(x is None for x, _ in pairs):
+        return map(_accumulated, total, b)
+    torch._foreach_add_([x for x, _ in pairs], [y for _, y in pairs])  # pyright: ignore[reportPrivateImportUsage]  (one call)
+    return total
 
 
 def _accumulated(x: Any, y: Any) -> Any:

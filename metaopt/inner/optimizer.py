@@ -67,15 +67,21 @@ class Optimizer:
         flat_w, spec = tree.flatten(w)
         flat_g = tree.leaves(g)
         flat_slots = {name: tree.leaves(slot) for name, slot in slots.items()}
-        hyper = {name: per_leaf(getattr(self, name), lam, t, spec, name) for name in self.hypers}
         new_w, new_slots = [], []
-        for i, (g_i, w_i) in enumerate(zip(flat_g, flat_w, strict=True)):
+        for i, (g_i, w_i, hyper_i) in enumerate(zip(flat_g, flat_w, self.hyper_leaves(lam, t, spec), strict=True)):
             slots_i = {name: slot[i] for name, slot in flat_slots.items()}
-            hyper_i = {name: value[i] for name, value in hyper.items()}
             w_new, slots_new = self.update_leaf(g_i, w_i, slots_i, hyper_i, t)
             new_w.append(w_new)
             new_slots.append(slots_new)
         return tree.unflatten(new_w, spec), _transpose(new_slots, spec)
+
+    def hyper_leaves(self, lam: Tree, t: int, spec: tree.Spec) -> list[dict[str, Any]]:
+        """The hyperparameters of step ``t``, name to value, for each weight leaf."""
+        values = {name: getattr(self, name) for name in self.hypers}
+        if all(isinstance(value, (int, float)) for value in values.values()):
+            return [values] * spec.num_leaves
+        leaves = [per_leaf(value, lam, t, spec, name) for name, value in values.items()]
+        return [dict(zip(values, of_one, strict=True)) for of_one in zip(*leaves, strict=True)]
 
     @property
     def steps_taken(self) -> int:
@@ -163,11 +169,10 @@ def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: An
     """:func:`pull_back` from :meth:`Optimizer.transpose_leaf`."""
     w_bars, spec = tree.flatten(cotangent.w)
     slots_bars = None if cotangent.slots is None else {name: tree.leaves(bar) for name, bar in cotangent.slots.items()}
-    hyper = {name: per_leaf(getattr(optimizer, name), lam, state.t + 1, spec, name) for name in optimizer.hypers}
     u, w, slots = [], [], []
-    for i, w_bar in enumerate(w_bars):
+    for i, (w_bar, hyper) in enumerate(zip(w_bars, optimizer.hyper_leaves(lam, state.t + 1, spec), strict=True)):
         slots_bar = None if slots_bars is None else {name: bar[i] for name, bar in slots_bars.items()}
-        bars = optimizer.transpose_leaf(w_bar, slots_bar, {name: value[i] for name, value in hyper.items()}, state.t + 1)
+        bars = optimizer.transpose_leaf(w_bar, slots_bar, hyper, state.t + 1)
         assert bars is not None  # an optimiser that overrides it answers for every leaf
         u.append(bars[0])
         w.append(bars[1])

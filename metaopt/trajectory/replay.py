@@ -28,6 +28,8 @@ class Rng(NamedTuple):
 def snapshot(at: Tree) -> Rng:
     """The generators' states now (about 2 µs and 5 KB); ``at`` tells which device matters."""
     cpu = torch.get_rng_state()
+    if not torch.cuda.is_initialized():
+        return Rng(cpu)
     for leaf in tree.leaves(at):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
             return Rng(cpu, torch.cuda.get_rng_state(leaf.device), leaf.device)
