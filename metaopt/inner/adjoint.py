@@ -35,9 +35,10 @@ class Gradient(Protocol):
         """``∇_w L``, a pytree like w (it may carry a graph)."""
         ...
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
         """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero; a part not asked for is empty.
 
+        ``u`` has one entry per leaf of w.
         ``last`` promises that no further product is asked for: memory is then given back as the graph is swept.
         """
         ...
@@ -127,11 +128,11 @@ class GradientGraph:
         """With its graph."""
         return self._g
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
         """One backward pass through the gradient's graph, which stays unless this is the last."""
         w = tree.leaves(self.w) if with_w else []
         lam = tree.floats(self.lam) if with_lam else []
-        live = [(g, seed) for g, seed in zip(tree.leaves(self._g), tree.leaves(u), strict=True) if g.requires_grad]
+        live = [(g, seed) for g, seed in zip(tree.leaves(self._g), u, strict=True) if g.requires_grad]
         products: Any = [None] * (len(w) + len(lam))
         if live and products:
             try:
@@ -144,7 +145,7 @@ class GradientGraph:
         """Itself."""
         return self
 
-    def _otherwise(self, error: RuntimeError, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+    def _otherwise(self, error: RuntimeError, u: list[Tensor], *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
         if "not implemented" not in str(error) and "double backward" not in str(error):
             raise error
         try:
@@ -198,7 +199,7 @@ class GradientPoint:
         """Without a graph."""
         return self._g
 
-    def contract(self, u: Tree, *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
         """One forward-mode derivative of one gradient."""
         if not self._refused:
             try:
@@ -219,21 +220,22 @@ class GradientPoint:
         return graph
 
 
-def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: Tree, *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: list[Tensor], *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
     """The derivative of ``(∇_w L, ∇_λ L)`` along ``(u, 0)``, with dual numbers.
 
     Batches get a zero tangent: with none, torch's in-place formulas for some losses (``mse_loss``) meet an immutable zero and fail.
     """
     with torch.enable_grad(), forward_ad.dual_level():
         w_, lam_ = tree.attach(w), tree.attach(lam)
-        dual = tree.map(forward_ad.make_dual, w_, u)
+        w_leaves, spec = tree.flatten(w_)
+        dual = tree.unflatten(map(forward_ad.make_dual, w_leaves, u), spec)
         still = tree.map(lambda x: forward_ad.make_dual(x, torch.zeros_like(x)) if tree.is_float(x) else x, batch)
-        inputs = (tree.leaves(w_) if with_w else []) + (tree.floats(lam_) if with_lam else [])
+        inputs = (w_leaves if with_w else []) + (tree.floats(lam_) if with_lam else [])
         value = loss(dual, lam_, still)
         gradients = torch.autograd.grad(value, inputs, allow_unused=True) if inputs else ()
         torch.clear_autocast_cache()
         tangents = [None if g is None else _tangent(g) for g in gradients]
-    split = len(tree.leaves(w_)) if with_w else 0
+    split = len(w_leaves) if with_w else 0
     return tangents[:split], tangents[split:]
 
 

@@ -128,8 +128,8 @@ def _transpose(per_leaf_slots: list[Slots], spec: tree.Spec) -> Tree:
 
 
 # -- derivatives of the update, for every optimiser --------------------------------------------------
-def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[Tree, Tree, Tree, Tree]:
-    """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``; parts that ``wrt`` does not ask for are ``None``.
+def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[list[Tensor], list[Tensor | None], Tree, Tree]:
+    """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``, the first two as leaves; what ``wrt`` leaves out is empty or ``None``.
 
     Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero), and ``g`` may carry a graph, which is left alone.
     """
@@ -157,19 +157,21 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
     bars: Any = [None] * len(inputs)
     if live:
         bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
-    u = tree.unflatten([torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)], tree.flatten(g)[1])
-    w_bar = tree.unflatten(bars[n_g : n_g + n_w], tree.flatten(state.w)[1]) if wrt != "lam" else None
+    u = [torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)]
+    w_bar = list(bars[n_g : n_g + n_w])
     slot_bars = zip(bars[n_g + n_w : n_g + n_w + n_slots], inputs[n_g + n_w :], strict=False)
     slots_bar = _into_floats([torch.zeros_like(x) if b is None else b for b, x in slot_bars], state.slots) if wrt != "lam" else None
     lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
     return u, w_bar, slots_bar, lam_bar
 
 
-def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[Tree, Tree, Tree, None]:
+def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: Any, wrt: str) -> tuple[list[Tensor], list[Tensor | None], Tree, None]:
     """:func:`pull_back` from :meth:`Optimizer.transpose_leaf`."""
     w_bars, spec = tree.flatten(cotangent.w)
     slots_bars = None if cotangent.slots is None else {name: tree.leaves(bar) for name, bar in cotangent.slots.items()}
-    u, w, slots = [], [], []
+    u: list[Tensor] = []
+    w: list[Tensor | None] = []
+    slots: list[Slots] = []
     for i, (w_bar, hyper) in enumerate(zip(w_bars, optimizer.hyper_leaves(lam, state.t + 1, spec), strict=True)):
         slots_bar = None if slots_bars is None else {name: bar[i] for name, bar in slots_bars.items()}
         bars = optimizer.transpose_leaf(w_bar, slots_bar, hyper, state.t + 1)
@@ -177,9 +179,7 @@ def _pull_back_linear(optimizer: Optimizer, state: Any, lam: Tree, cotangent: An
         u.append(bars[0])
         w.append(bars[1])
         slots.append(bars[2])
-    if wrt == "lam":
-        return tree.unflatten(u, spec), None, None, None
-    return tree.unflatten(u, spec), tree.unflatten(w, spec), _transpose(slots, spec), None
+    return (u, [], None, None) if wrt == "lam" else (u, w, _transpose(slots, spec), None)
 
 
 def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree) -> tuple[Tree, Tree]:

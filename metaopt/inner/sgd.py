@@ -73,16 +73,15 @@ class SGD(Optimizer):
 
     def transpose_leaf(self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int) -> tuple[Tensor, Tensor, Slots]:
         r"""With :math:`\bar d = -\eta \bar w`: :math:`\bar v = \bar v + \bar d`, :math:`\bar g = (1-\text{damp})\,\bar v`, and so on, backwards."""
-        d_bar = w_bar * -hyper["lr"]
         slots: Slots = {}
-        g_bar = d_bar
-        if not _is_zero(self.momentum):
-            v_bar = hyper["momentum"] * d_bar if self.nesterov else d_bar
-            if slots_bar is not None:
-                v_bar = slots_bar["momentum"] + v_bar
-            slots = {"momentum": hyper["momentum"] * v_bar}
+        if _is_zero(self.momentum):
+            g_bar = w_bar * -hyper["lr"]
+        else:
+            mu, factor = hyper["momentum"], hyper["lr"] * hyper["momentum"] if self.nesterov else hyper["lr"]
+            v_bar = w_bar * -factor if slots_bar is None else _minus(slots_bar["momentum"], factor, w_bar)
+            slots = {"momentum": mu * v_bar}
             kept = v_bar if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
-            g_bar = g_bar + kept if self.nesterov else kept
+            g_bar = _minus(kept, hyper["lr"], w_bar) if self.nesterov else kept
         return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
 
 

@@ -251,7 +251,7 @@ class InnerStep:
             w = tree.attach(state.w)
             g = gradient_of(self._loss(w, lam, batch), w, graph=False)
         u, _, _, lam_bar = pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")
-        return u, lam_bar
+        return tree.unflatten(u, tree.flatten(state.w)[1]), lam_bar
 
     def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
         """Φ for a compiler to trace: the weights and slots after the step of this one number."""
@@ -317,7 +317,7 @@ class LinearizedInnerStep:
         state_bar = None
         if wrt != "lam":
             w, spec = tree.flatten(self._at.w)
-            parts = zip(tree.leaves(w_bar), hessian_part, w, strict=True)
+            parts = zip(w_bar, hessian_part, w, strict=True)
             state_bar = InnerState(tree.unflatten([_sum(a, b, like) for a, b, like in parts], spec), slots_bar, self._at.t)
         if wrt == "state":
             return state_bar, None
