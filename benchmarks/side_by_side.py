@@ -29,9 +29,11 @@ SIZES = {
 # at long horizons the slow engines would take many minutes, and their ratios are known from short ones
 AT_LENGTH = ("naive", "ours: RMD, Full", "ours: RMD, Checkpointed (17 slots)", "ours: DrMAD")
 
+CONTROLS = {"floor of DrMAD", "RMD, Full, once more"}  # no engines of their own: timed only where they are asked for
+
 
 def engines_for(problem: str, T: int) -> list[str]:
-    asked = {"floor of DrMAD"} | ({"JAX, jit + scan"} if problem.startswith("conv") else set())  # the latter five to ten times naive on a CPU
+    asked = CONTROLS | ({"JAX, jit + scan"} if problem.startswith("conv") else set())  # JAX takes five to ten times naive there, on a CPU
     return [name for name in ENGINES if name in AT_LENGTH or (T < SIZES[problem][2] and name not in asked)]
 
 

@@ -62,4 +62,5 @@ ENGINES = {
     "ours: RMD, Full, mixed mode": partial(gradient, estimator=mo.RMD(), adjoint=mo.inner.ForwardOverReverse()),
     "ours: DrMAD": partial(gradient, estimator=mo.DrMAD()),
     "floor of DrMAD": partial(gradient, estimator=FloorOfDrMAD()),
+    "RMD, Full, once more": partial(gradient, estimator=mo.RMD()),  # what the same differs from itself by
 }
