@@ -7,11 +7,12 @@ Fu et al. 2016, arXiv 1601.00917; algorithm 2 of the HyperDistill paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
@@ -19,6 +20,7 @@ from metaopt.inner.step import Step
 from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
 from metaopt.trajectory.replay import Rng
+from metaopt.trajectory.rows import ROWS, SMALL
 from metaopt.tree import Tree
 
 
@@ -71,7 +73,22 @@ class Interpolated:
 
 def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:
     r"""The interpolated states :math:`\hat s_{T-1}, \dots, \hat s_0`, from which the steps of a run start, newest first."""
-    ends = tree.floats(first), tree.floats(last)
-    for t in range(horizon - 1, -1, -1):
-        between = iter(torch._foreach_lerp(*ends, t / horizon))  # pyright: ignore[reportPrivateImportUsage]  (one call: on small nets those are what costs)
-        yield tree.map(lambda x: next(between) if tree.is_float(x) else x, last)._replace(t=first.t + t)  # noqa: B023
+    flat, spec = tree.flatten((last.w, last.slots))
+    places = [i for i, x in enumerate(flat) if tree.is_float(x)]
+    for t, between in zip(range(horizon - 1, -1, -1), _between(tree.floats(first), tree.floats(last), horizon), strict=True):
+        for i, x in zip(places, between, strict=True):
+            flat[i] = x
+        w, slots = tree.unflatten(flat, spec)
+        yield InnerState(w, slots, first.t + t)
+
+
+def _between(first: list[Tensor], last: list[Tensor], horizon: int) -> Iterator[Sequence[Tensor]]:
+    """The leaves of the states; of small ones sixteen states in one call for each leaf, since calls are what they cost."""
+    weights = [t / horizon for t in range(horizon - 1, -1, -1)]
+    if sum(x.numel() * x.element_size() for x in first) < SMALL and all(x.dtype in (torch.float32, torch.float64) for x in first):
+        for start in range(0, horizon, ROWS):
+            column = torch.tensor(weights[start : start + ROWS], dtype=torch.float64)
+            yield from zip(*(torch.lerp(x, y, column.to(x).view(-1, *[1] * x.ndim)).unbind() for x, y in zip(first, last, strict=True)), strict=True)
+    else:
+        for weight in weights:
+            yield torch._foreach_lerp(first, last, weight)  # pyright: ignore[reportPrivateImportUsage]
