@@ -12,6 +12,7 @@ from torch import nn
 import metaopt as mo
 from metaopt import tree
 from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.trajectory.interpolated import straight_line
 from metaopt.trajectory.revolve import reach
 
 FULL = [case for case in TRAJECTORIES if case.full]
@@ -252,3 +253,22 @@ def test_a_place_is_written_over():
     assert second.w["w"] is first.w["w"] and identical(second.slots, b.slots) and second.t == 2
     small = mo.InnerState(torch.ones(3))
     assert mo.trajectory.Place().put(small) is small
+
+
+@pytest.mark.parametrize(("numbers", "dtype"), [(3, torch.float64), (3, torch.float32), (3, torch.bfloat16), (20_000, torch.float32)])
+def test_the_straight_line_however_many_states_are_made_at_once(numbers, dtype):
+    def state(t):
+        return mo.InnerState(
+            {"a": torch.randn(numbers, dtype=dtype), "b": torch.randn((), dtype=dtype)}, {"count": torch.tensor(t), "m": torch.randn(2)}, t
+        )
+
+    first, last, T = state(5), state(40), 35
+    line = list(straight_line(first, last, T))
+    assert [point.t for point in line] == list(range(39, 4, -1))
+    for point in line:
+        assert point.slots["count"] == 40
+        expected = tree.lerp(first._replace(t=0), last._replace(t=0), (point.t - 5) / T)
+        for mine, theirs in zip(tree.floats(point), tree.floats(expected), strict=True):
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=1e-15 if dtype == torch.float64 and mine.dtype == dtype else 1e-6, atol=1e-6)
+    assert len(list(straight_line(first, last, 1))) == 1
