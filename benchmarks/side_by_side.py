@@ -29,7 +29,7 @@ SIZES = {
 # at long horizons the slow engines would take many minutes, and their ratios are known from short ones
 AT_LENGTH = ("naive", "ours: RMD, Full", "ours: RMD, Checkpointed (17 slots)", "ours: DrMAD")
 
-CONTROLS = {"floor of DrMAD", "RMD, Full, once more"}  # no engines of their own: timed only where they are asked for
+CONTROLS = {"DrMAD, graph by graph", "RMD, Full, once more"}  # no engines of their own: timed only where they are asked for
 
 
 def engines_for(problem: str, T: int) -> list[str]:

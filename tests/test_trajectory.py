@@ -12,6 +12,8 @@ from torch import nn
 import metaopt as mo
 from metaopt import tree
 from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.trajectory import interpolated
+from metaopt.trajectory._weighing import Allocations, weighed
 from metaopt.trajectory.interpolated import straight_line
 from metaopt.trajectory.revolve import reach
 
@@ -232,6 +234,86 @@ def test_a_budget_keeps_what_fits():
     assert gradient(mo.trajectory.Budgeted(1 << 30), T).cost.steps == 0
     with pytest.raises(ValueError, match="positive"):
         mo.trajectory.Budgeted(0)
+
+
+def by_transform(w, lam, x):
+    """A loss with a derivative of its own; the transforms of torch.func refuse the hooks that weigh a graph."""
+    slopes = torch.func.vmap(torch.func.grad(lambda x: torch.sin(x @ w).sum() * lam))(x)
+    return slopes.pow(2).mean() + lam * w.pow(2).sum()
+
+
+def test_graphs_are_weighed_with_transforms_inside():
+    """What autograd saves, or (where that cannot be seen) what is alive: a little more, as some of it is saved by nobody."""
+    w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
+    step = mo.inner_step(by_transform, mo.inner.SGD(lr=0.1))
+    args = step, lambda w, lam, _: w.sum(), w, lam, xs, None
+    exact = mo.hypergradient(*args, mo.RMD()).total
+    assert bool(exact != 0)
+    assert torch.equal(mo.hypergradient(*args, mo.RMD(mo.trajectory.Budgeted(1 << 20))).total, exact)
+    plain, _, w, lam, batch = problem()
+    at = plain.init(w, lam), lam, batch(1)
+
+    def alive():
+        with Allocations() as made:
+            linearized = plain.linearize(*at)
+        return linearized, made.alive()
+
+    saved, (_, made) = weighed(lambda: plain.linearize(*at), at)[1], alive()
+    assert 0 < saved <= sum(made.values()) < 3 * saved
+
+
+class Points:
+    """How many points each call of ``InnerStep.linearize_each`` was given."""
+
+    def __init__(self, monkeypatch):
+        self.counts = []
+        real = mo.inner.InnerStep.linearize_each
+
+        def linearize_each(step, points, lam):
+            found = real(step, points, lam)
+            self.counts.append(None if found is None else len(found))
+            return found
+
+        monkeypatch.setattr(mo.inner.InnerStep, "linearize_each", linearize_each)
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 20])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_drmads_graphs_are_made_in_groups_with_the_same_numbers(T, dropout, monkeypatch):
+    points = Points(monkeypatch)
+    together = gradient(mo.trajectory.Interpolated(), T, dropout)
+    rest = T - 1
+    assert points.counts == [1] + [8] * (rest // 8) + [rest % 8] * (rest % 8 > 0)
+    monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)
+    alone = gradient(mo.trajectory.Interpolated(), T, dropout)
+    assert identical(together.total, alone.total)
+    assert together.cost == alone.cost == Cost(steps=T, linearizations=T, products=2 * T - 1)
+
+
+def test_drmad_without_a_step():
+    step, _, w, lam, _ = problem()
+    trajectory, state = mo.trajectory.Interpolated(), step.init(w, lam)
+    assert list(trajectory.moments(trajectory.start(state, lam), step, state)) == []
+
+
+@pytest.mark.parametrize("why", ["a big graph", "another mode", "compiled", "no InnerStep", "a big state"])
+def test_drmads_graphs_are_made_one_by_one(why, monkeypatch):
+    points, T = Points(monkeypatch), 12
+    rows, columns = (5000, 3) if why == "a big graph" else (4, 1000 if why == "a big state" else 3)
+    w, lam, xs = torch.randn(columns).double() / columns, torch.tensor(0.5).double(), [torch.randn(rows, columns).double() for _ in range(T)]
+
+    def loss(w, lam, x):
+        return lam * (x @ w).sin().pow(2).mean() + w.pow(2).sum()
+
+    adjoint = mo.inner.ForwardOverReverse() if why == "another mode" else mo.inner.ReverseOverReverse()
+    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), adjoint=adjoint, compile="aot_eager" if why == "compiled" else False)
+    if why == "no InnerStep":
+        step = mo.custom_step(lambda s, lam, x: s._replace(w=s.w - 0.1 * torch.autograd.grad(loss(s.w, lam, x), s.w, create_graph=True)[0]))
+    args = lambda w, lam, _: w.sum(), w, lam, xs, None, mo.DrMAD()
+    found = mo.hypergradient(step, *args).total
+    assert points.counts == {"a big graph": [1], "another mode": [None], "compiled": [None], "no InnerStep": [], "a big state": []}[why]
+    plain = mo.hypergradient(mo.inner_step(loss, mo.inner.SGD(lr=0.1)), *args).total
+    torch.testing.assert_close(found, plain, rtol=1e-10, atol=0)
 
 
 def test_big_states_are_copied_into_rows():

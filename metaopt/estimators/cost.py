@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from metaopt.inner.chunk import Chunk
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Stationary, Step, Wrt
+from metaopt.inner.step import Linearized, Stationary, Step, StepAtSeveral, Wrt
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
@@ -58,6 +59,14 @@ class CountedStep:
         """As the wrapped step."""
         self.cost.linearizations += (steps := self._steps(batch))
         return CountedLinearized(self.step.linearize(state, lam, batch), self.cost, steps)
+
+    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[CountedLinearized] | None:
+        """As the wrapped step, if it can."""
+        found = self.step.linearize_each(points, lam) if isinstance(self.step, StepAtSeveral) else None
+        if found is None:
+            return None
+        self.cost.linearizations += len(found)
+        return [CountedLinearized(linearized, self.cost, 1) for linearized in found]
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """As the wrapped step."""

@@ -163,11 +163,12 @@ class OneStep(ReverseMode):
 class DrMAD(ReverseMode):
     """RMD's sweep along the straight line between the first and the last state.
 
-    Cost: ``2T - 1`` products and T gradients. Memory: two states. Bias: exact only where A and B do not depend on the state; there is no
-    bound in general. Offline.
+    Cost: ``2T - 1`` products and T gradients, those of tiny nets eight in one call. Memory: that of
+    :class:`~metaopt.trajectory.Interpolated`. Bias: exact only where A and B do not depend on the state; there is no bound in general. Offline.
 
-    Exact :class:`RMD` is as fast over every state and as small over checkpoints (measured: ``benchmarks/README.md``). What is left to DrMAD are
-    runs whose states do not fit and whose steps are too dear to be run again once to three times, and published results that used it.
+    Exact :class:`RMD` is as fast over every state (on tiny nets over every graph) and as small over checkpoints (measured:
+    ``benchmarks/README.md``). What is left to DrMAD are runs whose states do not fit and whose steps are too dear to be run again once to three
+    times, and published results that used it.
     """
 
     traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="the states, taken from a straight line")

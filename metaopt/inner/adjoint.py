@@ -21,6 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
 Loss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
@@ -65,10 +66,15 @@ def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
     Raises:
         ValueError: if the loss has no graph.
     """
-    flat, spec = tree.flatten(w)
-    if not loss.requires_grad:
+    return gradients_of([loss], [w], graph=graph)[0]
+
+
+def gradients_of(losses: list[Tensor], ws: list[Tree], *, graph: bool) -> list[Tree]:
+    """:func:`gradient_of` each loss with respect to its own weights, which no other depends on, in one call of autograd."""
+    flat, spec = tree.flatten(ws)
+    if not all(loss.requires_grad for loss in losses):
         raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
-    gradients = torch.autograd.grad(loss, flat, create_graph=graph, allow_unused=True)
+    gradients = torch.autograd.grad(losses, flat, create_graph=graph, allow_unused=True)
     torch.clear_autocast_cache()
     return tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, flat, strict=True)], spec)
 
@@ -112,6 +118,21 @@ class ReverseOverReverse:
             w_, lam_ = tree.attach(w), tree.attach(lam)
             g = gradient_of(loss(w_, lam_, batch), w_, graph=True)
         return GradientGraph(loss, w_, lam_, batch, g)
+
+    def gradients(self, loss: Loss, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[tuple[InnerState, GradientGraph]]:
+        """The gradients at several ``(state, batch)``, beside the states, in one call of autograd.
+
+        The loss is evaluated at a point before the next is asked for. Cost: one gradient each. Memory: all their graphs, which share nothing.
+        """
+        states, at, losses = [], [], []
+        with torch.enable_grad():
+            for state, batch in points:
+                w_, lam_ = tree.attach(state.w), tree.attach(lam)
+                states.append(state)
+                at.append((w_, lam_, batch))
+                losses.append(loss(w_, lam_, batch))
+            gs = gradients_of(losses, [w_ for w_, _, _ in at], graph=True)
+        return [(state, GradientGraph(loss, w_, lam_, batch, g)) for state, (w_, lam_, batch), g in zip(states, at, gs, strict=True)]
 
 
 class GradientGraph:

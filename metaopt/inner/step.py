@@ -8,9 +8,9 @@ is the choice of an object from :mod:`metaopt.inner.adjoint`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -108,6 +108,18 @@ class Step(Protocol):
         ...
 
 
+@runtime_checkable
+class StepAtSeveral(Protocol):
+    """A step that may be linearised at several points in one call of autograd: on tiny nets the calls are what it costs."""
+
+    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> Sequence[Linearized] | None:
+        """Φ at each ``(state, batch)``, for one pullback each, which gives its graph's memory back; ``None`` if there is nothing to win by it.
+
+        The inner loss is evaluated at a point before the next is asked for.
+        """
+        ...
+
+
 def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse(), compile: bool | str = False) -> InnerStep:
     """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
 
@@ -186,6 +198,16 @@ class InnerStep:
         if self.compilation is not None and self.compilation.refused is None:
             return CompiledPoint(self.compilation, state, lam, batch, lambda: self._graph(state, lam, batch))
         return self._graph(state, lam, batch)
+
+    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[LinearizedOnce] | None:
+        """See :class:`StepAtSeveral`. Cost: one gradient each; ``None`` where the step is compiled or not reverse over reverse."""
+        compiled = self.compilation is not None and self.compilation.refused is None
+        if compiled or not isinstance(self.adjoint, ReverseOverReverse):
+            return None
+        gradients = self.adjoint.gradients(self._loss, points, lam)
+        for state, gradient in gradients:
+            self._check(gradient.g, state.w)
+        return [LinearizedOnce(self, state, lam, gradient) for state, gradient in gradients]
 
     def _graph(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
         gradient = self.adjoint.gradient(self._loss, state.w, lam, batch)
@@ -324,6 +346,16 @@ class LinearizedInnerStep:
         supply = iter(mixed_part)
         mixed = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam)
         return state_bar, mixed if lam_bar is None else tree.add(mixed, lam_bar)
+
+
+class LinearizedOnce(LinearizedInnerStep):
+    """For a single pullback."""
+
+    __slots__ = ()
+
+    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``, giving the graph's memory back as it is swept."""
+        return self.last_pullback(cotangent, wrt)
 
 
 def checked_scalar(loss: Any, what: str) -> Tensor:

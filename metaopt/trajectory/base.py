@@ -37,6 +37,11 @@ class Moment(NamedTuple):
         replay.restore(self.rng)
         return step.vjp(self.state, self.lam, self.batch, cotangent, wrt=wrt)
 
+    def linearize(self, step: Step) -> Linearized:
+        """The step's graph, with the same random draws."""
+        replay.restore(self.rng)
+        return step.linearize(self.state, self.lam, self.batch)
+
 
 class Trajectory(Protocol):
     """How a run is remembered. A tape is used by one run only: :meth:`record` may extend it in place.

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Step
+from metaopt.inner.step import Step
 from metaopt.trajectory import replay
+from metaopt.trajectory._weighing import weighed
 from metaopt.trajectory.base import Moment
 from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
 from metaopt.trajectory.store import ByReference
@@ -92,7 +92,7 @@ class Budgeted:
         if shapes in tape.sizes:
             linearized = step.linearize(state, lam, batch)
         else:
-            linearized, tape.sizes[shapes] = _measured(step, state, lam, batch)
+            linearized, tape.sizes[shapes] = weighed(lambda: Moment(state, lam, batch, rng).linearize(step), (state, lam, batch))
         new = linearized.state
         tape.states.after = replay.snapshot(state)
         tape.graphs.append(Sized(Moment(state, lam, batch, rng, linearized), tape.sizes[shapes]))
@@ -111,19 +111,3 @@ class Budgeted:
 
     def _room(self, tape: BudgetedTape) -> int:
         return self.bytes - len(tape.states.held) * tape.state_size
-
-
-def _measured(step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[Linearized, int]:
-    """A linearised step, and how many bytes its graph holds that nothing else does."""
-    known = {x.untyped_storage().data_ptr() for x in tree.leaves((state, lam, batch)) if isinstance(x, Tensor)}
-    held: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        linearized = step.linearize(state, lam, batch)
-    return linearized, sum(held.values())

@@ -19,6 +19,11 @@ ROWS = 16
 SMALL = 1 << 16
 
 
+def is_tiny(state: InnerState) -> bool:
+    """Whether many of its like are small, too: then what they cost are calls."""
+    return ROWS * sum(x.numel() * x.element_size() for x in tree.floats(state)) < SMALL
+
+
 class Rows:
     """Takes states of one run, gives back equal ones whose tensors are views into blocks of rows."""
 
@@ -65,7 +70,7 @@ class Place:
     def put(self, state: InnerState) -> InnerState:
         """A copy, which lives until the next state of the same structure is put here; the state itself where it is small."""
         if self._small is None:
-            self._small = sum(x.numel() * x.element_size() for x in tree.floats(state)) < SMALL // 16
+            self._small = is_tiny(state)
         if self._small:
             return state
         if self._there is None:
