@@ -166,6 +166,20 @@ def attach(tree: Tree) -> Tree:
     return map(lambda x: x.detach().requires_grad_() if is_float(x) else x, tree)
 
 
+def attached(tree: Tree) -> tuple[Tree, list[Tensor]]:
+    """:func:`attach`, and the new autograd leaves in order."""
+    fresh: list[Tensor] = []
+
+    def attach_leaf(x: Any) -> Any:
+        if not is_float(x):
+            return x
+        x = x.detach().requires_grad_()
+        fresh.append(x)
+        return x
+
+    return map(attach_leaf, tree), fresh
+
+
 def requires_grad(tree: Tree) -> bool:
     """Whether any leaf is already part of an autograd graph."""
     return any(isinstance(x, Tensor) and x.requires_grad for x in leaves(tree))
@@ -189,10 +203,16 @@ def _plus(x: Any, y: Any) -> Any:
 
 def accumulate(total: Tree, b: Tree) -> Tree:
     """``total + b``, written into ``total``'s own tensors; a missing leaf (``None``) counts as zero, and is copied from ``b`` at first."""
-    pairs = [(x, y) for x, y in zip(leaves(total), leaves(b), strict=True) if is_float(y)]
-    if not pairs or any(x is None for x, _ in pairs):
-        return map(_accumulated, total, b)
-    torch._foreach_add_([x for x, _ in pairs], [y for _, y in pairs])  # pyright: ignore[reportPrivateImportUsage]  (one call)
+    sums: list[Tensor] = []
+    terms: list[Tensor] = []
+    for x, y in zip(leaves(total), leaves(b), strict=True):
+        if is_float(y):
+            if x is None:
+                return map(_accumulated, total, b)
+            sums.append(x)
+            terms.append(y)
+    if terms:
+        torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]  (one call)
     return total
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.inner import _engine
 
 MODES = [mo.inner.ReverseOverReverse(), mo.inner.ForwardOverReverse()]
 BODIES = {
@@ -129,20 +130,44 @@ class Passes:
 
     def __init__(self, monkeypatch):
         self.forward = self.backward = self.double = 0
-        real = torch.autograd.grad
+        grad, products = torch.autograd.grad, _engine.products
 
-        def grad(outputs, inputs, grad_outputs=None, **kwargs):
-            if "retain_graph" in kwargs:
-                self.double += 1
-            elif grad_outputs is None:
-                self.backward += len(outputs) if isinstance(outputs, list) else 1
-            return real(outputs, inputs, grad_outputs, **kwargs)
+        def counted_grad(outputs, inputs, grad_outputs=None, **kwargs):
+            self.double += "retain_graph" in kwargs
+            self.backward += "retain_graph" not in kwargs and grad_outputs is None
+            return grad(outputs, inputs, grad_outputs, **kwargs)
 
-        monkeypatch.setattr(torch.autograd, "grad", grad)
+        def counted_products(outputs, inputs, seeds, **kwargs):
+            self.double += "retain_graph" in kwargs
+            self.backward += len(outputs) if "create_graph" in kwargs else 0
+            return products(outputs, inputs, seeds, **kwargs)
+
+        monkeypatch.setattr(torch.autograd, "grad", counted_grad)
+        monkeypatch.setattr(_engine, "products", counted_products)
 
     def loss(self, w, lam, batch):
         self.forward += 1
         return ((w * lam - 1) ** 4).sum()
+
+
+@pytest.mark.parametrize("optimizer", [mo.inner.SGD(lr=0.1, momentum=0.9), mo.inner.Adam(lr=0.1)], ids=lambda o: type(o).__name__)
+def test_the_engine_called_directly_gives_what_torch_gives(optimizer, monkeypatch):
+    """Where torch has no such call (another version), the sweep takes torch's own way."""
+    model = mo.functional(BODIES["tanh"]().double())
+    w, lam = mo.partition(model.params, weights=["2.*"])
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), optimizer)
+    xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(4)]
+    found = [mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], mo.RMD()).total]
+    assert _engine._run is not None
+    monkeypatch.setattr(_engine, "_run", None)
+    found.append(mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], mo.RMD()).total)
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*map(tree.leaves, found), strict=True))
+
+
+def test_the_engine_refuses_a_seed_of_another_shape():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="shape"):
+        _engine.products([x.sin()], [x], [torch.ones(2)])
 
 
 T = 6

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.inner import _engine
 
 F64 = torch.float64
 T = 3
@@ -294,8 +295,15 @@ def test_the_inner_gradient_is_taken_with_respect_to_the_weights_alone(monkeypat
     model = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double())
     w0, lam = mo.partition(model.params, ["2.*"])
     step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
-    asked, real = [], torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, *a, **k: (asked.append(len(inputs)), real(outputs, inputs, *a, **k))[1])
+    asked = []
+    for where, name in ((torch.autograd, "grad"), (_engine, "products")):
+        real = getattr(where, name)
+
+        def noted(outputs, inputs, *args, real=real, **kwargs):
+            asked.append(len(inputs))
+            return real(outputs, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(where, name, noted)
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     mo.hypergradient(step, step.inner_loss, w0, lam, xs, xs[0], mo.RMD())
     assert asked == [2] * T + [4] + [2, 4] * T  # T gradients; the outer loss's; in the sweep a gradient and a contraction each

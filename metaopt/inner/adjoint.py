@@ -21,6 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner import _engine
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
@@ -66,17 +67,18 @@ def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
     Raises:
         ValueError: if the loss has no graph.
     """
-    return gradients_of([loss], [w], graph=graph)[0]
+    flat, spec = tree.flatten(w)
+    return tree.unflatten(_gradients([loss], flat, graph=graph), spec)
 
 
-def gradients_of(losses: list[Tensor], ws: list[Tree], *, graph: bool) -> list[Tree]:
-    """:func:`gradient_of` each loss with respect to its own weights, which no other depends on, in one call of autograd."""
-    flat, spec = tree.flatten(ws)
-    if not all(loss.requires_grad for loss in losses):
-        raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
-    gradients = torch.autograd.grad(losses, flat, create_graph=graph, allow_unused=True)
+def _gradients(losses: list[Tensor], ws: list[Tensor], *, graph: bool) -> list[Tensor]:
+    """Of the losses, of which each has weights of its own, in one call of autograd."""
+    for loss in losses:
+        if not loss.requires_grad:
+            raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
+    gradients = _engine.products(losses, ws, [torch.ones_like(loss) for loss in losses], create_graph=graph)
     torch.clear_autocast_cache()
-    return tree.unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, flat, strict=True)], spec)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, ws, strict=True)]
 
 
 def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> None:
@@ -115,49 +117,67 @@ class ReverseOverReverse:
     def gradient(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> GradientGraph:
         """Cost: one gradient."""
         with torch.enable_grad():
-            w_, lam_ = tree.attach(w), tree.attach(lam)
-            g = gradient_of(loss(w_, lam_, batch), w_, graph=True)
-        return GradientGraph(loss, w_, lam_, batch, g)
+            at = Point(w, lam, batch)
+            g = _gradients([at.value(loss)], at.w_leaves, graph=True)
+        return GradientGraph(loss, at, g)
 
     def gradients(self, loss: Loss, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[tuple[InnerState, GradientGraph]]:
         """The gradients at several ``(state, batch)``, beside the states, in one call of autograd.
 
         The loss is evaluated at a point before the next is asked for. Cost: one gradient each. Memory: all their graphs, which share nothing.
         """
-        states, at, losses = [], [], []
+        states: list[InnerState] = []
+        ats: list[Point] = []
+        losses: list[Tensor] = []
         with torch.enable_grad():
             for state, batch in points:
-                w_, lam_ = tree.attach(state.w), tree.attach(lam)
+                at = Point(state.w, lam, batch)
                 states.append(state)
-                at.append((w_, lam_, batch))
-                losses.append(loss(w_, lam_, batch))
-            gs = gradients_of(losses, [w_ for w_, _, _ in at], graph=True)
-        return [(state, GradientGraph(loss, w_, lam_, batch, g)) for state, (w_, lam_, batch), g in zip(states, at, gs, strict=True)]
+                ats.append(at)
+                losses.append(at.value(loss))
+            supply = iter(_gradients(losses, [x for at in ats for x in at.w_leaves], graph=True))
+        return [(state, GradientGraph(loss, at, [next(supply) for _ in at.w_leaves])) for state, at in zip(states, ats, strict=True)]
+
+
+class Point:
+    """``(w, λ; batch)`` with fresh autograd leaves, which are at hand: on a small net walking the trees again takes as long as an operation."""
+
+    __slots__ = ("batch", "lam", "lam_leaves", "w", "w_leaves")
+
+    def __init__(self, w: Tree, lam: Tree, batch: Any) -> None:
+        """The same values."""
+        self.w, self.w_leaves = tree.attached(w)
+        self.lam, self.lam_leaves = tree.attached(lam)
+        self.batch = batch
+
+    def value(self, loss: Loss) -> Tensor:
+        """The loss here."""
+        return loss(self.w, self.lam, self.batch)
 
 
 class GradientGraph:
     """The gradient with its graph."""
 
-    __slots__ = ("_batch", "_g", "_loss", "lam", "w")
+    __slots__ = ("_at", "_g", "_loss")
 
-    def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any, g: Tree) -> None:
-        """``w`` and ``lam`` are the autograd leaves that ``g`` was computed from."""
-        self._loss, self.w, self.lam, self._batch, self._g = loss, w, lam, batch, g
+    def __init__(self, loss: Loss, at: Point, g: list[Tensor]) -> None:
+        """``g`` was computed from the autograd leaves of ``at``, one for each of w."""
+        self._loss, self._at, self._g = loss, at, g
 
     @property
     def g(self) -> Tree:
         """With its graph."""
-        return self._g
+        return tree.unflatten(self._g, tree.Spec(self._at.w, len(self._g)))
 
     def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
         """One backward pass through the gradient's graph, which stays unless this is the last."""
-        w = tree.leaves(self.w) if with_w else []
-        lam = tree.floats(self.lam) if with_lam else []
-        live = [(g, seed) for g, seed in zip(tree.leaves(self._g), u, strict=True) if g.requires_grad]
+        w = self._at.w_leaves if with_w else []
+        lam = self._at.lam_leaves if with_lam else []
+        live = [(g, seed) for g, seed in zip(self._g, u, strict=True) if g.requires_grad]
         products: Any = [None] * (len(w) + len(lam))
         if live and products:
             try:
-                products = torch.autograd.grad([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=not last, allow_unused=True)
+                products = _engine.products([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=not last)
             except RuntimeError as error:
                 return self._otherwise(error, u, with_w=with_w, with_lam=with_lam)
         return list(products[: len(w)]), list(products[len(w) :])
@@ -170,7 +190,7 @@ class GradientGraph:
         if "not implemented" not in str(error) and "double backward" not in str(error):
             raise error
         try:
-            products = tangent_of_gradient(self._loss, self.w, self.lam, self._batch, u, with_w=with_w, with_lam=with_lam)
+            products = tangent_of_gradient(self._loss, self._at.w, self._at.lam, self._at.batch, u, with_w=with_w, with_lam=with_lam)
         except (NotImplementedError, RuntimeError) as other:
             raise RuntimeError(
                 f"an operation of inner_loss has no second derivative in either mode (reverse: {_first_line(error)}; forward: {_first_line(other)}). "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner import _engine
 from metaopt.tree import Tree
 
 Hyper: TypeAlias = float | Tensor | Tree | Callable[[Tree, int], Any]
@@ -78,7 +79,7 @@ class Optimizer:
     def hyper_leaves(self, lam: Tree, t: int, spec: tree.Spec) -> list[dict[str, Any]]:
         """The hyperparameters of step ``t``, name to value, for each weight leaf."""
         values = {name: getattr(self, name) for name in self.hypers}
-        if all(isinstance(value, (int, float)) for value in values.values()):
+        if all([isinstance(value, (int, float)) for value in values.values()]):
             return [values] * spec.num_leaves
         leaves = [per_leaf(value, lam, t, spec, name) for name, value in values.items()]
         return [dict(zip(values, of_one, strict=True)) for of_one in zip(*leaves, strict=True)]
@@ -96,7 +97,7 @@ class Optimizer:
     @property
     def reads_lam(self) -> bool:
         """Whether λ enters the update directly, through a callable hyperparameter."""
-        return any(_is_callable(getattr(self, name)) for name in self.hypers)
+        return any([_is_callable(getattr(self, name)) for name in self.hypers])
 
 
 def per_leaf(value: Hyper, lam: Tree, t: int, spec: tree.Spec, name: str) -> list[Any]:
@@ -156,7 +157,7 @@ def pull_back(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: A
         live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if isinstance(o, Tensor) and o.requires_grad]
     bars: Any = [None] * len(inputs)
     if live:
-        bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], allow_unused=True)
+        bars = _engine.products([o for o, _ in live], inputs, [s for _, s in live])
     u = [torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)]
     w_bar = list(bars[n_g : n_g + n_w])
     slot_bars = zip(bars[n_g + n_w : n_g + n_w + n_slots], inputs[n_g + n_w :], strict=False)

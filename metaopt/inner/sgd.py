@@ -67,7 +67,7 @@ class SGD(Optimizer):
         if "momentum" not in slots:
             return _minus(w, hyper["lr"], g), slots
         kept = g if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * g
-        v = hyper["momentum"] * slots["momentum"] + kept
+        v = _plus(kept, hyper["momentum"], slots["momentum"])
         direction = g + hyper["momentum"] * v if self.nesterov else v
         return _minus(w, hyper["lr"], direction), {"momentum": v}
 
@@ -83,6 +83,11 @@ class SGD(Optimizer):
             kept = v_bar if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
             g_bar = _minus(kept, hyper["lr"], w_bar) if self.nesterov else kept
         return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
+
+
+def _plus(g: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
+    """``g + factor * v``, in one operation where the factor is a number (which costs a tiny tensor more than the sum)."""
+    return factor * v + g if isinstance(factor, Tensor) else torch.add(g, v, alpha=factor)
 
 
 def _minus(w: Tensor, factor: float | Tensor, direction: Tensor) -> Tensor:

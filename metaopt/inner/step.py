@@ -180,7 +180,8 @@ class InnerStep:
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
             w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
             g = gradient_of(self._loss(w, lam, batch), w, graph=True)
-            self._check(g, w)
+            if not self._twice:
+                self._check(g, w)
             return self._next(g, state._replace(w=w), lam)
         if self.compilation is not None and (new := self.compilation.next(state, lam, batch)) is not None:
             return new
@@ -206,12 +207,14 @@ class InnerStep:
             return None
         gradients = self.adjoint.gradients(self._loss, points, lam)
         for state, gradient in gradients:
-            self._check(gradient.g, state.w)
+            if not self._twice:
+                self._check(gradient.g, state.w)
         return [LinearizedOnce(self, state, lam, gradient) for state, gradient in gradients]
 
     def _graph(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
         gradient = self.adjoint.gradient(self._loss, state.w, lam, batch)
-        self._check(gradient.g, state.w)
+        if not self._twice:
+            self._check(gradient.g, state.w)
         return LinearizedInnerStep(self, state, lam, gradient)
 
     def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
@@ -283,7 +286,7 @@ class InnerStep:
     # -- parts -----------------------------------------------------------------------------------
     def _check(self, g: Tree, w: Tree) -> None:
         """Whether the first gradient that has a graph can be differentiated again: once, since on a small net it takes as long as an operation."""
-        if not self._twice and tree.requires_grad(g):
+        if tree.requires_grad(g):
             check_twice_differentiable(tree.leaves(g), tree.leaves(w))
             self._twice.append(True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 from metaopt import tree
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import Linearized, Step, Wrt
@@ -97,4 +99,4 @@ def check_fixed(lam: Tree, used: Tree, versions: tuple[int, ...], what: str) -> 
 
 def versions_of(lam: Tree) -> tuple[int, ...]:
     """In-place version counters: they tell when somebody wrote into λ."""
-    return tuple(leaf._version for leaf in tree.floats(lam))
+    return tuple([leaf._version for leaf in tree.leaves(lam) if isinstance(leaf, Tensor)])
