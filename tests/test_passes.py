@@ -39,6 +39,30 @@ def test_equal_subexpressions_are_joined_and_random_ones_are_not():
     assert torch.allclose(traced(x), want)
 
 
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+@pytest.mark.parametrize("operation", [lambda x, w: torch.add(x @ w, w, alpha=0.25), lambda x, w: torch.add(w, x @ w, alpha=0.25)])
+def test_a_factor_in_a_sum_with_a_matrix_product_is_not_dropped(operation):
+    """By inductor alone it is."""
+    torch._dynamo.reset()
+    xs, w, lam = [torch.randn(3, 3, dtype=torch.float64) for _ in range(2)], torch.randn(3, 3, dtype=torch.float64), torch.tensor(0.5).double()
+
+    def loss(w, lam, x):
+        return lam * operation(x, w).pow(2).mean()
+
+    found = []
+    for compile in (True, False):
+        step = mo.inner_step(loss, mo.inner.SGD(lr=0.1, momentum=0.9), compile=compile)
+        outer = mo.compiled_loss(loss) if compile else loss
+        found.append(mo.hypergradient(step, outer, w, lam, xs, xs[0], mo.RMD()))
+    assert step.compilation is None
+    assert close(found[0].total, found[1].total, 1e-10) and close(found[0].outer_loss, found[1].outer_loss, 1e-10)
+    traced = make_fx(operation)(xs[0], w)
+    assert any(node.kwargs for node in traced.graph.nodes)
+    _passes.spell_out(traced.graph)
+    traced.recompile()
+    assert not any(node.kwargs for node in traced.graph.nodes) and torch.allclose(traced(xs[0], w), operation(xs[0], w))
+
+
 def test_a_graph_that_mutates_is_left_alone():
     traced = make_fx(lambda x: x.clone().add_(1) * x.clone().add_(1))(torch.ones(2))
     before = str(traced.graph)

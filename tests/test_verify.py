@@ -195,7 +195,9 @@ class OffByOneDrMAD(mo.DrMAD):
     def respond(self, step, state, lam, carry):
         def pullback(alpha):
             T, moments = len(carry.batches), list(self.remembered.moments(carry, step, state))
-            shifted = [m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t)) for i, m in enumerate(moments)]
+            shifted = [
+                m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t), linearized=None) for i, m in enumerate(moments)
+            ]
             *_, (total, _) = sweep(step, iter(shifted), InnerState(alpha, None, state.t), lam, to_start=False)
             return Response(total)
 

@@ -34,6 +34,16 @@ def join(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def spell_out(graph: Graph) -> None:
+    """``a + alpha * b`` becomes a product and a sum: inductor (torch 2.13) takes a sum with a matrix product for one call, and drops ``alpha``."""
+    for node in list(graph.nodes):
+        if node.target is aten.add.Tensor and node.kwargs:
+            with graph.inserting_before(node):
+                a, b = node.args
+                node.args = (a, _call(aten.mul.Tensor, b, node.kwargs["alpha"]) if isinstance(b, Node) else b * node.kwargs["alpha"])
+            node.kwargs = {}
+
+
 def trim(graph: Graph) -> None:
     """A convolution's backward computes those of its three gradients that are used; those by the weights cost as much as those by the images."""
     for node in graph.nodes:

@@ -77,7 +77,7 @@ class Compiled:
         options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
         if self.backend == "inductor":
             options["fallback_random"] = True  # draws what the eager function draws
-            used = {_passes.join: self._join, _passes.trim: True, _passes.recompute: lean, _passes.note: True}
+            used = {_passes.spell_out: True, _passes.join: self._join, _passes.trim: True, _passes.recompute: lean, _passes.note: True}
             options["joint_custom_pre_pass"] = _passes.passes(*(function for function, wanted in used.items() if wanted))
             if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
                 options |= {"cpp_wrapper": True, "layout_optimization": False}

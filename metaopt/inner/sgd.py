@@ -86,8 +86,8 @@ class SGD(Optimizer):
 
 
 def _plus(g: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
-    """``g + factor * v``, in one operation where the factor is a number (which costs a tiny tensor more than the sum)."""
-    return factor * v + g if isinstance(factor, Tensor) else torch.add(g, v, alpha=factor)
+    """``g + factor * v``, as a difference: inductor drops the ``alpha`` of a sum if one of the two comes out of a matrix product (torch 2.13)."""
+    return g + factor * v if isinstance(factor, Tensor) else torch.sub(g, v, alpha=-factor)
 
 
 def _minus(w: Tensor, factor: float | Tensor, direction: Tensor) -> Tensor:
