@@ -120,3 +120,26 @@ def test_parameters_are_put_back_after_an_error():
     with pytest.raises(RuntimeError):
         model({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, torch.ones(1, 7))
     assert torch.equal(model(model.params, torch.ones(1, 2)), good)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (3,)], ids=str)
+def test_a_linear_layer_under_vmap(bias, shape):
+    """Torch's numbers and second derivatives, with the weights of each task and with shared ones, and its dtype under autocast."""
+    module = nn.Linear(3, 4, bias=bias)
+    model = mo.functional(nn.Sequential(module))
+    own = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in model.params.items()}
+    shared = {name: p.double() for name, p in model.params.items()}
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    for params, dims in ((own, (0, 0)), (shared, (None, 0))):
+        leaves = [p.requires_grad_() for p in params.values()]
+        found = []
+        for call in (lambda p, x: model(p, x), lambda p, x: nn.functional.linear(x, p["0.weight"], p.get("0.bias"))):
+            y = torch.vmap(call, in_dims=dims)(params, x)
+            first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+            found.append([y, *first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.vmap(model, in_dims=(None, 0))({name: p.detach() for name, p in model.params.items()}, x.float())
+    assert y.dtype == torch.bfloat16

@@ -26,10 +26,15 @@ def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "dif
         chunk_size: tasks computed at a time; default all. The graphs of all are kept none the less: to hold fewer, :func:`in_task_chunks`.
         randomness: of dropout across tasks, as in :func:`torch.vmap`.
     """
-    mapped = torch.vmap(loss, in_dims=(0, None, 0), chunk_size=chunk_size, randomness=randomness)
 
     def total(w: Tree, lam: Tree, batch: Any) -> Tensor:
-        return mapped(w, lam, batch).sum()
+        flat, spec = tree.flatten((w, batch))
+
+        def one(*leaves: Any) -> Tensor:
+            w_i, batch_i = tree.unflatten(leaves, spec)
+            return loss(w_i, lam, batch_i)
+
+        return torch.vmap(one, chunk_size=chunk_size, randomness=randomness)(*flat).sum()
 
     return total
 

@@ -25,8 +25,9 @@ def weighed(make: Callable[[], T], known: Tree) -> tuple[T, int]:
     held: dict[int, int] = {}
 
     def pack(saved: Tensor) -> Tensor:
-        if _address(saved) not in elsewhere:
-            held[_address(saved)] = saved.untyped_storage().nbytes()
+        storage = saved.untyped_storage()
+        if (address := storage.data_ptr()) not in elsewhere:
+            held[address] = storage.nbytes()
         return saved
 
     try:
