@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def eager() -> bool:
     """Neither compiled nor under a transform of torch.func nor in forward mode."""
@@ -14,5 +16,4 @@ def eager() -> bool:
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func is under way, or one of the tensors is many in one (``is_grads_batched``)."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.peek_interpreter_stack() is not None or any(x is not None and functorch.is_legacy_batchedtensor(x) for x in tensors)
+    return _functorch.peek_interpreter_stack() is not None or any([x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors])

@@ -277,13 +277,13 @@ class Points:
         monkeypatch.setattr(mo.inner.InnerStep, "linearize_each", linearize_each)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 10, 20])
+@pytest.mark.parametrize("T", [1, 2, 3, 18, 40])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_drmads_graphs_are_made_in_groups_with_the_same_numbers(T, dropout, monkeypatch):
     points = Points(monkeypatch)
     together = gradient(mo.trajectory.Interpolated(), T, dropout)
     rest = T - 1
-    assert points.counts == [1] + [8] * (rest // 8) + [rest % 8] * (rest % 8 > 1)
+    assert points.counts == [1] + [16] * (rest // 16) + [rest % 16] * (rest % 16 > 1)
     monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)
     alone = gradient(mo.trajectory.Interpolated(), T, dropout)
     assert identical(together.total, alone.total)
