@@ -163,7 +163,7 @@ def clone(tree: Tree) -> Tree:
 
 def attach(tree: Tree) -> Tree:
     """The same values as fresh autograd leaves, so that a derivative with respect to them can be asked for."""
-    return map(lambda x: x.detach().requires_grad_() if is_float(x) else x, tree)
+    return attached(tree)[0]
 
 
 def attached(tree: Tree) -> tuple[Tree, list[Tensor]]:

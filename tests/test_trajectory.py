@@ -242,7 +242,7 @@ def by_transform(w, lam, x):
     return slopes.pow(2).mean() + lam * w.pow(2).sum()
 
 
-def test_graphs_are_weighed_with_transforms_inside():
+def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
     """What autograd saves, or (where that cannot be seen) what is alive: a little more, as some of it is saved by nobody."""
     w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
     step = mo.inner_step(by_transform, mo.inner.SGD(lr=0.1))
@@ -250,6 +250,9 @@ def test_graphs_are_weighed_with_transforms_inside():
     exact = mo.hypergradient(*args, mo.RMD()).total
     assert bool(exact != 0)
     assert torch.equal(mo.hypergradient(*args, mo.RMD(mo.trajectory.Budgeted(1 << 20))).total, exact)
+    along = mo.hypergradient(*args, mo.DrMAD()).total
+    monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)  # nothing is weighed, nor made together
+    assert torch.equal(mo.hypergradient(*args, mo.DrMAD()).total, along)
     plain, _, w, lam, batch = problem()
     at = plain.init(w, lam), lam, batch(1)
 
