@@ -1,6 +1,9 @@
-"""``python -m benchmarks.budget``: time against bytes, for `Budgeted` on the conv nets: from states only to every graph.
+"""``python -m benchmarks.budget``: time against bytes, for `Budgeted` on the conv nets.
 
-The naive loop and the budgets take turns; a figure is the median over rounds of time / naive's time in the same round.
+From states only to every graph.
+
+The naive loop and the budgets take turns; a figure is the median over rounds of time / naive's time
+in the same round.
 """
 
 import argparse
@@ -43,7 +46,14 @@ def measured(name: str, T: int, rounds: int) -> list[dict]:
         ratio = measure.ratio(times, engine, "naive")
         share = None if number == 0 else SHARES[number - 1]
         rows.append(
-            {"problem": name, "T": T, "engine": engine, "share": share, "budget MiB": (states + (share or 0) * graphs) / 2**20, "ratio": ratio}
+            {
+                "problem": name,
+                "T": T,
+                "engine": engine,
+                "share": share,
+                "budget MiB": (states + (share or 0) * graphs) / 2**20,
+                "ratio": ratio,
+            }
         )
         print(f"{name:14} T={T:<3} {engine:24} {ratio:5.2f} x naive", flush=True)
     return rows
@@ -61,7 +71,11 @@ def main() -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.5))
     for problem, T in dict.fromkeys((row["problem"], row["T"]) for row in rows):
-        points = [(row["budget MiB"], row["ratio"]) for row in rows if (row["problem"], row["T"]) == (problem, T) and row["share"] is not None]
+        points = [
+            (row["budget MiB"], row["ratio"])
+            for row in rows
+            if (row["problem"], row["T"]) == (problem, T) and row["share"] is not None
+        ]
         axis.plot(*zip(*sorted(points), strict=True), "o-", label=f"{problem}, T={T}")
     axis.axhline(1.0, color="grey", linestyle="--", label="naive")
     axis.set(xlabel="budget, MiB", ylabel="time / naive")

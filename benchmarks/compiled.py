@@ -1,10 +1,15 @@
-"""``python -m benchmarks.compiled``: exact RMD over full trajectories, eager and compiled, against the hand-written eager loop, one thread.
+"""``python -m benchmarks.compiled``.
 
-The forms: single steps; chunks of them (`mo.inner.chunked`), which compute what their steps share once, where they share a batch, or where each step
-has its own (*a batch each*); and, on the sinusoid net, *hoisted*: λ does not move in the inner run and its one batch repeats, so what λ and the data
-make (the features) is computed once, the run learns the head on them, and `mo.unroll` hands their gradient on.
-They take turns; a figure is the median over rounds of (its time / naive's in the same round). Compiling is not timed, but printed.
-Memory: growth of the resident set's peak, each in a process of its own after a run on the same shapes, whose memory has been given back.
+Exact RMD over full trajectories, eager and compiled, against the hand-written eager loop, one
+thread.
+
+The forms: single steps; chunks of them (`mo.inner.chunked`), which compute what their steps share
+once, where they share a batch, or where each step has its own (*a batch each*); and, on the
+sinusoid net, *hoisted*: λ does not move in the inner run and its one batch repeats, so what λ and
+the data make (the features) is computed once, the run learns the head on them, and `mo.unroll`
+hands their gradient on. They take turns; a figure is the median over rounds of (its time / naive's
+in the same round). Compiling is not timed, but printed. Memory: growth of the resident set's peak,
+each in a process of its own after a run on the same shapes, whose memory has been given back.
 """
 
 import argparse
@@ -39,7 +44,9 @@ class Form:
             model = mo.functional(head)
             self.w = {name.split(".", 1)[1]: leaf for name, leaf in self.w.items()}
             names = dict(zip(model.params, self.w, strict=True))
-            self.head_loss = lambda w, z, y: problem.criterion(model({name: w[names[name]] for name in model.params}, z), y)
+            self.head_loss = lambda w, z, y: problem.criterion(
+                model({name: w[names[name]] for name in model.params}, z), y
+            )
             self.batches = [y for _, y in problem.batches]
         loss = self.head_loss if hoist else self.loss
         step = mo.inner_step(loss, step.optimizer, compile=compile)
@@ -48,7 +55,9 @@ class Form:
     def __call__(self):
         batches = self.batches if self.chunk == 1 else mo.inner.in_chunks(self.batches, self.chunk)
         if not self.hoist:
-            return mo.hypergradient(self.step, self.loss, self.w, self.lam, batches, self.problem.outer_batch, mo.RMD()).total
+            return mo.hypergradient(
+                self.step, self.loss, self.w, self.lam, batches, self.problem.outer_batch, mo.RMD()
+            ).total
         lam = {name: leaf.detach().requires_grad_() for name, leaf in self.lam.items()}
         w = mo.unroll(self.step, self.w, self.features(lam, self.problem.batches[0][0]), batches).w
         x, y = self.problem.outer_batch
@@ -77,12 +86,20 @@ FORMS = {
     "compiled in chunks, hoisted": lambda problem, chunk: Form(problem, compile=True, chunk=chunk, hoist=True),
 }
 ALWAYS = ("naive", "plain training", "plain training, by hand", "plain training, whole net")
-# problem: (T, steps of a chunk, forms besides); a chunk of the bigger nets would take many minutes to compile
+# problem: (T, steps of a chunk, forms besides); a chunk of the bigger nets would take many minutes
+# to compile
 SIZES = {
     "sinusoid": (
         100,
         20,
-        ("eager", "eager, hoisted", "compiled", "compiled in chunks", "compiled in chunks, a batch each", "compiled in chunks, hoisted"),
+        (
+            "eager",
+            "eager, hoisted",
+            "compiled",
+            "compiled in chunks",
+            "compiled in chunks, a batch each",
+            "compiled in chunks, hoisted",
+        ),
     ),
     "conv_anil": (5, 1, ("eager", "compiled")),
     "conv_warpgrad": (5, 1, ("eager", "compiled")),
@@ -127,9 +144,14 @@ def main() -> None:
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)
             for name, own in times.items():
                 ratio = measure.ratio(times, name, "naive")
-                print(f"{problem:14} T={T:<4} {name:33} {ratio:5.2f} x naive   {statistics.median(own):8.4f} s", flush=True)
+                print(
+                    f"{problem:14} T={T:<4} {name:33} {ratio:5.2f} x naive   {statistics.median(own):8.4f} s",
+                    flush=True,
+                )
         for name in () if arguments.no_memory else names:
-            print(f"{problem:14} T={T:<4} {name:33} {measure.alone(growth, problem, T, chunk, name):6.0f} MiB", flush=True)
+            print(
+                f"{problem:14} T={T:<4} {name:33} {measure.alone(growth, problem, T, chunk, name):6.0f} MiB", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """``python -m benchmarks.forward``: FMD against a loop of jvps, 30 hyperparameters, side by side, one thread.
 
-The loop is forward mode as one would write it with the step alone: ``step.jvp`` (reverse mode twice) once per column and inner step, or
-``torch.func.jvp`` of the gradient (forward over reverse). All give the same numbers (checked in float64 first). Hyperparameters: a weight
-and a label shift for each of ten examples or classes, and ten learning rates in turn.
+The loop is forward mode as one would write it with the step alone: ``step.jvp`` (reverse mode
+twice) once per column and inner step, or ``torch.func.jvp`` of the gradient (forward over reverse).
+All give the same numbers (checked in float64 first). Hyperparameters: a weight and a label shift
+for each of ten examples or classes, and ten learning rates in turn.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from benchmarks import measure
 from benchmarks.problems import PROBLEMS
 from metaopt import tree
 from metaopt.estimators.forward import basis_of
-from metaopt.inner.optimizer import push_forward
+from metaopt.inner._update import push_forward
 
 
 class Case(NamedTuple):
@@ -43,8 +44,12 @@ def sinusoid(weights: list[str] | None, T: int, dtype: torch.dtype) -> Case:
     def outer_loss(w: Any, lam: Any, batch: Any) -> Tensor:
         return nn.functional.mse_loss(model(mo.merge(w, rest), batch[0]), batch[1])
 
-    lam = {"weights": torch.ones(10, dtype=dtype), "shifts": torch.zeros(10, 1, dtype=dtype), "lr": torch.full((10,), 0.01, dtype=dtype)}
-    optimizer = mo.inner.SGD(lr=mo.inner.schedules.piecewise(lambda lam: lam["lr"], T), momentum=0.9)
+    lam = {
+        "weights": torch.ones(10, dtype=dtype),
+        "shifts": torch.zeros(10, 1, dtype=dtype),
+        "lr": torch.full((10,), 0.01, dtype=dtype),
+    }
+    optimizer = mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam["lr"], T), momentum=0.9)
     return Case(mo.inner_step(loss, optimizer), outer_loss, w0, lam, [None] * T, made.outer_batch)
 
 
@@ -62,8 +67,12 @@ def conv(weights: list[str] | None, T: int, dtype: torch.dtype) -> Case:
     def outer_loss(w: Any, lam: Any, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(model(mo.merge(w, rest), batch[0]), batch[1])
 
-    lam = {"weights": torch.ones(10, dtype=dtype), "shifts": torch.zeros(10, dtype=dtype), "lr": torch.full((10,), 0.01, dtype=dtype)}
-    optimizer = mo.inner.SGD(lr=mo.inner.schedules.piecewise(lambda lam: lam["lr"], T), momentum=0.9)
+    lam = {
+        "weights": torch.ones(10, dtype=dtype),
+        "shifts": torch.zeros(10, dtype=dtype),
+        "lr": torch.full((10,), 0.01, dtype=dtype),
+    }
+    optimizer = mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam["lr"], T), momentum=0.9)
     return Case(mo.inner_step(loss, optimizer), outer_loss, w0, lam, made.batches, made.outer_batch)
 
 
@@ -86,7 +95,10 @@ def by_loop(case: Case) -> Any:
     directions = [tree.select(basis, i) for i in range(30)]
     columns = [tree.zeros_like(state)] * len(directions)
     for batch in batches:
-        columns = [step.jvp(state, lam, batch, column, direction) for column, direction in zip(columns, directions, strict=True)]
+        columns = [
+            step.jvp(state, lam, batch, column, direction)
+            for column, direction in zip(columns, directions, strict=True)
+        ]
         state = step(state, lam, batch)
     return against(outer_loss, state, lam, outer_batch, columns)
 
@@ -107,8 +119,14 @@ def by_forward_mode(case: Case) -> Any:
         moved = []
         for column, direction in zip(columns, directions, strict=True):
             gradient = torch.func.grad(step.inner_loss)
-            g, g_dot = torch.func.jvp(lambda w, lam, gradient=gradient, batch=batch: gradient(w, lam, batch), (state.w, lam), (column.w, direction))
-            moved.append(mo.InnerState(*push_forward(step.optimizer, g, state, lam, g_dot, column, direction), state.t + 1))
+            g, g_dot = torch.func.jvp(
+                lambda w, lam, gradient=gradient, batch=batch: gradient(w, lam, batch),
+                (state.w, lam),
+                (column.w, direction),
+            )
+            moved.append(
+                mo.InnerState(*push_forward(step.optimizer, g, state, lam, g_dot, column, direction), state.t + 1)
+            )
         columns, state = moved, step(state, lam, batch)
     return against(outer_loss, state, lam, outer_batch, columns)
 
@@ -135,13 +153,17 @@ def main() -> None:
     for name, make in ((name, make) for name, make in CASES.items() if arguments.only in name):
         torch.manual_seed(0)
         case = make(torch.float64)
-        difference = max(float((flat(by_fmd(case)) - flat(loop(case))).abs().max()) for loop in (by_loop, by_forward_mode))
+        difference = max(
+            float((flat(by_fmd(case)) - flat(loop(case))).abs().max()) for loop in (by_loop, by_forward_mode)
+        )
         case = make(torch.float32)
         times = measure.seconds({engine: partial(run, case) for engine, run in ENGINES.items()}, arguments.rounds)
         print(f"{name} (largest difference in float64: {difference:.0e})")
         for engine, own in times.items():
             ratio = measure.ratio(times, "a loop of jvps", engine)
-            print(f"  {engine:34} {1e3 * statistics.median(own):9.1f} ms   {ratio:5.1f} x as fast as the loop", flush=True)
+            print(
+                f"  {engine:34} {1e3 * statistics.median(own):9.1f} ms   {ratio:5.1f} x as fast as the loop", flush=True
+            )
 
 
 if __name__ == "__main__":

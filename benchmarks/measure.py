@@ -21,8 +21,9 @@ Times = dict[str, list[float]]
 def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     """Processor seconds of ``rounds`` calls of each, which take turns in an order drawn anew each round, after a first one that is not counted.
 
-    The processor's time, not the clock's: waiting for other jobs does not count. Nor does the garbage of whoever ran before: it is collected
-    between calls. What returns ``None`` does not apply and is left out.
+    The processor's time, not the clock's: waiting for other jobs does not count. Nor does the
+    garbage of whoever ran before: it is collected between calls. What returns ``None`` does not
+    apply and is left out.
     """
     times: Times = {name: [] for name, run in runs.items() if run() is not None}
     order, draw = list(times), random.Random(0)
@@ -44,9 +45,10 @@ def ratio(times: Times, name: str, base: str) -> float:
 def alone(measurement: Callable[..., Any], *arguments: Any) -> Any:
     """``measurement(*arguments)`` in a fresh process, which knows nothing of this one but what Python can find by name.
 
-    There glibc gives every tensor over a megabyte memory of its own, which goes back to the system when it is freed, so that a peak is of what is
-    alive. In its heap there are holes, too, and their size is a matter of luck: one run took 119, 123 and 153 MiB. A ``MALLOC_MMAP_THRESHOLD_`` in
-    the environment stands.
+    There glibc gives every tensor over a megabyte memory of its own, which goes back to the system
+    when it is freed, so that a peak is of what is alive. In its heap there are holes, too, and
+    their size is a matter of luck: one run took 119, 123 and 153 MiB. A ``MALLOC_MMAP_THRESHOLD_``
+    in the environment stands.
     """
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # read when a process starts, so not by this one
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:

@@ -1,10 +1,13 @@
-"""``python -m benchmarks.online``: one online step of each method (a hyper-step at every inner step) against a plain inner step.
+"""``python -m benchmarks.online``.
 
-The plain step is the hand-written one; *ours* is the same training by an `InnerStep`. The methods take turns; a figure is the median over rounds.
-Compiled ones are timed against the eager plain step, too. Memory: growth of the
-resident set's peak, each in a process of its own.
-Passes per step (forward, backward, contraction of a gradient's graph; `tests/test_adjoint.py` counts them), the outer loss's forward and backward
-aside: plain 1, 1, 0; FirstOrder the same; OneStep 1, 1, 1; HyperDistill 2, 2, 1.
+One online step of each method (a hyper-step at every inner step) against a plain inner step.
+
+The plain step is the hand-written one; *ours* is the same training by an `InnerStep`. The methods
+take turns; a figure is the median over rounds. Compiled ones are timed against the eager plain
+step, too. Memory: growth of the resident set's peak, each in a process of its own. Passes per step
+(forward, backward, contraction of a gradient's graph; `tests/test_adjoint.py` counts them), the
+outer loss's forward and backward aside: plain 1, 1, 0; FirstOrder the same; OneStep 1, 1, 1;
+HyperDistill 2, 2, 1.
 """
 
 import argparse
@@ -22,7 +25,9 @@ from benchmarks.problems import PROBLEMS
 ESTIMATORS = {"FirstOrder": mo.FirstOrder(), "OneStep": mo.OneStep(), "HyperDistill": mo.HyperDistill()}
 METHODS = ("plain", "plain, ours", *ESTIMATORS)
 COMPILED = ("plain, ours, compiled", "HyperDistill, compiled")
-PARTS: dict[tuple[int, str], tuple[mo.inner.InnerStep, mo.CompiledLoss]] = {}  # what is compiled is kept from call to call
+PARTS: dict[
+    tuple[int, str], tuple[mo.inner.InnerStep, mo.CompiledLoss]
+] = {}  # what is compiled is kept from call to call
 
 
 def run(problem: Problem, method: str) -> object:
@@ -31,7 +36,9 @@ def run(problem: Problem, method: str) -> object:
     step, loss, w, lam = parts(problem)
     if method.endswith(", compiled"):
         method = method.removesuffix(", compiled")
-        step, loss = PARTS.setdefault((id(problem), method), (mo.inner_step(loss, step.optimizer, compile=True), mo.compiled_loss(loss)))
+        step, loss = PARTS.setdefault(
+            (id(problem), method), (mo.inner_step(loss, step.optimizer, compile=True), mo.compiled_loss(loss))
+        )
     if method == "plain, ours":
         return trained(step, w, lam, problem.batches)
     outer_batches, optimizer = [problem.outer_batch] * len(problem.batches), partial(torch.optim.SGD, lr=1e-3)

@@ -26,7 +26,10 @@ def table(rows: list[Row], value: str, digits: int, engines: list[str]) -> str:
     rows = [row for row in rows if value in row]
     columns = list(dict.fromkeys((row["problem"], row["T"]) for row in rows))
     cells = {(row["engine"], row["problem"], row["T"]): f"{row[value]:.{digits}f}" for row in rows}
-    lines = ["| | " + " | ".join(f"{problem}, T={T}" for problem, T in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"{problem}, T={T}" for problem, T in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for engine in (engine for engine in engines if any(row["engine"] == engine for row in rows)):
         lines.append(f"| {engine} | " + " | ".join(cells.get((engine, *column), "–") for column in columns) + " |")
     return "\n".join(lines)
@@ -40,12 +43,23 @@ def picture(rows: list[Row], value: str, label: str, path: Path, engines: list[s
     figure, axes = plt.subplots(1, len(problems), figsize=(4.2 * len(problems) + 2.5, 4), squeeze=False)
     for axis, problem in zip(axes[0], problems, strict=True):
         for number, engine in enumerate(engines):
-            points = sorted((row["T"], row[value]) for row in rows if row["engine"] == engine and row["problem"] == problem)
+            points = sorted(
+                (row["T"], row[value]) for row in rows if row["engine"] == engine and row["problem"] == problem
+            )
             if points:
                 style = "-" if engine.startswith("ours") else "--"
-                axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=plt.get_cmap("tab20")(number % 20), label=engine)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    marker="o",
+                    markersize=4,
+                    color=plt.get_cmap("tab20")(number % 20),
+                    label=engine,
+                )
         axis.set(title=problem, xlabel="T", ylabel=label, xscale="log", yscale="log")
-    labelled = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labelled = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labelled.values(), labelled.keys(), fontsize=7, loc="center right")
     figure.tight_layout(rect=(0, 0, 1 - 2.4 / (4.2 * len(problems) + 2.5), 1))
     figure.savefig(path, dpi=100)

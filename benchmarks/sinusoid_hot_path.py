@@ -2,8 +2,8 @@
 
     python benchmarks/sinusoid_hot_path.py
 
-Prints medians of interleaved runs relative to the 1-step method, and for each method the share of wall time that torch's profiler
-sees inside operators (the rest is Python). One thread.
+Prints medians of interleaved runs relative to the 1-step method, and for each method the share of
+wall time that torch's profiler sees inside operators (the rest is Python). One thread.
 """
 
 from __future__ import annotations

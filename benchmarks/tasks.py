@@ -1,8 +1,10 @@
 """``python -m benchmarks.tasks``: exact RMD on a meta-batch of four tasks, one thread.
 
-Four ways: a loop over the tasks (four hypergradients, added), one stacked problem (`mo.meta.stacked`), one problem that loops inside its losses
-(`mo.meta.looped`), and that one a task at a time (`mo.meta.in_task_chunks`). They take turns; a figure is the median over rounds of (its time / the
-loop's in the same round). Memory: growth of the resident set's peak, each in a process of its own.
+Four ways: a loop over the tasks (four hypergradients, added), one stacked problem
+(`mo.meta.stacked`), one problem that loops inside its losses (`mo.meta.looped`), and that one a
+task at a time (`mo.meta.in_task_chunks`). They take turns; a figure is the median over rounds of
+(its time / the loop's in the same round). Memory: growth of the resident set's peak, each in a
+process of its own.
 """
 
 import argparse

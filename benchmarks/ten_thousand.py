@@ -1,4 +1,7 @@
-"""``python -m benchmarks.ten_thousand``: memory of exact RMD over T = 100, 1000, 10,000 steps with 17 slots, batches asked for again."""
+"""``python -m benchmarks.ten_thousand``.
+
+Memory of exact RMD over T = 100, 1000, 10,000 steps with 17 slots, batches asked for again.
+"""
 
 import resource
 import time
@@ -14,7 +17,7 @@ def batch(t: int) -> torch.Tensor:
 
 def growth(T: int) -> float:
     """Growth of the peak in MiB. A state is 16 KB: all of them would be 160 MB at T = 10,000."""
-    step = mo.inner_step(lambda w, lam, x: ((w - lam * x) ** 2).sum(), mo.inner.SGD(lr=0.1, momentum=0.9))
+    step = mo.inner_step(lambda w, lam, x: ((w - lam * x) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trajectory = mo.trajectory.Checkpointed(slots=17, batches=batch)
     w, lam = torch.zeros(2_000), torch.ones(2_000)

@@ -1,4 +1,7 @@
-"""Writes ``docs/estimators.md``: which estimator? From the estimators' own properties, and from what is counted and measured on a small problem.
+"""Writes ``docs/estimators.md``.
+
+Which estimator? From the estimators' own properties, and from what is counted and measured on a
+small problem.
 
 python docs/estimators.py
 """
@@ -26,7 +29,7 @@ TARGET = ROOT / "docs" / "estimators.md"
 INTRODUCTION = """# Which estimator?
 
 Written by `python docs/estimators.py` from the estimators' own properties and from counts and measurements; a test runs it again and compares.
-`mo.verify.suggest_estimator(...)` chooses for the sizes of your problem and says why.
+`mo.diagnose.suggest_estimator(...)` chooses for the sizes of your problem and says why.
 
 The HyperDistill paper (arXiv 2110.02508, table 1) asks four things of a method, which are the first four columns:
 
@@ -57,11 +60,18 @@ def expense(make: Callable[[int], mo.Estimator], T: int, size: int = 4) -> tuple
     def inner_loss(w, lam, batch):
         return 0.5 * ((w.view(size, -1) * lam.exp().unsqueeze(1)).tanh() - batch.view(size, -1)).square().mean()
 
-    step = mo.inner_step(inner_loss, mo.inner.SGD(lr=0.5))
+    step = mo.inner_step(inner_loss, mo.optim.SGD(lr=0.5))
     counted: list[mo.Cost] = []
 
     def once() -> None:
-        run = (step, lambda w, lam, batch: (w - batch).square().mean() + 1e-3 * lam.square().sum(), w0, lam, [target] * T, target)
+        run = (
+            step,
+            lambda w, lam, batch: (w - batch).square().mean() + 1e-3 * lam.square().sum(),
+            w0,
+            lam,
+            [target] * T,
+            target,
+        )
         counted.append(mo.hypergradient(*run, make(T)).cost)
 
     with warnings.catch_warnings():

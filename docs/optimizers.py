@@ -1,4 +1,6 @@
-"""Writes ``docs/optimizers.md``: what holds for each inner optimiser, found out by trying it on the rows of ``tests/cases.py``.
+"""Writes ``docs/optimizers.md``.
+
+What holds for each inner optimiser, found out by trying it on the rows of ``tests/cases.py``.
 
 python docs/optimizers.py
 """
@@ -30,7 +32,7 @@ Written by `python docs/optimizers.py`, which tries every row; a test runs it ag
 - **differentiable in**: the hyperparameters; each may be a float, a tensor, a pytree like the weights, or a callable `(lam, t)`, and all of
   them are checked against tangents and finite differences by `tests/test_optimizers.py`.
 - **vjp = jvp'**: the pullback is the transpose of the tangent map (dot-product test to 1e-8).
-- **stacked tasks**: whether a stacked meta-batch works as it is, or needs `mo.inner.PerTask` because the update looks at whole tensors.
+- **stacked tasks**: whether a stacked meta-batch works as it is, or needs `mo.optim.PerTask` because the update looks at whole tensors.
 - **compiled**: whether `torch.compile(update, fullgraph=True)` traces it to the same numbers.
 
 Derivatives at a zero gradient with nothing accumulated are finite for all of them: the square root of a second moment has derivative 0 at 0
@@ -65,7 +67,10 @@ def transposed(case: OptimizerCase) -> str:
     step = mo.inner_step(lambda w, lam, b: sum(((lam * w[k] - b[k]).tanh() ** 2).sum() for k in w), case.make())
     lam = torch.tensor(0.7)
     state = step(step.init(w0, lam), lam, batch)
-    dot, bar = (mo.InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t) for _ in range(2))
+    dot, bar = (
+        mo.InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t)
+        for _ in range(2)
+    )
     forward, lam_dot = step.jvp(state, lam, batch, dot, torch.tensor(0.3)), torch.tensor(0.3)
     state_bar, lam_bar = step.vjp(state, lam, batch, bar)
     left = tree.dot((forward.w, forward.slots), (bar.w, bar.slots))
@@ -82,11 +87,17 @@ def compiles(case: OptimizerCase) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about tracing through the standard library
         try:
-            traced = torch.compile(lambda g, w, s: ours.update(g, w, s, None, 2), backend="aot_eager", fullgraph=True)(g, w, slots)
+            traced = torch.compile(lambda g, w, s: ours.update(g, w, s, None, 2), backend="aot_eager", fullgraph=True)(
+                g, w, slots
+            )
         except torch._dynamo.exc.Unsupported:
             return "no"
     plain = ours.update(g, w, slots, None, 2)
-    return "yes" if all(torch.allclose(x, y, atol=1e-12) for x, y in zip(tree.floats(traced), tree.floats(plain), strict=True)) else "NO"
+    return (
+        "yes"
+        if all(torch.allclose(x, y, atol=1e-12) for x, y in zip(tree.floats(traced), tree.floats(plain), strict=True))
+        else "NO"
+    )
 
 
 def page() -> str:

@@ -1,6 +1,6 @@
 """metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
 
-from metaopt import inner, interop, linsolve, meta, models, tasks, trajectory, tree, verify
+from metaopt import diagnose, inner, interop, linsolve, meta, models, optim, tasks, trajectory, tree, verify
 from metaopt.estimators import (
     BOME,
     DARTS,
@@ -83,6 +83,7 @@ __all__ = [
     "ZeroHypergradientWarning",
     "compiled_loss",
     "custom_step",
+    "diagnose",
     "functional",
     "hypergradient",
     "inner",
@@ -93,6 +94,7 @@ __all__ = [
     "meta",
     "models",
     "online",
+    "optim",
     "partition",
     "tasks",
     "trajectory",

@@ -1,7 +1,8 @@
 """Torchvision's data sets, also where torchvision was built for another torch.
 
-The wheel for CUDA beside torch's CPU wheel cannot load its compiled part, and then ``import torchvision`` fails with "operator torchvision::nms does
-not exist", although the data sets need no compiled part. Two operator schemas without an implementation are enough for the import.
+The wheel for CUDA beside torch's CPU wheel cannot load its compiled part, and then ``import
+torchvision`` fails with "operator torchvision::nms does not exist", although the data sets need no
+compiled part. Two operator schemas without an implementation are enough for the import.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def datasets() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise
-        raise ModuleNotFoundError("this data set is read by torchvision: pip install 'metaopt[vision]'", name="torchvision") from error
+        raise ModuleNotFoundError(
+            "this data set is read by torchvision: pip install 'metaopt[vision]'", name="torchvision"
+        ) from error
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error):
             raise

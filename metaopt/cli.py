@@ -17,6 +17,7 @@ from metaopt.experiments import (
     diagnose_sinusoid,
     many_shot,
     many_shot_report,
+    many_shot_settings,
     noisy_labels,
     noisy_labels_report,
     rotation,
@@ -25,10 +26,14 @@ from metaopt.experiments import (
 from metaopt.experiments.image_data import Source
 from metaopt.verify import command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them."
+)
 compare_app = typer.Typer(no_args_is_help=True, help="Run an experiment with several estimators side by side.")
 app.add_typer(compare_app, name="compare")
-diagnose_app = typer.Typer(no_args_is_help=True, help="How close each estimator's hypergradients are to the exact ones.")
+diagnose_app = typer.Typer(
+    no_args_is_help=True, help="How close each estimator's hypergradients are to the exact ones."
+)
 app.add_typer(diagnose_app, name="diagnose")
 
 Estimators = Annotated[str | None, typer.Option(help="Comma-separated keys; default: all.")]
@@ -44,15 +49,23 @@ def compare_sinusoid(
     seeds: Seeds = 5,
     out: Out = Path("results/sinusoid"),
     clip_norm: Annotated[float, typer.Option(min=0, help="Bound on each hypergradient's norm; 0 for none.")] = 1.0,
-    exact_momentum: Annotated[bool, typer.Option("--exact-momentum", help="Differentiate through the momentum buffer, for every method.")] = False,
+    exact_momentum: Annotated[
+        bool, typer.Option("--exact-momentum", help="Differentiate through the momentum buffer, for every method.")
+    ] = False,
     workers: Workers = None,
 ) -> None:
     """Sinusoid regression with ANIL: table 4 and figure 8 of the HyperDistill paper."""
-    config = sinusoid.SinusoidConfig(meta_iterations=meta_iterations, clip_norm=clip_norm or None, constant_momentum=not exact_momentum)
-    methods, runs = _run_all(sinusoid.METHODS, _names(estimators), lambda _: None, sinusoid.run, config, seeds, out, workers)
+    config = sinusoid.SinusoidConfig(
+        meta_iterations=meta_iterations, clip_norm=clip_norm or None, constant_momentum=not exact_momentum
+    )
+    methods, runs = _run_all(
+        sinusoid.METHODS, _names(estimators), lambda _: None, sinusoid.run, config, seeds, out, workers
+    )
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
     own_options = [method.title for method in methods if method.overrides]
-    compare.draw_curves(curves, out / "convergence.png", ylabel="outer loss after T = 30 inner steps", dashed=own_options)
+    compare.draw_curves(
+        curves, out / "convergence.png", ylabel="outer loss after T = 30 inner steps", dashed=own_options
+    )
     title = f"Sinusoid, meta-test error over {config.test_tasks} tasks, M = {meta_iterations}, {seeds} seeds"
     compare.show(compare.table(methods, runs, config.FAILED_AT, title))
     typer.echo(f"options: {config.options}")
@@ -68,11 +81,18 @@ def compare_sinusoid(
 Data = Annotated[str, typer.Option(help="glyphs, cifar10, cifar100, tinyimagenet, fashion-mnist or folder.")]
 Root = Annotated[Path, typer.Option(help="Where the data set's files are (or, for folder, the folder).")]
 Size = Annotated[int | None, typer.Option(min=8, help="Height and width to work at; default: the profile's.")]
-Small = Annotated[bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")]
+Small = Annotated[
+    bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")
+]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the data set's files where they are missing.")]
 Iterations = Annotated[int | None, typer.Option(min=1, help="Inner runs of meta-training (M); default: the profile's.")]
 Fomaml = Annotated[bool, typer.Option("--fomaml", help="FOMAML instead of Reptile for the initial weights (table 6).")]
-Stable = Annotated[bool, typer.Option("--stable/--printed", help="Bound the hypergradient's norm by 1 and hold the momentum constant in A, for all.")]
+Stable = Annotated[
+    bool,
+    typer.Option(
+        "--stable/--printed", help="Bound the hypergradient's norm by 1 and hold the momentum constant in A, for all."
+    ),
+]
 
 
 @compare_app.command("anil")
@@ -91,7 +111,18 @@ def compare_anil(
     workers: Workers = None,
 ) -> None:
     """ANIL on many-shot image tasks: table 2 of the HyperDistill paper."""
-    _many_shot("anil", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+    _many_shot(
+        "anil",
+        Source(data, root, size, download),
+        small,
+        estimators,
+        seeds,
+        meta_iterations,
+        fomaml,
+        stable,
+        out,
+        workers,
+    )
 
 
 @compare_app.command("warpgrad")
@@ -110,7 +141,18 @@ def compare_warpgrad(
     workers: Workers = None,
 ) -> None:
     """WarpGrad on many-shot image tasks: tables 2 and 6, figures 2, 4-6 and 11-13 of the HyperDistill paper."""
-    _many_shot("warpgrad", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+    _many_shot(
+        "warpgrad",
+        Source(data, root, size, download),
+        small,
+        estimators,
+        seeds,
+        meta_iterations,
+        fomaml,
+        stable,
+        out,
+        workers,
+    )
 
 
 @compare_app.command("meta-weight-net")
@@ -128,13 +170,29 @@ def compare_meta_weight_net(
     out: Out = Path("results/meta-weight-net"),
     workers: Workers = None,
 ) -> None:
-    """MetaWeightNet on many-shot image tasks with 40 % random labels: table 2 and figure 7 of the HyperDistill paper."""
-    _many_shot("meta-weight-net", Source(data, root, size, download), small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+    """MetaWeightNet on many-shot image tasks with 40 % random labels.
+
+    Table 2 and figure 7 of the HyperDistill paper.
+    """
+    _many_shot(
+        "meta-weight-net",
+        Source(data, root, size, download),
+        small,
+        estimators,
+        seeds,
+        meta_iterations,
+        fomaml,
+        stable,
+        out,
+        workers,
+    )
 
 
 @compare_app.command("noisy-labels")
 def compare_noisy_labels(
-    root: Annotated[Path, typer.Option(help="Folder that holds FashionMNIST/raw/ with the four unpacked files.")] = Path("data"),
+    root: Annotated[
+        Path, typer.Option(help="Folder that holds FashionMNIST/raw/ with the four unpacked files.")
+    ] = Path("data"),
     estimators: Estimators = None,
     seeds: Seeds = 3,
     steps: Annotated[int, typer.Option(min=1, help="Training steps (T).")] = 2_000,
@@ -145,8 +203,13 @@ def compare_noisy_labels(
     out: Out = Path("results/noisy-labels"),
     workers: Workers = None,
 ) -> None:
-    """MetaWeightNet against wrong labels on Fashion-MNIST: EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's."""
-    config = noisy_labels.NoisyLabelsConfig(root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20))
+    """MetaWeightNet against wrong labels on Fashion-MNIST.
+
+    EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's.
+    """
+    config = noisy_labels.NoisyLabelsConfig(
+        root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20)
+    )
     once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
     prepare = functools.partial(noisy_labels.prepare, config=config, seed=0)
     methods, runs = _run_all(noisy_labels.METHODS, _names(estimators), prepare, once, config, seeds, out, workers)
@@ -157,7 +220,9 @@ def compare_noisy_labels(
 
 @compare_app.command("rotation")
 def compare_rotation(
-    data: Annotated[str, typer.Option(help="mnist, fashion-mnist, cifar10, … or folder (one sub-folder of images per class).")] = "mnist",
+    data: Annotated[
+        str, typer.Option(help="mnist, fashion-mnist, cifar10, … or folder (one sub-folder of images per class).")
+    ] = "mnist",
     root: Root = Path("data"),
     size: Size = 28,
     estimators: Estimators = None,
@@ -192,7 +257,10 @@ def _run_all(
     workers: int | None,
     saved: Callable[[Any], Any] = lambda run: run,
 ) -> tuple[list[Any], list[Any]]:
-    """The chosen methods and their runs, of which ``saved`` is written; ``prepare`` fails for missing files before any process starts."""
+    """The chosen methods and their runs, of which ``saved`` is written.
+
+    ``prepare`` fails for missing files before any process starts.
+    """
     try:
         methods = compare.select(known, chosen)
     except ValueError as error:
@@ -227,18 +295,29 @@ def diagnose_on_warpgrad(
     meta_iterations: Iterations = None,
     size: Size = None,
     stable: Stable = True,
-    finished: Annotated[Path | None, typer.Option(help="State file of a finished run, for a second look: results/warpgrad/runs/….pt.")] = None,
+    finished: Annotated[
+        Path | None, typer.Option(help="State file of a finished run, for a second look: results/warpgrad/runs/….pt.")
+    ] = None,
     problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 2,
     every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 25,
     out: Out = Path("results/diagnose-warpgrad"),
 ) -> None:
-    """Cosine to exact RMD along the inner run of WarpGrad, and HyperDistill's calibration: figures 3 and 4 of the HyperDistill paper."""
-    config = many_shot.configure("warpgrad", Source(data, root, size), small=small, stable=stable, meta_iterations=meta_iterations)
+    """Cosine to exact RMD along the inner run of WarpGrad, and HyperDistill's calibration.
+
+    Figures 3 and 4 of the HyperDistill paper.
+    """
+    config = many_shot_settings.configure(
+        "warpgrad", Source(data, root, size), small=small, stable=stable, meta_iterations=meta_iterations
+    )
     try:
         stages = diagnose_many_shot.run(config, out, finished=finished, problems=problems, every=every)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
-    compare.show(diagnose.table(stages, f"WarpGrad on {data}, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"))
+    compare.show(
+        diagnose.table(
+            stages, f"WarpGrad on {data}, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"
+        )
+    )
     typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
 
 
@@ -254,11 +333,13 @@ def _many_shot(
     out: Path,
     workers: int | None,
 ) -> None:
-    config = many_shot.configure(model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations)
-    default = many_shot.TABLE_2_WEIGHTS if model == "meta-weight-net" else many_shot.TABLE_2
+    config = many_shot_settings.configure(
+        model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations
+    )
+    default = many_shot_settings.TABLE_2_WEIGHTS if model == "meta-weight-net" else many_shot_settings.TABLE_2
     chosen, once = _names(estimators) or default, functools.partial(many_shot.run, folder=out / "runs")
     methods, runs = _run_all(
-        many_shot.METHODS,
+        many_shot_settings.METHODS,
         chosen,
         lambda _: many_shot.prepare(config, seed=0),
         once,
@@ -276,22 +357,33 @@ def _many_shot(
 
 @diagnose_app.command("sinusoid")
 def diagnose_on_sinusoid(
-    meta_iterations: Annotated[int, typer.Option(min=1, help="Inner runs of meta-training before the second look.")] = 30,
+    meta_iterations: Annotated[
+        int, typer.Option(min=1, help="Inner runs of meta-training before the second look.")
+    ] = 30,
     problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 4,
     every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 5,
     gamma: Annotated[float, typer.Option(min=0, max=1, help="HyperDistill's decay.")] = 0.9,
     seed: Annotated[int, typer.Option(help="Of the network and the tasks.")] = 0,
     out: Out = Path("results/diagnose-sinusoid"),
 ) -> None:
-    """Cosine to exact RMD along the inner run, and HyperDistill's calibration: figures 3 and 4 of the HyperDistill paper."""
+    """Cosine to exact RMD along the inner run, and HyperDistill's calibration.
+
+    Figures 3 and 4 of the HyperDistill paper.
+    """
     config = sinusoid.SinusoidConfig(meta_iterations=meta_iterations)
     stages = diagnose_sinusoid.run(config, out, problems=problems, every=every, gamma=gamma, seed=seed)
-    compare.show(diagnose.table(stages, f"Sinusoid, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"))
+    compare.show(
+        diagnose.table(
+            stages, f"Sinusoid, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"
+        )
+    )
     typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
 
 
 @app.command("verify")
-def verify(name: Annotated[str | None, typer.Argument(help="An estimator, e.g. DrMAD; default: all of them.")] = None) -> None:
+def verify(
+    name: Annotated[str | None, typer.Argument(help="An estimator, e.g. DrMAD; default: all of them.")] = None,
+) -> None:
     """Hold every estimator to its own formula, and to the exact hypergradient where theory makes it exact; fails if one is off."""
     try:
         passed = command.run(name)

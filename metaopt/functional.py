@@ -1,9 +1,11 @@
 """``nn.Module`` to pure function, and the split of its parameters into weights and hyperparameters.
 
-The user's module is copied once and never touched again. A call puts the given tensors into pre-resolved slots of the private
-copy, runs ``forward`` and takes them out again: what :func:`torch.func.functional_call` does, without its per-call look-up,
-which costs a small net as much as the forward pass itself. Between calls the slots hold nothing that could be computed with, so that
-whatever runs a part of the module later (``torch.utils.checkpoint`` inside it, when it recomputes) fails instead of using other values.
+The user's module is copied once and never touched again. A call puts the given tensors into
+pre-resolved slots of the private copy, runs ``forward`` and takes them out again: what
+:func:`torch.func.functional_call` does, without its per-call look-up, which costs a small net as
+much as the forward pass itself. Between calls the slots hold nothing that could be computed with,
+so that whatever runs a part of the module later (``torch.utils.checkpoint`` inside it, when it
+recomputes) fails instead of using other values.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaopt import _batch_norm, _linear, _max_pool
+from metaopt.layers import batch_norm
+from metaopt.layers.lean import twice_differentiable
 
 Params: TypeAlias = dict[str, Tensor]
 
@@ -26,11 +29,13 @@ class FunctionalModel:
     """A module as a pure function ``model(params, *args, **kwargs) -> out``.
 
     Attributes:
-        params: name to parameter (detached clones; a tied parameter appears once, under its first name).
+        params: name to parameter (detached clones; a tied parameter appears once, under its first
+            name).
         buffers: name to buffer (clones), as they were when the module was wrapped.
 
-    Dropout, batch statistics and every other choice that depends on training mode follow the mode the module had when wrapped;
-    :meth:`train` and :meth:`eval` give the same function in the other mode.
+    Dropout, batch statistics and every other choice that depends on training mode follow the mode
+    the module had when wrapped; :meth:`train` and :meth:`eval` give the same function in the other
+    mode.
 
     >>> model = functional(nn.Linear(2, 1))
     >>> sorted(model.params)
@@ -41,22 +46,27 @@ class FunctionalModel:
 
     def __init__(self, module: nn.Module) -> None:
         """Copy ``module`` (see :func:`functional`)."""
-        self._module = _twice_differentiable(copy.deepcopy(module))
+        self._module = twice_differentiable(copy.deepcopy(module))
         self.params: Params = {name: p.detach().clone() for name, p in self._module.named_parameters()}
         self.buffers: Params = {name: b.detach().clone() for name, b in self._module.named_buffers()}
         self._whole = copy.deepcopy(self._module)
         self._param_slots = _slots(self._module, "_parameters", dict(self._module.named_parameters()))
         self._buffer_slots = _slots(self._module, "_buffers", dict(self._module.named_buffers()))
-        for holder, key in (place for slots in (self._param_slots, self._buffer_slots) for places in slots.values() for place in places):
+        for holder, key in (
+            place for slots in (self._param_slots, self._buffer_slots) for places in slots.values() for place in places
+        ):
             holder[key] = _ABSENT
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """Run with ``params``; buffers are as captured, and what the forward pass does to them is thrown away.
 
-        Running statistics that a layer in training mode would only move, not use, are not even computed: such a layer can be mapped over tasks.
+        Running statistics that a layer in training mode would only move, not use, are not even
+        computed: such a layer can be mapped over tasks.
         """
         _check_names(params, self._param_slots, "params")
-        if torch.compiler.is_compiling():  # the compiler follows torch's own way of swapping; what that costs is paid once
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler follows torch's own way of swapping; what that costs is paid once
             fresh = {name: buffer.clone() for name, buffer in self.buffers.items()}
             return torch.func.functional_call(self._whole, {**params, **fresh}, args, kwargs)
         if not self._buffer_slots:
@@ -71,7 +81,8 @@ class FunctionalModel:
         """Run with ``params`` and ``buffers``.
 
         Returns:
-            The output, and the buffers after the pass (running statistics, …). The given ones are not changed.
+            The output, and the buffers after the pass (running statistics, …). The given ones are
+            not changed.
         """
         if not self._buffer_slots:
             return self(params, *args, **kwargs), {}
@@ -97,7 +108,9 @@ class FunctionalModel:
         return self.train(False)
 
     def _idle_statistics(self) -> set[str]:
-        layers = [(name, layer) for name, layer in self._module.named_modules() if type(layer) in _NORMS and layer.training]
+        layers = [
+            (name, layer) for name, layer in self._module.named_modules() if type(layer) in _NORMS and layer.training
+        ]
         return {f"{name}.{buffer}" if name else buffer for name, layer in layers for buffer in layer._buffers}
 
     def __repr__(self) -> str:
@@ -109,25 +122,35 @@ class FunctionalModel:
 def functional(module: nn.Module) -> FunctionalModel:
     """Wrap any ``nn.Module`` as a pure function of its parameters.
 
-    The module is never mutated: parameters and buffers are cloned, and later changes of the module are not seen.
+    The module is never mutated: parameters and buffers are cloned, and later changes of the module
+    are not seen.
 
-    Three layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong second derivative, so the private
-    copy computes ``g · v / ‖v‖`` from plain operations. In training mode ``spectral_norm`` holds its singular vectors constant, as if
-    they did not depend on the weight; the private copy differentiates its power iterations too (the two agree once those have converged).
-    The second derivative of batch norm by batch statistics is right in torch, but slow and large; the private copy has one that is neither. Max
-    pooling over 2 × 2 windows is made faster, too, and comes before a ReLU that stands before it in an ``nn.Sequential``: the same function. Under
-    ``torch.vmap`` a linear layer takes fewer operations.
+    Three layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong
+    second derivative, so the private copy computes ``g · v / ‖v‖`` from plain operations. In
+    training mode ``spectral_norm`` holds its singular vectors constant, as if they did not depend
+    on the weight; the private copy differentiates its power iterations too (the two agree once
+    those have converged). The second derivative of batch norm by batch statistics is right in
+    torch, but slow and large; the private copy has one that is neither. Max pooling over 2 × 2
+    windows is made faster, too, and comes before a ReLU that stands before it in an
+    ``nn.Sequential``: the same function. Under ``torch.vmap`` a linear layer takes fewer
+    operations.
 
     Raises:
         TypeError: if ``module`` is no ``nn.Module``.
-        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters at all, or one of the old hooks
-            ``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm``.
+        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters
+            at all, or one of the old hooks ``torch.nn.utils.weight_norm`` and
+            ``torch.nn.utils.spectral_norm``.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"functional() wraps an nn.Module, got {type(module).__name__}; a plain function needs no wrapping")
+        raise TypeError(
+            f"functional() wraps an nn.Module, got {type(module).__name__}; a plain function needs no wrapping"
+        )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is not initialised yet: run the lazy module once on an example batch before wrapping it")
+            raise ValueError(
+                f"parameter {name!r} is not initialised yet: run the lazy module once on an example batch before "
+                "wrapping it"
+            )
     for submodule in module.modules():
         for kind, name in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
             if any(type(hook).__name__ == kind for hook in submodule._forward_pre_hooks.values()):
@@ -166,7 +189,10 @@ def partition(params: Params, weights: Sequence[str] | Callable[[str], bool]) ->
     lam = {name: p for name, p in params.items() if name not in w}
     if not w or not lam:
         empty = "weights" if not w else "hyperparameters"
-        raise ValueError(f"the split leaves no {empty} (of {list(params)}); a model whose parameters are all weights needs no partition")
+        raise ValueError(
+            f"the split leaves no {empty} (of {list(params)}); a model whose parameters are all weights needs no "
+            "partition"
+        )
     return w, lam
 
 
@@ -184,7 +210,7 @@ def merge(w: Params, lam: Params) -> Params:
 
 # -- slots ---------------------------------------------------------------------------------------
 _NORMS = (
-    *_batch_norm.LEAN.values(),
+    *batch_norm.LEAN.values(),
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
@@ -196,8 +222,10 @@ class _Absent:
     """What stands in a slot between calls."""
 
     _MESSAGE = (
-        "a part of a module was run outside of the call that gave it its parameters: torch.utils.checkpoint inside a module recomputes after the "
-        "call, when they are gone. Switch it off in the module, and put it around the whole call instead: checkpoint(model, params, x, "
+        "a part of a module was run outside of the call that gave it its parameters: torch.utils.checkpoint inside a "
+        "module recomputes after the "
+        "call, when they are gone. Switch it off in the module, and put it around the whole call instead: "
+        "checkpoint(model, params, x, "
         "use_reentrant=False)"
     )
 
@@ -241,57 +269,3 @@ def _check_names(given: Params, slots: dict[str, _Places], what: str) -> None:
     if given.keys() != slots.keys():
         missing, extra = sorted(slots.keys() - given.keys()), sorted(given.keys() - slots.keys())
         raise ValueError(f"{what} do not fit the module: missing {missing}, unknown {extra}")
-
-
-# -- layers that torch does not differentiate twice ----------------------------------------------
-_FusedWeightNorm = torch.nn.utils.parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsage]
-_SpectralNorm = torch.nn.utils.parametrizations._SpectralNorm  # pyright: ignore[reportPrivateUsage]
-
-
-class _ComposedWeightNorm(nn.Module):
-    """``g · v / ‖v‖`` from operations whose second derivatives are right."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        if self.dim == -1:
-            return weight_v * (weight_g / weight_v.norm())
-        others = [axis for axis in range(weight_v.ndim) if axis != self.dim % weight_v.ndim]
-        return weight_v * (weight_g / weight_v.pow(2).sum(others, keepdim=True).sqrt())
-
-
-class _SpectralNormThroughIterations(_SpectralNorm):
-    """``W / (uᵀ W v)`` where u and v are functions of W."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if weight.ndim == 1:
-            return nn.functional.normalize(weight, dim=0, eps=self.eps)
-        matrix = self._reshape_weight_to_matrix(weight)
-        u, v = self._u, self._v
-        if self.training:
-            for _ in range(self.n_power_iterations):
-                u = nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
-                v = nn.functional.normalize(torch.mv(matrix.H, u), dim=0, eps=self.eps)
-            self._u, self._v = u.detach(), v.detach()
-        return weight / torch.vdot(u, torch.mv(matrix, v))
-
-
-def _twice_differentiable(module: nn.Module) -> nn.Module:
-    for submodule in module.modules():
-        if type(submodule) in _batch_norm.LEAN:
-            _batch_norm.lean(submodule)
-        if type(submodule) is nn.MaxPool2d:
-            submodule.__class__ = _max_pool.LeanMaxPool2d
-        if type(submodule) is nn.Linear:
-            submodule.__class__ = _linear.LeanLinear
-        if type(submodule) is nn.Sequential:
-            submodule.__class__ = _max_pool.LeanSequential
-        if isinstance(submodule, nn.utils.parametrize.ParametrizationList):
-            for index, parametrization in enumerate(submodule):
-                if isinstance(parametrization, _FusedWeightNorm):
-                    submodule[index] = _ComposedWeightNorm(parametrization.dim)
-                elif type(parametrization) is _SpectralNorm:
-                    parametrization.__class__ = _SpectralNormThroughIterations
-    return module

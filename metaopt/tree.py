@@ -1,7 +1,8 @@
 """Pytree arithmetic: the one file that knows how nested containers of tensors are walked.
 
-A *pytree* is a tensor, or any nesting of dicts, lists, tuples and NamedTuples with tensors at its leaves. Leaves that are not
-floating-point tensors (step counters, masks, ``None``) ride along: arithmetic leaves them as they are.
+A *pytree* is a tensor, or any nesting of dicts, lists, tuples and NamedTuples with tensors at its
+leaves. Leaves that are not floating-point tensors (step counters, masks, ``None``) ride along:
+arithmetic leaves them as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ Tree: TypeAlias = Any
 
 
 class Spec:
-    """The structure of a tree: what :func:`unflatten` needs. It refers to the tree it was read from, so do not store it for long."""
+    """The structure of a tree: what :func:`unflatten` needs.
+
+    It refers to the tree it was read from, so do not store it for long.
+    """
 
     __slots__ = ("like", "num_leaves")
 
@@ -26,7 +30,9 @@ class Spec:
 
     def __eq__(self, other: object) -> bool:
         """Whether both trees have the same containers with the same keys."""
-        return isinstance(other, Spec) and (self.like is other.like or pytree.tree_structure(self.like) == pytree.tree_structure(other.like))
+        return isinstance(other, Spec) and (
+            self.like is other.like or pytree.tree_structure(self.like) == pytree.tree_structure(other.like)
+        )
 
     def __hash__(self) -> int:
         """By number of leaves."""
@@ -49,8 +55,9 @@ def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     return map(lambda _: next(supply), spec.like)
 
 
-# Trees are walked millions of times in a small problem, where torch's general walk costs a third of the run: hence one of our own,
-# for the containers torch knows. The kind of every type is looked up once.
+# Trees are walked millions of times in a small problem, where torch's general walk costs a third of
+# the run: hence one of our own, for the containers torch knows. The kind of every type is looked up
+# once.
 _LEAF, _DICT, _SEQUENCE, _NAMEDTUPLE, _OTHER = range(5)
 _KINDS: dict[type, int] = {Tensor: _LEAF, dict: _DICT, list: _SEQUENCE, tuple: _SEQUENCE, int: _LEAF, type(None): _LEAF}
 
@@ -90,7 +97,9 @@ def _collect(tree: Tree, out: list[Any]) -> None:
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """``fn`` applied leaf by leaf; the trees must have one structure (a leaf of the first may stand for a subtree of the others).
+    """``fn`` applied leaf by leaf.
+
+    The trees must have one structure (a leaf of the first may stand for a subtree of the others).
 
     Raises:
         ValueError: if they have not.
@@ -105,7 +114,9 @@ def _mapped(fn: Callable[..., Any], tree: Tree) -> Tree:
     if kind == _OTHER:
         return pytree.tree_map(fn, tree)
     if kind == _DICT:
-        return {key: fn(child) if _KINDS.get(type(child)) == _LEAF else _mapped(fn, child) for key, child in tree.items()}
+        return {
+            key: fn(child) if _KINDS.get(type(child)) == _LEAF else _mapped(fn, child) for key, child in tree.items()
+        }
     children = [fn(child) if _KINDS.get(type(child)) == _LEAF else _mapped(fn, child) for child in tree]
     return type(tree)(*children) if kind == _NAMEDTUPLE else type(tree)(children)
 
@@ -138,7 +149,10 @@ def dotted_names(tree: Tree) -> list[str]:
     ['0.weight', 'head.0', 'head.1']
     """
     paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path) for path in paths]
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        for path in paths
+    ]
 
 
 def is_float(leaf: Any) -> bool:
@@ -202,7 +216,10 @@ def _plus(x: Any, y: Any) -> Any:
 
 
 def accumulate(total: Tree, b: Tree) -> Tree:
-    """``total + b``, written into ``total``'s own tensors; a missing leaf (``None``) counts as zero, and is copied from ``b`` at first."""
+    """``total + b``, written into ``total``'s own tensors.
+
+    A missing leaf (``None``) counts as zero, and is copied from ``b`` at first.
+    """
     sums: list[Tensor] = []
     terms: list[Tensor] = []
     for x, y in zip(leaves(total), leaves(b), strict=True):
@@ -297,9 +314,15 @@ def check_like(tree: Tree, reference: Tree, what: str, reference_what: str) -> N
         for attribute in ("shape", "dtype", "device"):
             got, want = getattr(x, attribute, None), getattr(y, attribute, None)
             if got != want:
-                shown = (tuple(got), tuple(want)) if attribute == "shape" and got is not None and want is not None else (got, want)
+                shown = (
+                    (tuple(got), tuple(want))
+                    if attribute == "shape" and got is not None and want is not None
+                    else (got, want)
+                )
                 name = names(reference)[number]
-                raise ValueError(f"{what} does not match {reference_what} at {name}: {attribute} {shown[0]} against {shown[1]}")
+                raise ValueError(
+                    f"{what} does not match {reference_what} at {name}: {attribute} {shown[0]} against {shown[1]}"
+                )
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

@@ -10,8 +10,8 @@ import torch
 
 import metaopt as mo
 from metaopt.estimators import Estimator
-from metaopt.inner import Optimizer
 from metaopt.linsolve import Solver
+from metaopt.optim import Optimizer
 from metaopt.trajectory import Trajectory
 
 
@@ -26,8 +26,8 @@ class EstimatorCase(NamedTuple):
 class OptimizerCase(NamedTuple):
     """``make()`` is ours; ``torch`` makes the same one of torch.optim over given parameters (``None``: torch has none).
 
-    ``plain`` says that it takes weights of any shape and name, and that each of its steps responds smoothly to the gradient (the sign
-    methods do not, nor accumulation between its updates).
+    ``plain`` says that it takes weights of any shape and name, and that each of its steps responds
+    smoothly to the gradient (the sign methods do not, nor accumulation between its updates).
     """
 
     name: str
@@ -112,67 +112,111 @@ SOLVERS: list[SolverCase] = [
 ]
 
 OPTIMIZERS: list[OptimizerCase] = [
-    OptimizerCase("SGD", lambda: mo.inner.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-    OptimizerCase("SGD, momentum", lambda: mo.inner.SGD(lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    OptimizerCase("SGD", lambda: mo.optim.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    OptimizerCase(
+        "SGD, momentum", lambda: mo.optim.SGD(lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    ),
     OptimizerCase(
         "SGD, Nesterov, weight decay",
-        lambda: mo.inner.SGD(lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
+        lambda: mo.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
     ),
     OptimizerCase(
         "SGD, dampening",
-        lambda: mo.inner.SGD(lr=0.1, momentum=0.8, dampening=0.3),
+        lambda: mo.optim.SGD(lr=0.1, momentum=0.8, dampening=0.3),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, dampening=0.3),
     ),
-    OptimizerCase("Adam", lambda: mo.inner.Adam(lr=0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
+    OptimizerCase("Adam", lambda: mo.optim.Adam(lr=0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
     OptimizerCase(
         "Adam, AMSGrad, weight decay",
-        lambda: mo.inner.Adam(lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True),
+        lambda: mo.optim.Adam(lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True),
         lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True),
     ),
-    OptimizerCase("AdamW", lambda: mo.inner.AdamW(lr=0.05, weight_decay=0.1), lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
-    OptimizerCase("NAdam", lambda: mo.inner.NAdam(lr=0.05, weight_decay=0.1), lambda p: torch.optim.NAdam(p, lr=0.05, weight_decay=0.1)),
+    OptimizerCase(
+        "AdamW",
+        lambda: mo.optim.AdamW(lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    ),
+    OptimizerCase(
+        "NAdam",
+        lambda: mo.optim.NAdam(lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.NAdam(p, lr=0.05, weight_decay=0.1),
+    ),
     OptimizerCase(
         "NAdam, decoupled",
-        lambda: mo.inner.NAdam(lr=0.05, weight_decay=0.1, momentum_decay=0.1, decoupled_weight_decay=True),
+        lambda: mo.optim.NAdam(lr=0.05, weight_decay=0.1, momentum_decay=0.1, decoupled_weight_decay=True),
         lambda p: torch.optim.NAdam(p, lr=0.05, weight_decay=0.1, momentum_decay=0.1, decoupled_weight_decay=True),
     ),
-    OptimizerCase("RAdam", lambda: mo.inner.RAdam(lr=0.05, weight_decay=0.1), lambda p: torch.optim.RAdam(p, lr=0.05, weight_decay=0.1)),
-    OptimizerCase("Adamax", lambda: mo.inner.Adamax(lr=0.05, weight_decay=0.1), lambda p: torch.optim.Adamax(p, lr=0.05, weight_decay=0.1)),
-    OptimizerCase("RMSprop", lambda: mo.inner.RMSprop(lr=0.02), lambda p: torch.optim.RMSprop(p, lr=0.02)),
+    OptimizerCase(
+        "RAdam",
+        lambda: mo.optim.RAdam(lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.RAdam(p, lr=0.05, weight_decay=0.1),
+    ),
+    OptimizerCase(
+        "Adamax",
+        lambda: mo.optim.Adamax(lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adamax(p, lr=0.05, weight_decay=0.1),
+    ),
+    OptimizerCase("RMSprop", lambda: mo.optim.RMSprop(lr=0.02), lambda p: torch.optim.RMSprop(p, lr=0.02)),
     OptimizerCase(
         "RMSprop, centred, momentum",
-        lambda: mo.inner.RMSprop(lr=0.02, alpha=0.9, weight_decay=0.1, momentum=0.5, centered=True),
+        lambda: mo.optim.RMSprop(lr=0.02, alpha=0.9, weight_decay=0.1, momentum=0.5, centered=True),
         lambda p: torch.optim.RMSprop(p, lr=0.02, alpha=0.9, weight_decay=0.1, momentum=0.5, centered=True),
     ),
     OptimizerCase(
         "Adagrad",
-        lambda: mo.inner.Adagrad(lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1),
+        lambda: mo.optim.Adagrad(lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1),
         lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1),
     ),
-    OptimizerCase("Adadelta", lambda: mo.inner.Adadelta(weight_decay=0.1), lambda p: torch.optim.Adadelta(p, weight_decay=0.1)),
+    OptimizerCase(
+        "Adadelta", lambda: mo.optim.Adadelta(weight_decay=0.1), lambda p: torch.optim.Adadelta(p, weight_decay=0.1)
+    ),
     OptimizerCase(
         "ASGD",
-        lambda: mo.inner.ASGD(lr=0.1, lambd=0.1, t0=10.0, weight_decay=0.1),
+        lambda: mo.optim.ASGD(lr=0.1, lambd=0.1, t0=10.0, weight_decay=0.1),
         lambda p: torch.optim.ASGD(p, lr=0.1, lambd=0.1, t0=10.0, weight_decay=0.1),
     ),
-    OptimizerCase("Rprop", lambda: mo.inner.Rprop(lr=0.05), lambda p: torch.optim.Rprop(p, lr=0.05), plain=False),
-    OptimizerCase("Lion", lambda: mo.inner.Lion(lr=0.05, weight_decay=0.1), None, plain=False),
-    OptimizerCase("Adafactor", lambda: mo.inner.Adafactor(lr=0.05, weight_decay=0.1), lambda p: torch.optim.Adafactor(p, lr=0.05, weight_decay=0.1)),
+    OptimizerCase("Rprop", lambda: mo.optim.Rprop(lr=0.05), lambda p: torch.optim.Rprop(p, lr=0.05), plain=False),
+    OptimizerCase("Lion", lambda: mo.optim.Lion(lr=0.05, weight_decay=0.1), None, plain=False),
+    OptimizerCase(
+        "Adafactor",
+        lambda: mo.optim.Adafactor(lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adafactor(p, lr=0.05, weight_decay=0.1),
+    ),
     OptimizerCase(
         "Muon",  # for matrices; the rest goes to SGD
-        lambda: mo.inner.Groups([(["a", "*weight"], mo.inner.Muon(lr=0.05, dtype=None)), (["*"], mo.inner.SGD(lr=0.1))]),
+        lambda: mo.optim.Groups(
+            [(["a", "*weight"], mo.optim.Muon(lr=0.05, dtype=None)), (["*"], mo.optim.SGD(lr=0.1))]
+        ),
         None,
         plain=False,
     ),
-    OptimizerCase("Maximise", lambda: mo.inner.Maximise(mo.inner.Adam(lr=0.01)), lambda p: torch.optim.Adam(p, lr=0.01, maximize=True)),
-    OptimizerCase("ClipValue", lambda: mo.inner.ClipValue(mo.inner.SGD(lr=0.1), limit=0.3), None),
-    OptimizerCase("ClipNorm", lambda: mo.inner.ClipNorm(mo.inner.SGD(lr=0.1, momentum=0.9), max_norm=0.5), None),
-    OptimizerCase("Accumulate", lambda: mo.inner.Accumulate(mo.inner.Adam(lr=0.05), every=2), None, plain=False),
-    OptimizerCase("EMA", lambda: mo.inner.EMA(mo.inner.SGD(lr=0.1), decay=0.9), None),
-    OptimizerCase("Groups", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Adam(lr=0.05))]), None, plain=False),
-    OptimizerCase("Frozen", lambda: mo.inner.Groups([(["b", "*bias"], mo.inner.SGD(lr=0.1)), (["*"], mo.inner.Frozen())]), None, plain=False),
-    OptimizerCase("Precondition", lambda: mo.inner.Precondition(mo.inner.SGD(lr=0.1), lambda g, lam, t: mo.tree.map(torch.tanh, g)), None),
+    OptimizerCase(
+        "Maximise",
+        lambda: mo.optim.Maximise(mo.optim.Adam(lr=0.01)),
+        lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
+    ),
+    OptimizerCase("ClipValue", lambda: mo.optim.ClipValue(mo.optim.SGD(lr=0.1), limit=0.3), None),
+    OptimizerCase("ClipNorm", lambda: mo.optim.ClipNorm(mo.optim.SGD(lr=0.1, momentum=0.9), max_norm=0.5), None),
+    OptimizerCase("Accumulate", lambda: mo.optim.Accumulate(mo.optim.Adam(lr=0.05), every=2), None, plain=False),
+    OptimizerCase("EMA", lambda: mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=0.9), None),
+    OptimizerCase(
+        "Groups",
+        lambda: mo.optim.Groups([(["b", "*bias"], mo.optim.SGD(lr=0.1)), (["*"], mo.optim.Adam(lr=0.05))]),
+        None,
+        plain=False,
+    ),
+    OptimizerCase(
+        "Frozen",
+        lambda: mo.optim.Groups([(["b", "*bias"], mo.optim.SGD(lr=0.1)), (["*"], mo.optim.Frozen())]),
+        None,
+        plain=False,
+    ),
+    OptimizerCase(
+        "Precondition",
+        lambda: mo.optim.Precondition(mo.optim.SGD(lr=0.1), lambda g, lam, t: mo.tree.map(torch.tanh, g)),
+        None,
+    ),
 ]
 
 PLAIN_OPTIMIZERS = [case for case in OPTIMIZERS if case.plain]

@@ -13,11 +13,15 @@ from metaopt.inner import _engine
 MODES = [mo.inner.ReverseOverReverse(), mo.inner.ForwardOverReverse()]
 BODIES = {
     "tanh": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
-    "conv, max pool": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(4, 3)),
+    "conv, max pool": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(4, 3)
+    ),
     "batch norm": lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Softplus(), nn.Linear(5, 3)),
     "layer norm, GELU": lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(5, 3)),
-    "weight norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)),
+    "weight norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)
+    ),
 }
 LOSSES = {"cross-entropy": lambda out, y: F.cross_entropy(out, y.argmax(1)), "mse": F.mse_loss}
 
@@ -27,7 +31,9 @@ def problem(body, criterion, optimizer, adjoint):
     model = mo.functional(BODIES[body]().double())
     split = next(name for name in model.params)
     lam, w = mo.partition(model.params, weights=[split])
-    step = mo.inner_step(lambda w, lam, batch: LOSSES[criterion](model(mo.merge(w, lam), batch[0]), batch[1]), optimizer, adjoint=adjoint)
+    step = mo.inner_step(
+        lambda w, lam, batch: LOSSES[criterion](model(mo.merge(w, lam), batch[0]), batch[1]), optimizer, adjoint=adjoint
+    )
     batch = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     return step, {k: v.detach() for k, v in w.items()}, lam, batch
 
@@ -50,7 +56,7 @@ def close(a, b, tolerance=1e-10):
 @pytest.mark.parametrize("criterion", LOSSES)
 @pytest.mark.parametrize("body", BODIES)
 def test_both_modes_agree(body, criterion):
-    optimizer = mo.inner.SGD(lr=0.1, momentum=0.9)
+    optimizer = mo.optim.SGD(lr=0.1, momentum=0.9)
     reverse, forward = (products(*problem(body, criterion, optimizer, mode)) for mode in MODES)
     close(reverse, forward)
     assert float(tree.norm(reverse[1])) > 1e-6
@@ -65,7 +71,7 @@ def test_both_modes_agree_for_every_optimizer(case):
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: type(m).__name__)
 def test_the_adjoint_is_that_of_autograd(mode):
-    step, w, lam, batch = problem("batch norm", "cross-entropy", mo.inner.SGD(lr=0.1, momentum=0.9), mode)
+    step, w, lam, batch = problem("batch norm", "cross-entropy", mo.optim.SGD(lr=0.1, momentum=0.9), mode)
     state = step.init(w, lam)
     state_, lam_ = tree.attach(state), tree.attach(lam)
     new = step(state_, lam_, batch)
@@ -82,7 +88,9 @@ def test_forward_mode_gives_way_aloud_and_once():
     x = torch.randn(3, 6, dtype=torch.float64)
     results = []
     for adjoint in (mo.inner.ReverseOverReverse(), forward):
-        step = mo.inner_step(lambda w, lam, batch: model(mo.merge(w, lam), batch).pow(2).sum(), mo.inner.SGD(lr=0.1), adjoint=adjoint)
+        step = mo.inner_step(
+            lambda w, lam, batch: model(mo.merge(w, lam), batch).pow(2).sum(), mo.optim.SGD(lr=0.1), adjoint=adjoint
+        )
         alpha = mo.InnerState(tree.map(torch.ones_like, w), None)
         if adjoint is forward:
             with pytest.warns(UserWarning, match="forward over reverse is impossible here"):
@@ -100,7 +108,7 @@ def attention(w, lam, batch):
 
 def test_fused_attention_is_an_error_that_says_what_to_do():
     w, lam, x = torch.randn(4, 8), torch.randn(8), torch.randn(1, 2, 5, 4)
-    step = mo.inner_step(attention, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(attention, mo.optim.SGD(lr=0.1))
     alpha = mo.InnerState(torch.ones_like(w), None)
     with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*SDPBackend\.MATH"):
         step.vjp(step.init(w, lam), lam, x, alpha)
@@ -109,7 +117,7 @@ def test_fused_attention_is_an_error_that_says_what_to_do():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return attention(w, lam, batch)
 
-    step = mo.inner_step(composed, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(composed, mo.optim.SGD(lr=0.1))
     assert step.vjp(step.init(w, lam), lam, x, alpha)[1].abs().sum() > 0
 
 
@@ -118,7 +126,7 @@ def test_the_users_module_and_its_statistics_are_left_alone():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     model = mo.functional(net)
     w, lam = mo.partition(model.params, weights=["2.*"])
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     x = torch.randn(8, 6, dtype=torch.float64)
     mo.hypergradient(step, step.inner_loss, w, lam, [x] * 3, x, mo.RMD())
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -150,7 +158,9 @@ class Passes:
         return ((w * lam - 1) ** 4).sum()
 
 
-@pytest.mark.parametrize("optimizer", [mo.inner.SGD(lr=0.1, momentum=0.9), mo.inner.Adam(lr=0.1)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer", [mo.optim.SGD(lr=0.1, momentum=0.9), mo.optim.Adam(lr=0.1)], ids=lambda o: type(o).__name__
+)
 def test_the_engine_called_directly_gives_what_torch_gives(optimizer, monkeypatch):
     """Where torch has no such call (another version), the sweep takes torch's own way."""
     model = mo.functional(BODIES["tanh"]().double())
@@ -171,7 +181,8 @@ def test_the_engine_refuses_a_seed_of_another_shape():
 
 
 T = 6
-# per inner run of T steps: (evaluations of the inner loss, backward passes, contractions of a gradient's graph), the outer loss's one backward aside
+# per inner run of T steps: (evaluations of the inner loss, backward passes, contractions of a
+# gradient's graph), the outer loss's one backward aside
 EXPECTED = {
     "RMD": (mo.RMD(), (2 * T, 2 * T, T)),
     "RMD, graphs": (mo.RMD(mo.trajectory.Graphs()), (T, T, T)),
@@ -187,7 +198,7 @@ EXPECTED = {
 def test_no_pass_that_is_not_needed(name, monkeypatch):
     estimator, expected = EXPECTED[name]
     passes = Passes(monkeypatch)
-    step = mo.inner_step(passes.loss, mo.inner.SGD(lr=0.1, momentum=0.9))
+    step = mo.inner_step(passes.loss, mo.optim.SGD(lr=0.1, momentum=0.9))
     w, lam = torch.full((2,), 0.5), torch.full((2,), 0.7)
     mo.hypergradient(step, lambda w, lam, _: (w * lam).sum(), w, lam, [None] * T, None, estimator)
     assert (passes.forward, passes.backward - 1, passes.double) == expected
@@ -196,11 +207,24 @@ def test_no_pass_that_is_not_needed(name, monkeypatch):
 def test_online_passes_per_step(monkeypatch):
     w, lam = torch.full((2,), 0.5), torch.full((2,), 0.7)
     per_step = {}
-    for name, estimator in {"OneStep": mo.OneStep(), "HyperDistill": mo.HyperDistill(), "FirstOrder": mo.FirstOrder()}.items():
+    for name, estimator in {
+        "OneStep": mo.OneStep(),
+        "HyperDistill": mo.HyperDistill(),
+        "FirstOrder": mo.FirstOrder(),
+    }.items():
         with monkeypatch.context() as patch:
             passes = Passes(patch)
-            step = mo.inner_step(passes.loss, mo.inner.SGD(lr=0.1))
-            run = mo.online(step, lambda w, lam, _: (w * lam).sum(), w, lam, [None] * T, [None] * T, estimator, lambda p: torch.optim.SGD(p, lr=0.1))
+            step = mo.inner_step(passes.loss, mo.optim.SGD(lr=0.1))
+            run = mo.online(
+                step,
+                lambda w, lam, _: (w * lam).sum(),
+                w,
+                lam,
+                [None] * T,
+                [None] * T,
+                estimator,
+                lambda p: torch.optim.SGD(p, lr=0.1),
+            )
             assert sum(1 for _ in run) == T
             per_step[name] = (passes.forward / T, passes.backward / T - 1, passes.double / T)
     assert per_step == {"OneStep": (1, 1, 1), "HyperDistill": (2, 2, 1), "FirstOrder": (1, 1, 0)}

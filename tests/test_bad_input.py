@@ -10,7 +10,7 @@ import metaopt as mo
 
 LAM = {"used": torch.tensor(1.0), "idle": torch.tensor(1.0)}
 W0 = torch.zeros(2)
-STEP = mo.inner_step(lambda w, lam, b: ((w - lam["used"]) ** 2).sum(), mo.inner.SGD(lr=0.1))
+STEP = mo.inner_step(lambda w, lam, b: ((w - lam["used"]) ** 2).sum(), mo.optim.SGD(lr=0.1))
 
 
 def outer(w, lam, b):
@@ -39,7 +39,7 @@ def test_the_warning_comes_once():
 
 def test_lam_that_influences_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"no leaf of lam influences.*\['idle'\]"):
-        call(step=mo.inner_step(lambda w, lam, b: (w**2).sum(), mo.inner.SGD(lr=0.1)), lam={"idle": torch.tensor(1.0)})
+        call(step=mo.inner_step(lambda w, lam, b: (w**2).sum(), mo.optim.SGD(lr=0.1)), lam={"idle": torch.tensor(1.0)})
 
 
 def test_first_order_says_when_it_is_zero_by_construction():
@@ -48,7 +48,13 @@ def test_first_order_says_when_it_is_zero_by_construction():
 
 
 @pytest.mark.parametrize(
-    ("leaf", "named"), [(torch.tensor(1), "torch.int64"), (0.5, "float"), (torch.tensor(True), "torch.bool"), (1j * torch.ones(1), "complex")]
+    ("leaf", "named"),
+    [
+        (torch.tensor(1), "torch.int64"),
+        (0.5, "float"),
+        (torch.tensor(True), "torch.bool"),
+        (1j * torch.ones(1), "complex"),
+    ],
 )
 def test_lam_must_be_floating_point_tensors(leaf, named):
     with pytest.raises(ValueError, match=rf"lam at \['used'\].*{named}.*floating-point"):
@@ -73,7 +79,7 @@ def test_mismatched_pytrees_are_named():
     with pytest.raises(ValueError, match="different structures"):
         pullback({"w": torch.ones(2)})
     with pytest.raises(ValueError, match="lr is a pytree, but not like the weights"):
-        call(step=mo.inner_step(STEP.inner_loss, mo.inner.SGD(lr={"x": torch.ones(2)})))
+        call(step=mo.inner_step(STEP.inner_loss, mo.optim.SGD(lr={"x": torch.ones(2)})))
 
 
 def _pullback():
@@ -86,24 +92,29 @@ def _pullback():
 
 def test_losses_must_be_scalars_that_depend_on_something():
     with pytest.raises(ValueError, match=r"inner_loss must return a scalar.*shape \(2,\)"):
-        call(step=mo.inner_step(lambda w, lam, b: w * lam["used"], mo.inner.SGD(lr=0.1)))
+        call(step=mo.inner_step(lambda w, lam, b: w * lam["used"], mo.optim.SGD(lr=0.1)))
     with pytest.raises(ValueError, match=r"outer_loss must return a scalar.*shape \(2,\)"):
         call(outer_loss=lambda w, lam, b: w)
     with pytest.raises(TypeError, match="inner_loss must return a scalar tensor, got float"):
-        call(step=mo.inner_step(lambda w, lam, b: 1.0, mo.inner.SGD(lr=0.1)))
+        call(step=mo.inner_step(lambda w, lam, b: 1.0, mo.optim.SGD(lr=0.1)))
     with pytest.raises(ValueError, match="inner_loss does not depend on the weights"):
-        call(step=mo.inner_step(lambda w, lam, b: w.detach().sum() * 0, mo.inner.SGD(lr=0.1)))
+        call(step=mo.inner_step(lambda w, lam, b: w.detach().sum() * 0, mo.optim.SGD(lr=0.1)))
     with pytest.raises(ValueError, match="outer_loss depends neither on the weights nor on lam"):
         call(outer_loss=lambda w, lam, b: w.detach().sum())
 
 
 def test_nan_is_an_error_that_says_where():
-    with pytest.raises(FloatingPointError, match=r"outer_loss is nan; the weight .* is not finite: the inner run diverged"):
-        call(step=mo.inner_step(lambda w, lam, b: (w * lam["used"] * float("nan")).sum(), mo.inner.SGD(lr=0.1)))
+    with pytest.raises(
+        FloatingPointError, match=r"outer_loss is nan; the weight .* is not finite: the inner run diverged"
+    ):
+        call(step=mo.inner_step(lambda w, lam, b: (w * lam["used"] * float("nan")).sum(), mo.optim.SGD(lr=0.1)))
     with pytest.raises(FloatingPointError, match="outer_loss is inf; the weights are finite"):
         call(outer_loss=lambda w, lam, b: w.sum() + float("inf"))
     with pytest.raises(FloatingPointError, match=r"hypergradient is not finite at lam\['used'\] \(its indirect term"):
-        call(step=mo.inner_step(lambda w, lam, b: (w * lam["used"].sqrt()).sum(), mo.inner.SGD(lr=0.1)), lam={"used": torch.tensor(0.0)})
+        call(
+            step=mo.inner_step(lambda w, lam, b: (w * lam["used"].sqrt()).sum(), mo.optim.SGD(lr=0.1)),
+            lam={"used": torch.tensor(0.0)},
+        )
 
 
 def test_batches_and_horizon():
@@ -142,8 +153,8 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="pi must be"):
         mo.HyperDistill(pi="other")
     with pytest.raises(ValueError, match="nesterov"):
-        mo.inner.SGD(lr=0.1, nesterov=True)
-    with pytest.raises(TypeError, match=r"mo\.inner\.SGD"):
+        mo.optim.SGD(lr=0.1, nesterov=True)
+    with pytest.raises(TypeError, match=r"mo\.optim\.SGD"):
         mo.inner_step(STEP.inner_loss, torch.optim.SGD([torch.zeros(1)], lr=0.1))
 
 
@@ -158,7 +169,7 @@ def test_lam_moved_by_hand_under_rmd_is_noticed():
 
 
 def test_neumann_needs_a_rate_where_the_learning_rate_is_no_number():
-    step = mo.inner_step(STEP.inner_loss, mo.inner.SGD(lr=lambda lam, t: lam["used"]))
+    step = mo.inner_step(STEP.inner_loss, mo.optim.SGD(lr=lambda lam, t: lam["used"]))
     with pytest.raises(ValueError, match=r"Neumann\(terms, rate="):
         call(step=step, estimator=mo.IFT(mo.linsolve.Neumann(2)))
 

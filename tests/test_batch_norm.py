@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaopt as mo
-from metaopt import _batch_norm, tree
+from metaopt import tree
+from metaopt.layers import batch_norm
 from metaopt.verify.memory import peak_bytes
 
 F64 = torch.float64
@@ -16,7 +17,7 @@ EPS = 1e-5
 
 
 def lean(x, weight, bias):
-    return _batch_norm._Normalised.apply(x, weight, bias, EPS)
+    return batch_norm._Normalised.apply(x, weight, bias, EPS)
 
 
 def torchs(x, weight, bias):
@@ -77,7 +78,9 @@ def test_third_derivative_is_right_where_torchs_is_not(shape):
     ours, right, theirs = third(lean), third(plain), third(torchs)
     for a, b in zip(ours, right, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(theirs[1], right[1], rtol=1e-2)  # when this fails, torch is right, and the docstring has to say so
+    assert not torch.allclose(
+        theirs[1], right[1], rtol=1e-2
+    )  # when this fails, torch is right, and the docstring has to say so
 
 
 def test_third_derivative_through_two_layers_of_a_loss():
@@ -99,9 +102,13 @@ def test_many_cotangents_at_once():
     seeds = [torch.stack([one, -2.0 * one]) for one in like(outs, 1)]
     for seed in ([seeds[0], None, None], seeds):
         kept = [(out, one) for out, one in zip(outs, seed, strict=True) if one is not None]
-        together = torch.autograd.grad([out for out, _ in kept], (g, x, weight), [one for _, one in kept], is_grads_batched=True, retain_graph=True)
+        together = torch.autograd.grad(
+            [out for out, _ in kept], (g, x, weight), [one for _, one in kept], is_grads_batched=True, retain_graph=True
+        )
         for i in range(2):
-            alone = torch.autograd.grad([out for out, _ in kept], (g, x, weight), [one[i] for _, one in kept], retain_graph=True)
+            alone = torch.autograd.grad(
+                [out for out, _ in kept], (g, x, weight), [one[i] for _, one in kept], retain_graph=True
+            )
             for a, b in zip(together, alone, strict=True):
                 assert torch.allclose(a[i], b, rtol=1e-9, atol=1e-9)
     batched = torch.autograd.grad(lean(x, weight, bias), (x, weight), torch.stack([g, 3.0 * g]), is_grads_batched=True)
@@ -109,7 +116,11 @@ def test_many_cotangents_at_once():
         assert torch.allclose(a[1], 3.0 * b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3, affine=False)], ids=repr)
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3, affine=False)],
+    ids=repr,
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_wrapped_layer_is_the_layer(layer, training):
     net = nn.Sequential(nn.Linear(2, 3), layer, nn.Tanh()).double().train(training)
@@ -145,7 +156,11 @@ def test_a_second_derivative_holds_little():
     def bytes_of(wrap):
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 2)
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8, track_running_stats=False),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 64, 2),
         )
         params = {name: p.detach() for name, p in net.named_parameters()}
         call = mo.functional(net) if wrap else lambda params, x: torch.func.functional_call(net, params, (x,))
@@ -155,7 +170,7 @@ def test_a_second_derivative_holds_little():
         def loss(w, lam, batch):
             return nn.functional.cross_entropy(call({**w, **lam}, batch[0]), batch[1])
 
-        step = mo.inner_step(loss, mo.inner.SGD(lr=0.1))
+        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
         state = step.init(w, lam)
         results = []
         return peak_bytes(lambda: results.append(step.vjp(state, lam, batch, state))), tree.leaves(results[0])

@@ -18,7 +18,11 @@ FULL = [case for case in TRAJECTORIES if case.full]
 def run(chunked, estimator, optimizer, body=(), compile=False, size=3, steps=7):
     step, loss, w, lam, batches = problem(optimizer, body, compile)
     batches = [*batches, *batches][:steps]  # of seven the last group is shorter
-    lam = {name: leaf for name, leaf in lam.items() if name != "spare" and (name != "rate" or getattr(optimizer, "lr", None) is rate)}
+    lam = {
+        name: leaf
+        for name, leaf in lam.items()
+        if name != "spare" and (name != "rate" or getattr(optimizer, "lr", None) is rate)
+    }
     torch.manual_seed(3)
     if chunked:
         step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, size)
@@ -32,7 +36,7 @@ def rate(lam, t):
 @pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
 @pytest.mark.parametrize("body", [(), BODY], ids=["plain", "dropout"])
 def test_exact_over_chunks(case, body):
-    optimizer = mo.inner.SGD(lr=rate, momentum=0.9)
+    optimizer = mo.optim.SGD(lr=rate, momentum=0.9)
     single, _ = run(False, mo.RMD(), optimizer, body)
     together, _ = run(True, mo.RMD(case.make(3)), optimizer, body)
     assert close(together.total, single.total, 1e-12)
@@ -48,7 +52,7 @@ def test_forward_over_chunks(case):
 
 
 def test_one_chunk_back_is_so_many_steps_back():
-    optimizer = mo.inner.Adam(lr=0.05)
+    optimizer = mo.optim.Adam(lr=0.05)
     single, _ = run(False, mo.TruncatedRMD(4), optimizer)  # groups of 3: the last two hold 3 + 1
     together, _ = run(True, mo.TruncatedRMD(2), optimizer)
     assert close(together.total, single.total, 1e-12)
@@ -56,15 +60,17 @@ def test_one_chunk_back_is_so_many_steps_back():
 
 
 def test_the_work_is_counted_in_steps():
-    optimizer = mo.inner.SGD(lr=0.1)
+    optimizer = mo.optim.SGD(lr=0.1)
     assert run(True, mo.RMD(), optimizer)[0].cost == run(False, mo.RMD(), optimizer)[0].cost
     assert run(True, mo.TruncatedRMD(2), optimizer)[0].cost == run(False, mo.TruncatedRMD(4), optimizer)[0].cost
 
 
 def test_jvp_and_vjp_are_transposes():
-    step, _, w, lam, batches = problem(mo.inner.SGD(lr=rate, momentum=0.9))
+    step, _, w, lam, batches = problem(mo.optim.SGD(lr=rate, momentum=0.9))
     whole, state = mo.inner.chunked(step), step.init(w, lam)
-    dot, lam_dot, bar = (tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, part) for part in (state, lam, state))
+    dot, lam_dot, bar = (
+        tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, part) for part in (state, lam, state)
+    )
     pushed = whole.jvp(state, lam, batches, dot, lam_dot)
     state_bar, lam_bar = whole.vjp(state, lam, batches, bar)
     forth = tree.dot((pushed.w, pushed.slots), (bar.w, bar.slots))
@@ -76,7 +82,7 @@ def test_jvp_and_vjp_are_transposes():
 @pytest.mark.parametrize("body", [(), BODY], ids=["plain", "dropout"])
 def test_compiled_chunks_are_eager_steps(body):
     torch._dynamo.reset()
-    optimizer = mo.inner.SGD(lr=rate, momentum=0.9)
+    optimizer = mo.optim.SGD(lr=rate, momentum=0.9)
     single, _ = run(False, mo.RMD(), optimizer, body, steps=4)
     together, step = run(True, mo.RMD(), optimizer, body, compile="aot_eager", size=2, steps=4)
     assert step.compilation.refused is None and step.compilation.seconds > 0
@@ -85,7 +91,7 @@ def test_compiled_chunks_are_eager_steps(body):
 
 
 def test_bad_input():
-    step, loss, w, lam, batches = problem(mo.inner.SGD(lr=0.1))
+    step, loss, w, lam, batches = problem(mo.optim.SGD(lr=0.1))
     lam.pop("spare")
     whole = mo.inner.chunked(step)
     with pytest.raises(TypeError, match=r"list with one batch per inner step.*mo\.inner\.in_chunks"):
@@ -102,7 +108,7 @@ def test_bad_input():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor():
     torch._dynamo.reset()
-    optimizer = mo.inner.SGD(lr=0.1, momentum=0.9)
+    optimizer = mo.optim.SGD(lr=0.1, momentum=0.9)
     single, _ = run(False, mo.RMD(), optimizer, steps=4)
     together, step = run(True, mo.RMD(), optimizer, compile=True, size=2, steps=4)
     assert step.compilation.refused is None

@@ -6,7 +6,7 @@ from torch import nn
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.estimators.base import outer_gradient
+from metaopt.estimators.outer import outer_gradient
 
 F64 = torch.float64
 
@@ -36,14 +36,20 @@ def hypergradient(estimator, *args, **kwargs):
 
 
 def close(a, b, tolerance):
-    return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    return all(
+        torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
+    )
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it traces
 @pytest.mark.parametrize("name", ["SGD with a learned rate", "Adam", "dropout"])
 def test_compiled_is_eager(name):
     torch._dynamo.reset()
-    optimizer = mo.inner.Adam(lr=0.05) if name == "Adam" else mo.inner.SGD(lr=lambda lam, t: lam["rate"].exp() / t, momentum=0.9)
+    optimizer = (
+        mo.optim.Adam(lr=0.05)
+        if name == "Adam"
+        else mo.optim.SGD(lr=lambda lam, t: lam["rate"].exp() / t, momentum=0.9)
+    )
     body = (nn.Dropout(0.5),) if name == "dropout" else ()
     for estimator in (mo.RMD(), mo.RMD(mo.trajectory.Graphs())) if name == "dropout" else (mo.RMD(),):
         _, eager = hypergradient(estimator, optimizer, body)
@@ -63,12 +69,12 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
         return ((w - lam) ** 2).sum() * (1.0 if float(w.detach().sum()) > -100 else 2.0)
 
     args = (lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3, None, mo.RMD())
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), compile="aot_eager")
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile="aot_eager")
     with pytest.warns(UserWarning, match="cannot be compiled and runs eagerly") as caught:
         got = mo.hypergradient(step, *args)
     assert len(caught) == 1
     assert step.compilation.refused
-    assert torch.equal(got.total, mo.hypergradient(mo.inner_step(loss, mo.inner.SGD(lr=0.1)), *args).total)
+    assert torch.equal(got.total, mo.hypergradient(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), *args).total)
     assert torch._C._functorch.peek_interpreter_stack() is None
 
 
@@ -76,12 +82,21 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
 @pytest.mark.parametrize("name", ["HyperDistill", "OneStep", "RMD"])
 def test_compiled_outer_loss_is_eager(name):
     torch._dynamo.reset()
-    step, loss, w, lam, batches = problem(mo.inner.SGD(lr=0.1, momentum=0.9))
+    step, loss, w, lam, batches = problem(mo.optim.SGD(lr=0.1, momentum=0.9))
 
     def hypergradients(outer_loss):
         if name == "RMD":
             return [mo.hypergradient(step, outer_loss, w, lam, batches, batch, mo.RMD()).total for batch in batches]
-        reports = mo.online(step, outer_loss, w, lam, batches, batches, getattr(mo, name)(), lambda params: torch.optim.SGD(params, lr=0.1))
+        reports = mo.online(
+            step,
+            outer_loss,
+            w,
+            lam,
+            batches,
+            batches,
+            getattr(mo, name)(),
+            lambda params: torch.optim.SGD(params, lr=0.1),
+        )
         return [report.hypergradient.total for report in reports]
 
     outer, found = mo.compiled_loss(loss, "aot_eager"), []
@@ -121,7 +136,9 @@ def test_a_compiled_outer_loss_notices_what_changes():
 @pytest.mark.filterwarnings("default")
 def test_an_outer_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once():
     torch._dynamo.reset()
-    outer = mo.compiled_loss(lambda w, lam, _: (w * lam).sum() * (1.0 if float(w.detach().sum()) > 0 else 2.0), "aot_eager")
+    outer = mo.compiled_loss(
+        lambda w, lam, _: (w * lam).sum() * (1.0 if float(w.detach().sum()) > 0 else 2.0), "aot_eager"
+    )
     with pytest.warns(UserWarning, match="the outer loss cannot be compiled and runs eagerly") as caught:
         found = [outer_gradient(outer, torch.full((2,), -1.0), torch.ones(2), None) for _ in range(4)]
     assert len(caught) == 1

@@ -8,7 +8,9 @@ from metaopt.experiments import data_weights
 
 
 def test_prediction_ranks_examples_as_retraining_does(tmp_path):
-    config = data_weights.DataWeightsConfig(examples=30, steps=120, batch=15, validation=60, hidden=4, lr=0.05, slots=6, weight_decay=0.05)
+    config = data_weights.DataWeightsConfig(
+        examples=30, steps=120, batch=15, validation=60, hidden=4, lr=0.05, slots=6, weight_decay=0.05
+    )
     before = torch.get_rng_state()
     result = data_weights.run(config, tmp_path)
     assert torch.equal(before, torch.get_rng_state())

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import metaopt as mo
+from metaopt.diagnose import alignment
 from metaopt.experiments import diagnose, diagnose_sinusoid
 from metaopt.experiments.decayed_sum import DecayedSum
 from metaopt.experiments.sinusoid import SinusoidConfig
-from metaopt.verify import alignment, cases
+from metaopt.verify import cases
 
 
 def test_equation_7_is_exact_where_the_jacobian_is_a_number_and_one_step_where_gamma_is_zero():
@@ -24,7 +25,9 @@ def test_size_samples_lie_on_the_truth_where_distillation_is_exact(tmp_path):
     problems = [cases.isotropic(seed=seed, horizon=3) for seed in range(2)]
     problems = [mo.verify.Problem(p.name, p.step, p.outer_loss, p.w0, p.lam, p.batches) for p in problems]
     gamma = cases.isotropic().contraction
-    stages = diagnose.diagnose({"only": problems}, {"1-step": mo.OneStep()}, mo.HyperDistill(gamma=gamma), tmp_path, gammas=[gamma])
+    stages = diagnose.diagnose(
+        {"only": problems}, {"1-step": mo.OneStep()}, mo.HyperDistill(gamma=gamma), tmp_path, gammas=[gamma]
+    )
     ((x, y),) = stages[0].truth
     assert [abs(v) for v in y] == pytest.approx(x)
     assert {row["method"]: row["products"] for row in diagnose.summary(stages)} == {"1-step": 1, "HyperDistill": 1}

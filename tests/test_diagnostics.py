@@ -13,9 +13,10 @@ from rich.console import Console
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.verify import cases, reference, results
+from metaopt.diagnose import results
+from metaopt.diagnose.smoothness import agreement
+from metaopt.verify import cases, reference
 from metaopt.verify.memory import peak_bytes
-from metaopt.verify.smoothness import agreement
 
 F64 = torch.float64
 
@@ -28,7 +29,7 @@ def scalar(value):
 @pytest.mark.parametrize("make", cases.CLOSED_FORMS, ids=lambda make: make.__name__)
 def test_exact_methods_have_cosine_one_and_the_exact_norm(make):
     problem = make(horizon=4)
-    found = mo.verify.alignment([mo.RMD(mo.trajectory.Checkpointed(slots=2)), mo.TruncatedRMD(4)], problem)
+    found = mo.diagnose.alignment([mo.RMD(mo.trajectory.Checkpointed(slots=2)), mo.TruncatedRMD(4)], problem)
     for point in found.points:
         assert point.total.cosine == pytest.approx(1, abs=1e-9)
         assert point.total.relative_error < 1e-10
@@ -38,7 +39,7 @@ def test_exact_methods_have_cosine_one_and_the_exact_norm(make):
 
 def test_first_order_has_an_indirect_term_of_zero():
     problem = cases.log_l2(horizon=3)
-    (point,) = mo.verify.alignment(mo.FirstOrder(), problem, at=[3]).points
+    (point,) = mo.diagnose.alignment(mo.FirstOrder(), problem, at=[3]).points
     exact, direct = problem.exact(3), 0.3 * problem.lam
     assert point.total.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(direct, exact, dim=0)))
     assert point.total.norm_ratio == pytest.approx(float(direct.norm() / exact.norm()))
@@ -50,34 +51,48 @@ def test_first_order_has_an_indirect_term_of_zero():
 
 def test_distillation_is_exact_where_the_contraction_is_isotropic():
     problem = cases.isotropic(horizon=5)
-    found = mo.verify.alignment(mo.HyperDistill(gamma=problem.contraction), problem)
+    found = mo.diagnose.alignment(mo.HyperDistill(gamma=problem.contraction), problem)
     assert max(point.total.relative_error for point in found.points) < 1e-10
     assert found.curve("HyperDistill(gamma=0.88)", value="norm_ratio")[0] == [1, 2, 3, 4, 5]
 
 
 def test_an_estimator_that_answers_several_times_in_a_run_answers_as_in_a_run_of_its_own():
     problem = cases.log_l2(horizon=5)
-    for estimator in (mo.HyperDistill(gamma=0.9), mo.TruncatedRMD(2), mo.DrMAD(), mo.IFT(converged=None), mo.SOBA(rate=0.1)):
-        for got in mo.verify.alignment(estimator, problem, at=[2, 5]).points:
-            hg = mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches[: got.t], None, estimator)
+    for estimator in (
+        mo.HyperDistill(gamma=0.9),
+        mo.TruncatedRMD(2),
+        mo.DrMAD(),
+        mo.IFT(converged=None),
+        mo.SOBA(rate=0.1),
+    ):
+        for got in mo.diagnose.alignment(estimator, problem, at=[2, 5]).points:
+            hg = mo.hypergradient(
+                problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches[: got.t], None, estimator
+            )
             want = reference.vector(problem.exact(got.t))
-            assert got.total.relative_error == pytest.approx(float((reference.vector(hg.total) - want).norm() / want.norm()), rel=1e-8)
+            assert got.total.relative_error == pytest.approx(
+                float((reference.vector(hg.total) - want).norm() / want.norm()), rel=1e-8
+            )
 
 
 def test_random_draws_are_the_same_for_everyone():
     module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)).double().train()
     model, x = mo.functional(module), torch.randn(6, 3, dtype=F64)
-    step = mo.inner_step(lambda w, lam, b: lam.exp() * model(w, x).square().mean() - model(w, x).mean(), mo.inner.SGD(lr=0.1))
-    problem = mo.verify.Problem("dropout", step, lambda w, lam, b: w["2.weight"].square().sum(), model.params, scalar(0.3), [None] * 4)
+    step = mo.inner_step(
+        lambda w, lam, b: lam.exp() * model(w, x).square().mean() - model(w, x).mean(), mo.optim.SGD(lr=0.1)
+    )
+    problem = mo.verify.Problem(
+        "dropout", step, lambda w, lam, b: w["2.weight"].square().sum(), model.params, scalar(0.3), [None] * 4
+    )
     before = torch.get_rng_state()
-    found = mo.verify.alignment({"one": mo.RMD(mo.trajectory.Checkpointed(slots=1))}, problem, at=[1, 4])
+    found = mo.diagnose.alignment({"one": mo.RMD(mo.trajectory.Checkpointed(slots=1))}, problem, at=[1, 4])
     assert torch.equal(torch.get_rng_state(), before)
     assert max(point.total.relative_error for point in found.points) < 1e-10
 
 
 def test_horizons_out_of_reach_are_an_error():
     with pytest.raises(ValueError, match=r"from 1 to 3 .* got \[4\]"):
-        mo.verify.alignment(mo.RMD(), cases.quadratic(horizon=3), at=[4])
+        mo.diagnose.alignment(mo.RMD(), cases.quadratic(horizon=3), at=[4])
 
 
 # -- bias: the noisy quadratic of Wu et al. ------------------------------------------------------
@@ -86,18 +101,20 @@ H, LR, SIGMA, W0 = 0.8, 0.3, 0.7, 1.5
 
 def noisy_quadratic(T):
     """``½h(w - c_t)²`` with ``c_t = ±σ``, λ the learning rate, outer loss ``½h(w² + σ²)``: draw number i spells the signs."""
-    step = mo.inner_step(lambda w, lam, c: 0.5 * H * (w - c) ** 2, mo.inner.SGD(lr=lambda lam, t: lam))
+    step = mo.inner_step(lambda w, lam, c: 0.5 * H * (w - c) ** 2, mo.optim.SGD(lr=lambda lam, t: lam))
 
     def sample(i):
         batches = [scalar(SIGMA if i >> t & 1 else -SIGMA) for t in range(T)]
-        return mo.verify.Problem("noisy quadratic", step, lambda w, lam, _: 0.5 * H * (w**2 + SIGMA**2), scalar(W0), scalar(LR), batches)
+        return mo.verify.Problem(
+            "noisy quadratic", step, lambda w, lam, _: 0.5 * H * (w**2 + SIGMA**2), scalar(W0), scalar(LR), batches
+        )
 
     return sample
 
 
 @pytest.mark.parametrize("T", [1, 2, 4])
 def test_bias_of_one_step_on_the_noisy_quadratic(T):
-    found = mo.verify.bias([mo.OneStep()], noisy_quadratic(T), 2**T)  # every draw once: the exact expectation
+    found = mo.diagnose.bias([mo.OneStep()], noisy_quadratic(T), 2**T)  # every draw once: the exact expectation
     exact, short = found.estimates
     r, lr = 1 - LR * H, torch.tensor(LR, dtype=F64, requires_grad=True)
     keep = (1 - lr * H) ** 2
@@ -113,18 +130,21 @@ def test_bias_of_one_step_on_the_noisy_quadratic(T):
 
 
 def test_variance_of_one_step_on_the_noisy_quadratic():
-    _, row = (found := mo.verify.bias(mo.OneStep(), noisy_quadratic(1), 2)).estimates
+    _, row = (found := mo.diagnose.bias(mo.OneStep(), noisy_quadratic(1), 2)).estimates
     values = [H * ((1 - LR * H) * W0 + LR * H * c) * -H * (W0 - c) for c in (-SIGMA, SIGMA)]
     assert row.deviation * found.exact_norm == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-10)
 
 
 def test_standard_error_of_the_bias():
     draws = [0, 3, 5, 6, 9]
-    found = mo.verify.bias(mo.OneStep(), (sample := noisy_quadratic(4)), draws)
+    found = mo.diagnose.bias(mo.OneStep(), (sample := noisy_quadratic(4)), draws)
     differences = []
     for i in draws:
         p = sample(i)
-        one, all_ = (mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, e).total for e in (mo.OneStep(), mo.RMD()))
+        one, all_ = (
+            mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, e).total
+            for e in (mo.OneStep(), mo.RMD())
+        )
         differences.append(float(one - all_))
     spread = torch.tensor(differences).std() / math.sqrt(len(draws))
     assert found.estimates[1].standard_error * found.exact_norm == pytest.approx(float(spread), rel=1e-5)
@@ -132,7 +152,7 @@ def test_standard_error_of_the_bias():
 
 def test_bias_needs_draws():
     with pytest.raises(ValueError, match="at least two draws, got 1"):
-        mo.verify.bias(mo.OneStep(), noisy_quadratic(2), 1)
+        mo.diagnose.bias(mo.OneStep(), noisy_quadratic(2), 1)
 
 
 # -- vanishing and exploding ---------------------------------------------------------------------
@@ -140,7 +160,7 @@ def test_bias_needs_draws():
 def test_the_rate_of_a_linear_recursion(a, T):
     step = mo.custom_step(lambda state, lam, b: state._replace(w=a * state.w + lam))
     problem = mo.verify.Problem("linear", step, lambda w, lam, b: 3 * w, scalar(1.0), scalar(0.5), [None] * T)
-    found = mo.verify.norms(problem)
+    found = mo.diagnose.norms(problem)
     assert found.rate == pytest.approx(a, rel=1e-9)
     for k, lag in enumerate(found.lags):
         assert lag.cotangent == pytest.approx(3 * a**k)
@@ -155,18 +175,25 @@ def test_the_horizon_needed_is_where_a_truncation_points_the_right_way():
         return state._replace(w=state.w + batch * lam)
 
     batches = [torch.tensor(b, dtype=F64) for b in ([1.0, 0.0], [0.0, 0.0], [0.0, 1.0])]
-    problem = mo.verify.Problem("two", mo.custom_step(shift), lambda w, lam, b: w.sum(), torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), batches)
-    found = mo.verify.norms(problem)
+    problem = mo.verify.Problem(
+        "two",
+        mo.custom_step(shift),
+        lambda w, lam, b: w.sum(),
+        torch.zeros(2, dtype=F64),
+        torch.ones(2, dtype=F64),
+        batches,
+    )
+    found = mo.diagnose.norms(problem)
     assert [round(lag.cosine, 6) for lag in found.lags] == [round(2**-0.5, 6)] * 2 + [1]
     assert found.horizon_for() == 3
     assert found.horizon_for(0.7) == 1
 
 
 def test_momentum_counts_among_the_cotangent():
-    plain, heavy = mo.verify.norms(cases.quadratic(horizon=4)), mo.verify.norms(cases.momentum(horizon=4))
+    plain, heavy = mo.diagnose.norms(cases.quadratic(horizon=4)), mo.diagnose.norms(cases.momentum(horizon=4))
     assert plain.lags[0].cotangent != plain.lags[1].cotangent
     problem = cases.momentum(horizon=2, size=1, conditioning=1.0)
-    lags = mo.verify.norms(problem).lags
+    lags = mo.diagnose.norms(problem).lags
     alpha = float((reference.states(problem, 2)[-1].w - cases.draw_quadratic(1, 1.0, 0).target).abs())
     assert lags[1].cotangent == pytest.approx(alpha * math.hypot(1 - 0.3, 0.3 * 0.7))  # (1 - ηh, -ημ)
     assert heavy.rate != plain.rate
@@ -175,7 +202,7 @@ def test_momentum_counts_among_the_cotangent():
 # -- metasmoothness ------------------------------------------------------------------------------
 @given(seed=st.integers(0, 100))
 def test_training_that_is_affine_in_lam_is_perfectly_smooth(seed):
-    found = mo.verify.smoothness(cases.quadratic(seed=seed), h=0.1, directions=2, seed=seed)
+    found = mo.diagnose.smoothness(cases.quadratic(seed=seed), h=0.1, directions=2, seed=seed)
     assert found.mean == pytest.approx(1)
     exact = cases.quadratic(seed=seed).exact(6)
     assert all(row.metasmoothness == pytest.approx(1) for row in found.directions)
@@ -186,8 +213,10 @@ def test_metasmoothness_of_parabolas():
     def parabolas(state, lam, batch):  # at λ = 0 with h = 1: (0, 1, 4), (0, 1, -1), (9, 4, 1)
         return state._replace(w=torch.stack([lam**2, -1.5 * lam**2 + 2.5 * lam, (lam - 3) ** 2]))
 
-    problem = mo.verify.Problem("parabolas", mo.custom_step(parabolas), lambda w, lam, b: w[0], torch.zeros(3, dtype=F64), scalar(0.0), [None])
-    (row,) = mo.verify.smoothness(problem, h=1.0, directions=[scalar(1.0)]).directions
+    problem = mo.verify.Problem(
+        "parabolas", mo.custom_step(parabolas), lambda w, lam, b: w[0], torch.zeros(3, dtype=F64), scalar(0.0), [None]
+    )
+    (row,) = mo.diagnose.smoothness(problem, h=1.0, directions=[scalar(1.0)]).directions
     assert row.metasmoothness == pytest.approx((4 - 1 + 8) / 13)
     assert (row.first, row.second) == (1.0, 3.0)
 
@@ -199,7 +228,7 @@ def test_a_response_that_turns_round_is_not_smooth_and_none_is_undefined():
 
 # -- cost ----------------------------------------------------------------------------------------
 def test_cost_is_counted():
-    found = mo.verify.costs([mo.RMD(), mo.OneStep(), mo.FirstOrder()], cases.log_l2(horizon=4), repeats=1)
+    found = mo.diagnose.costs([mo.RMD(), mo.OneStep(), mo.FirstOrder()], cases.log_l2(horizon=4), repeats=1)
     by_name = {expense.estimator: expense for expense in found.expenses}
     assert (by_name["RMD"].gradients, by_name["RMD"].work.products) == (8, 8)
     assert (by_name["OneStep"].gradients, by_name["OneStep"].work.products) == (4, 1)
@@ -221,23 +250,29 @@ def test_peak_memory_of_known_allocations():
 
     def backward():
         y = x.detach().requires_grad_()
-        return torch.autograd.grad(y.exp().sum(), y)[0]  # exp's result, ones of the sum (expanded: 4 bytes), the loss, the gradient
+        return torch.autograd.grad(y.exp().sum(), y)[
+            0
+        ]  # exp's result, ones of the sum (expanded: 4 bytes), the loss, the gradient
 
     assert 8000 <= peak_bytes(backward) <= 8100
 
 
 def test_peak_memory_of_full_trajectories_grows_by_one_state_per_step():
     def peak(T):
-        step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.inner.SGD(lr=0.1))
-        problem = mo.verify.Problem("big", step, lambda w, lam, b: w.sum(), torch.ones(1000, dtype=F64), scalar(0.5), [None] * T)
-        return mo.verify.costs(mo.RMD(), problem, repeats=0).expenses[0].peak_bytes
+        step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.optim.SGD(lr=0.1))
+        problem = mo.verify.Problem(
+            "big", step, lambda w, lam, b: w.sum(), torch.ones(1000, dtype=F64), scalar(0.5), [None] * T
+        )
+        return mo.diagnose.costs(mo.RMD(), problem, repeats=0).expenses[0].peak_bytes
 
     assert peak(30) - peak(20) == 10 * 8000
 
 
 # -- together ------------------------------------------------------------------------------------
 def test_compare_gives_a_table_a_picture_and_a_dict(tmp_path):
-    found = mo.verify.compare([mo.OneStep(), mo.FirstOrder()], noisy_quadratic(3)(0), sample=noisy_quadratic(3), draws=2)
+    found = mo.diagnose.compare(
+        [mo.OneStep(), mo.FirstOrder()], noisy_quadratic(3)(0), sample=noisy_quadratic(3), draws=2
+    )
     assert list(found.parts) == ["alignment", "costs", "norms", "smoothness", "bias"]
     plain = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert plain["alignment"]["rows"][2]["estimator"] == "OneStep"
@@ -255,19 +290,28 @@ def test_compare_gives_a_table_a_picture_and_a_dict(tmp_path):
 def test_stacked_problems_are_the_sum_of_their_tasks():
     targets = torch.randn(3, 2, dtype=F64)
     loss = lambda w, lam, y: (lam * (w - y) ** 2).sum()  # noqa: E731
-    step = mo.inner_step(mo.meta.stacked(loss), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(mo.meta.stacked(loss), mo.optim.SGD(lr=0.1))
     outer = mo.meta.stacked(lambda w, lam, y: (w**2).sum())
     lam = torch.ones(2, dtype=F64)
-    problem = mo.verify.Problem("stack", step, outer, mo.meta.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets)
-    found = mo.verify.alignment(mo.OneStep(), problem, at=[4])
-    one = mo.inner_step(loss, mo.inner.SGD(lr=0.1))
-    total = sum(mo.hypergradient(one, lambda w, lam, y: (w**2).sum(), torch.zeros(2, dtype=F64), lam, [y] * 4, None, mo.RMD()).total for y in targets)
+    problem = mo.verify.Problem(
+        "stack", step, outer, mo.meta.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets
+    )
+    found = mo.diagnose.alignment(mo.OneStep(), problem, at=[4])
+    one = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
+    total = sum(
+        mo.hypergradient(
+            one, lambda w, lam, y: (w**2).sum(), torch.zeros(2, dtype=F64), lam, [y] * 4, None, mo.RMD()
+        ).total
+        for y in targets
+    )
     assert found.exact_norms[4][0] == pytest.approx(float(tree.norm(total)))
 
 
 def test_calibration_fits_the_size():
     problem = cases.isotropic(horizon=4)
-    fitted = mo.verify.calibrated({"ours": mo.HyperDistill(gamma=problem.contraction, theta=7.0), "fo": mo.FirstOrder()}, problem)
+    fitted = mo.diagnose.calibrated(
+        {"ours": mo.HyperDistill(gamma=problem.contraction, theta=7.0), "fo": mo.FirstOrder()}, problem
+    )
     assert fitted["ours"].theta == pytest.approx(1)
     assert fitted["fo"] == mo.FirstOrder()
 

@@ -13,7 +13,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.fds import best_window, shared_window_error
-from metaopt.inner.schedules import piecewise
+from metaopt.optim.schedules import piecewise
 
 F64 = torch.float64
 T = 12
@@ -30,22 +30,29 @@ class Problem:
     def __init__(self):
         g = torch.Generator().manual_seed(4)
         self.w0 = {"a": torch.randn(3, generator=g, dtype=F64), "b": torch.randn(1, generator=g, dtype=F64)}
-        self.batches = [(torch.randn(6, 3, generator=g, dtype=F64), torch.randn(6, generator=g, dtype=F64)) for _ in range(T)]
+        self.batches = [
+            (torch.randn(6, 3, generator=g, dtype=F64), torch.randn(6, generator=g, dtype=F64)) for _ in range(T)
+        ]
         self.outer_batch = (torch.randn(8, 3, generator=g, dtype=F64), torch.randn(8, generator=g, dtype=F64))
         self.lam = {"lr": t64(0.1, 0.3, 0.2, 0.1), "momentum": t64(0.6), "weight_decay": t64(0.01)}
         rules = {name: piecewise(lambda lam, name=name: lam[name], T) for name in self.lam}
-        self.step = mo.inner_step(lambda w, lam, batch: self.loss(w, lam, batch), mo.inner.SGD(**rules))
+        self.step = mo.inner_step(lambda w, lam, batch: self.loss(w, lam, batch), mo.optim.SGD(**rules))
 
     @staticmethod
     def loss(w, lam, batch):
         return ((batch[0] @ w["a"]).tanh() + w["b"] - batch[1]).pow(2).mean()
 
     def by(self, estimator, lam=None):
-        return mo.hypergradient(self.step, self.loss, self.w0, lam or self.lam, self.batches, self.outer_batch, estimator)
+        return mo.hypergradient(
+            self.step, self.loss, self.w0, lam or self.lam, self.batches, self.outer_batch, estimator
+        )
 
 
 def close(a, b, tolerance=1e-12):
-    return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
+    )
 
 
 # -- the estimator -------------------------------------------------------------------------------
@@ -97,7 +104,7 @@ def test_every_optimiser(case):
 def test_the_bound_is_on_every_tangent_of_the_inner_gradient():
     """Scalar quadratic, learned rate: g = h w, so Z' = Z - g - η · clamp(h Z), by hand."""
     h, eta, bound = 3.0, 0.5, 0.4
-    step = mo.inner_step(lambda w, lam, _: 0.5 * h * w**2, mo.inner.SGD(lr=lambda lam, t: lam))
+    step = mo.inner_step(lambda w, lam, _: 0.5 * h * w**2, mo.optim.SGD(lr=lambda lam, t: lam))
     w, Z = 1.0, 0.0
     clipped = []
     for _ in range(5):
@@ -107,7 +114,9 @@ def test_the_bound_is_on_every_tangent_of_the_inner_gradient():
     args = (step, lambda w, lam, _: w, torch.tensor(1.0, dtype=F64), torch.tensor(eta, dtype=F64), [None] * 5, None)
     assert mo.hypergradient(*args, mo.FDS(window=5, bound=bound)).total.item() == pytest.approx(Z / 5, rel=1e-12)
     assert any(clipped)
-    assert close(mo.hypergradient(*args, mo.FDS(window=5, bound=1e6)).total, mo.hypergradient(*args, mo.FMD()).total / 5)
+    assert close(
+        mo.hypergradient(*args, mo.FDS(window=5, bound=1e6)).total, mo.hypergradient(*args, mo.FMD()).total / 5
+    )
 
 
 def test_online_and_through_unroll():
@@ -120,7 +129,9 @@ def test_online_and_through_unroll():
     )  # fmt: skip
     assert sum(r.hypergradient is not None for r in reports) == 3
     lam = tree.attach(problem.lam)
-    loss = problem.loss(mo.unroll(problem.step, problem.w0, lam, problem.batches, mo.FDS(WINDOWS)).w, lam, problem.outer_batch)
+    loss = problem.loss(
+        mo.unroll(problem.step, problem.w0, lam, problem.batches, mo.FDS(WINDOWS)).w, lam, problem.outer_batch
+    )
     assert close(list(torch.autograd.grad(loss, tree.leaves(lam))), tree.leaves(problem.by(mo.FDS(WINDOWS)).total))
 
 
@@ -144,12 +155,16 @@ def test_bad_settings_are_named():
 # -- the bound on its error (2007.07869, theorem) ------------------------------------------------
 def mean_square_error(expected, error, samples=40_000):
     """Of the mean of W noisy measurements, against each of the W values that share it; by Monte Carlo."""
-    noise = math.sqrt(error) * torch.randn(samples, len(expected), generator=torch.Generator().manual_seed(0), dtype=F64)
+    noise = math.sqrt(error) * torch.randn(
+        samples, len(expected), generator=torch.Generator().manual_seed(0), dtype=F64
+    )
     means = (expected + noise).mean(1, keepdim=True)
     return float((means - expected).pow(2).mean())
 
 
-@pytest.mark.parametrize(("error", "drift", "window"), [(1.0, 0.1, 5), (1.0, 0.1, 20), (0.5, 0.0, 8), (0.01, 1.0, 4), (2.0, 0.05, 60)])
+@pytest.mark.parametrize(
+    ("error", "drift", "window"), [(1.0, 0.1, 5), (1.0, 0.1, 20), (0.5, 0.0, 8), (0.01, 1.0, 4), (2.0, 0.05, 60)]
+)
 def test_the_bound_holds_with_equality_at_maximal_drift(error, drift, window):
     steps = torch.arange(window, dtype=F64)
     assert mean_square_error(drift * steps, error) == pytest.approx(shared_window_error(error, drift, window), rel=0.01)
@@ -189,7 +204,9 @@ def test_sign_steps_by_group_in_the_outer_loop_and_after_a_restart():
 
     def outer():
         groups = [{"params": [lam["lr"]], "lr": 0.2}, {"params": [lam["wd"]], "lr": 3e-2}]
-        return mo.meta.Outer(lam, mo.meta.SignStep(groups), project=mo.meta.bounded({"lr": (0.0, None), "wd": (0.0, 0.12)}))
+        return mo.meta.Outer(
+            lam, mo.meta.SignStep(groups), project=mo.meta.bounded({"lr": (0.0, None), "wd": (0.0, 0.12)})
+        )
 
     one, other = outer(), outer()
     gradients = [{"lr": t64(1.0, -1.0) * (-1) ** i, "wd": t64(-1.0)} for i in range(6)]

@@ -22,7 +22,9 @@ def t64(*values):
 
 def loss(w, lam, batch):
     x, y = batch
-    return (((x @ w["weight"]).tanh() * lam["scale"] + w["bias"][0] - y) ** 2).mean() + lam["decay"] * (w["weight"] ** 2).sum()
+    return (((x @ w["weight"]).tanh() * lam["scale"] + w["bias"][0] - y) ** 2).mean() + lam["decay"] * (
+        w["weight"] ** 2
+    ).sum()
 
 
 def outer(w, lam, batch):
@@ -36,7 +38,9 @@ class Problem:
         g = torch.Generator().manual_seed(seed)
         self.w0 = {"weight": torch.randn(3, 2, generator=g, dtype=F64), "bias": torch.randn(2, generator=g, dtype=F64)}
         self.lam = {"scale": torch.randn(2, generator=g, dtype=F64), "decay": torch.tensor(0.1, dtype=F64)}
-        self.batches = [(torch.randn(5, 3, generator=g, dtype=F64), torch.randn(5, 2, generator=g, dtype=F64)) for _ in range(T)]
+        self.batches = [
+            (torch.randn(5, 3, generator=g, dtype=F64), torch.randn(5, 2, generator=g, dtype=F64)) for _ in range(T)
+        ]
         self.step = mo.inner_step(loss, optimizer)
 
     def by(self, estimator):
@@ -51,12 +55,17 @@ class Problem:
 
 
 def close(a, b, tolerance=EXACT):
-    return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
+    )
 
 
 def scheduled(rates=T):
     """Momentum SGD with one learning rate per step, and a learned momentum; the loss does not see them."""
-    optimizer = mo.inner.SGD(lr=mo.inner.schedules.piecewise(lambda lam: lam["lr"], T), momentum=lambda lam, t: lam["momentum"])
+    optimizer = mo.optim.SGD(
+        lr=mo.optim.schedules.piecewise(lambda lam: lam["lr"], T), momentum=lambda lam, t: lam["momentum"]
+    )
     problem = Problem(optimizer)
     fixed = problem.lam
     problem.step = mo.inner_step(lambda w, lam, batch: loss(w, fixed, batch), optimizer)
@@ -78,7 +87,9 @@ def test_fmd_is_autograd_through_the_loop_for_every_optimizer(case):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [mo.inner.SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.1), mo.inner.Adam(lr=0.1)], ids=["SGD", "Adam"]
+    "optimizer",
+    [mo.optim.SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.1), mo.optim.Adam(lr=0.1)],
+    ids=["SGD", "Adam"],
 )
 @given(seed=st.integers(0, 10_000), chunk_size=st.sampled_from([None, 1, 2, 3]))
 def test_chunks_change_nothing(optimizer, seed, chunk_size):
@@ -89,22 +100,26 @@ def test_chunks_change_nothing(optimizer, seed, chunk_size):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda h: mo.inner.SGD(lr=h("lr"), momentum=h("mu"), weight_decay=h("wd")),
-        lambda h: mo.inner.AdamW(lr=h("lr"), betas=(h("mu"), 0.99), weight_decay=h("wd"), eps=1e-3),
-        lambda h: mo.inner.ClipNorm(mo.inner.SGD(lr=h("lr"), momentum=h("mu")), max_norm=h("wd")),
+        lambda h: mo.optim.SGD(lr=h("lr"), momentum=h("mu"), weight_decay=h("wd")),
+        lambda h: mo.optim.AdamW(lr=h("lr"), betas=(h("mu"), 0.99), weight_decay=h("wd"), eps=1e-3),
+        lambda h: mo.optim.ClipNorm(mo.optim.SGD(lr=h("lr"), momentum=h("mu")), max_norm=h("wd")),
     ],
     ids=["SGD", "AdamW", "ClipNorm"],
 )
 def test_hyperparameters_of_the_optimizer_alone(make):
     problem = Problem(make(lambda name: lambda lam, t: lam[name]))
-    problem.lam |= {"lr": torch.tensor(0.1, dtype=F64), "mu": torch.tensor(0.6, dtype=F64), "wd": torch.tensor(0.2, dtype=F64)}
+    problem.lam |= {
+        "lr": torch.tensor(0.1, dtype=F64),
+        "mu": torch.tensor(0.6, dtype=F64),
+        "wd": torch.tensor(0.2, dtype=F64),
+    }
     expected = problem.by_autograd()
     assert close(problem.by(mo.FMD()).total, expected)
     assert all(bool(leaf.abs().max() > 1e-6) for leaf in tree.leaves(expected))
 
 
 def test_element_wise_rates_and_a_shape_of_lam_with_several_axes():
-    problem = Problem(mo.inner.SGD(lr=lambda lam, t: {"weight": lam["rates"].exp(), "bias": 0.1}, momentum=0.5))
+    problem = Problem(mo.optim.SGD(lr=lambda lam, t: {"weight": lam["rates"].exp(), "bias": 0.1}, momentum=0.5))
     problem.lam["rates"] = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=F64) - 2
     hg = problem.by(mo.FMD())
     assert hg.total["rates"].shape == (3, 2)
@@ -112,7 +127,9 @@ def test_element_wise_rates_and_a_shape_of_lam_with_several_axes():
 
 
 def test_weights_without_axes_and_without_entries():
-    step = mo.inner_step(lambda w, lam, _: 0.5 * (w[0] - lam) ** 2 + 0.0 * w[1].sum(), mo.inner.SGD(lr=0.5, momentum=0.1))
+    step = mo.inner_step(
+        lambda w, lam, _: 0.5 * (w[0] - lam) ** 2 + 0.0 * w[1].sum(), mo.optim.SGD(lr=0.5, momentum=0.1)
+    )
     args = (
         step,
         lambda w, lam, _: w[0],
@@ -126,10 +143,13 @@ def test_weights_without_axes_and_without_entries():
 
 @pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped], ids=lambda f: f.__name__)
 def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
-    problems = [Problem(mo.inner.Adam(lr=0.1), seed) for seed in range(3)]
+    problems = [Problem(mo.optim.Adam(lr=0.1), seed) for seed in range(3)]
     together = problems[0]
-    alone = [tree.scale(1.0, mo.hypergradient(p.step, outer, p.w0, together.lam, p.batches, None, mo.FMD()).total) for p in problems]
-    step = mo.inner_step(stacked(loss), mo.inner.Adam(lr=0.1))
+    alone = [
+        tree.scale(1.0, mo.hypergradient(p.step, outer, p.w0, together.lam, p.batches, None, mo.FMD()).total)
+        for p in problems
+    ]
+    step = mo.inner_step(stacked(loss), mo.optim.Adam(lr=0.1))
     w0, batches = tree.stack([p.w0 for p in problems]), [tree.stack([p.batches[t] for p in problems]) for t in range(T)]
     outer_loss = stacked(lambda w, lam, batch: outer(w, lam, None))
     hg = mo.hypergradient(step, outer_loss, w0, together.lam, batches, torch.zeros(3), mo.FMD())
@@ -137,8 +157,17 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
 
 
 def test_online_it_is_the_derivative_along_a_common_shift():
-    problem, seen = Problem(mo.inner.SGD(lr=0.1, momentum=0.9)), []
-    reports = mo.online(problem.step, outer, problem.w0, problem.lam, problem.batches, [None] * T, mo.FMD(), lambda p: torch.optim.SGD(p, lr=0.05))
+    problem, seen = Problem(mo.optim.SGD(lr=0.1, momentum=0.9)), []
+    reports = mo.online(
+        problem.step,
+        outer,
+        problem.w0,
+        problem.lam,
+        problem.batches,
+        [None] * T,
+        mo.FMD(),
+        lambda p: torch.optim.SGD(p, lr=0.05),
+    )
     lams = [problem.lam]
     for report in reports:
         seen.append(report)
@@ -147,13 +176,15 @@ def test_online_it_is_the_derivative_along_a_common_shift():
     state = problem.step.init(problem.w0, problem.lam)
     for batch, lam, report in zip(problem.batches, lams, seen, strict=False):
         state = problem.step(state, tree.add(lam, shift), batch)
-        expected = torch.autograd.grad(outer(state.w, tree.add(lam, shift), None), tree.leaves(shift), retain_graph=True)
+        expected = torch.autograd.grad(
+            outer(state.w, tree.add(lam, shift), None), tree.leaves(shift), retain_graph=True
+        )
         assert close(tree.leaves(report.hypergradient.total), list(expected))
     assert not close(lams[0], lams[-1], 1e-3)
 
 
 def test_through_unroll_and_without_a_cotangent_of_the_initial_weights():
-    problem = Problem(mo.inner.SGD(lr=0.1))
+    problem = Problem(mo.optim.SGD(lr=0.1))
     lam = tree.attach(problem.lam)
     state = mo.unroll(problem.step, problem.w0, lam, problem.batches, mo.FMD())
     got = torch.autograd.grad(outer(state.w, lam, None), tree.leaves(lam))
@@ -170,7 +201,7 @@ def test_a_custom_step():
         speed = tree.map(lambda v, x: 0.5 * v + x, state.slots, tree.unflatten(g, tree.flatten(state.w)[1]))
         return mo.InnerState(tree.map(lambda x, v: x - 0.1 * lam["decay"].exp() * v, state.w, speed), speed)
 
-    problem = Problem(mo.inner.SGD(lr=0.1))
+    problem = Problem(mo.optim.SGD(lr=0.1))
     problem.step = mo.custom_step(fn, lambda w, lam: mo.InnerState(w, tree.zeros_like(w)))
     expected = problem.by(mo.RMD())
     for chunk_size in (None, 1, 2):
@@ -180,7 +211,7 @@ def test_a_custom_step():
 
 
 def test_slots_held_constant_are_dropped_from_forward_mode_too():
-    problem = Problem(mo.inner.SGD(lr=0.1, momentum=0.9))
+    problem = Problem(mo.optim.SGD(lr=0.1, momentum=0.9))
     exact = problem.by(mo.FMD()).total
     problem.step = mo.inner.ConstantSlots(problem.step)
     assert close(problem.by(mo.FMD()).total, problem.by(mo.RMD()).total)
@@ -196,16 +227,16 @@ def test_an_update_that_is_no_gradient(chunk_size):
         losses = ((x @ w["weight"]).tanh() + w["bias"] - y).pow(2).sum(1)
         return mo.inner.reweighted(losses, lambda v: torch.softmax(lam["scale"].sum() * v, 0)).sum()
 
-    problem = Problem(mo.inner.SGD(lr=0.1, momentum=0.9))
+    problem = Problem(mo.optim.SGD(lr=0.1, momentum=0.9))
     del problem.lam["decay"]
-    problem.step = mo.inner_step(reweighted_loss, mo.inner.SGD(lr=0.1, momentum=0.9))
+    problem.step = mo.inner_step(reweighted_loss, mo.optim.SGD(lr=0.1, momentum=0.9))
     assert close(problem.by(mo.FMD(chunk_size)).total, problem.by(mo.RMD()).total)
     assert problem.by(mo.FMD()).indirect["scale"].abs().min() > 1e-6
 
 
 def test_random_numbers_are_drawn_once_and_shared_by_all_columns():
     net = mo.functional(torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)).double())
-    step = mo.inner_step(lambda w, lam, x: (lam * net(w, x).tanh()).pow(2).sum(), mo.inner.SGD(lr=0.1, momentum=0.5))
+    step = mo.inner_step(lambda w, lam, x: (lam * net(w, x).tanh()).pow(2).sum(), mo.optim.SGD(lr=0.1, momentum=0.5))
     lam, xs = torch.ones(2, dtype=F64), [torch.randn(5, 3, dtype=F64) for _ in range(3)]
     results = []
     for estimator in (mo.RMD(), mo.FMD()):
@@ -227,14 +258,21 @@ def test_one_gradient_a_step_and_no_product_before_a_column_moves_the_weights():
         before = step.cost.tangents
         state, carry = estimator.advance(step, state, problem.lam, batch, carry)
         products.append(step.cost.tangents - before)
-    assert products == [0, 1, 3, 4]  # step t: the rates of the steps before it, and the momentum once there is a velocity
-    assert step.cost == Cost(linearizations=T + 1, tangents=8, products=1)  # the first pullback: does Φ know the momentum?
+    assert products == [
+        0,
+        1,
+        3,
+        4,
+    ]  # step t: the rates of the steps before it, and the momentum once there is a velocity
+    assert step.cost == Cost(
+        linearizations=T + 1, tangents=8, products=1
+    )  # the first pullback: does Φ know the momentum?
     assert close(problem.by(mo.FMD()).total, problem.by(mo.RMD()).total)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_weights_that_stand_still_need_no_second_order(chunk_size):
-    step = mo.inner_step(lambda w, lam, _: (lam * OnceDifferentiable.apply(w)).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, _: (lam * OnceDifferentiable.apply(w)).sum(), mo.optim.SGD(lr=0.1))
     w, lam = t64(1.0, 2.0, 3.0), t64(0.5, -1.0, 2.0)
     after_one = mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None], None, mo.FMD(chunk_size))
     assert close(after_one.total, -0.1 * 2 * w)
@@ -243,7 +281,7 @@ def test_weights_that_stand_still_need_no_second_order(chunk_size):
 
 
 def test_columns_inside_the_loss_take_one_product_each():
-    assert Problem(mo.inner.SGD(lr=0.1)).by(mo.FMD()).cost == Cost(linearizations=T, tangents=3 * T)
+    assert Problem(mo.optim.SGD(lr=0.1)).by(mo.FMD()).cost == Cost(linearizations=T, tangents=3 * T)
 
 
 def test_the_gradient_with_its_graph_is_taken_once_a_step():
@@ -253,8 +291,8 @@ def test_the_gradient_with_its_graph_is_taken_once_a_step():
         calls.append(1)
         return loss(w, lam, batch)
 
-    problem = Problem(mo.inner.Adam(lr=0.1))
-    problem.step = mo.inner_step(counted, mo.inner.Adam(lr=0.1))
+    problem = Problem(mo.optim.Adam(lr=0.1))
+    problem.step = mo.inner_step(counted, mo.optim.Adam(lr=0.1))
     problem.by(mo.FMD())
     assert len(calls) == T
 
@@ -269,7 +307,7 @@ def test_batches_get_smaller_as_the_graph_grows():
 
 
 def test_memory_is_that_of_the_columns_whatever_the_horizon():
-    problem = Problem(mo.inner.Adam(lr=0.1))
+    problem = Problem(mo.optim.Adam(lr=0.1))
     estimator, state = mo.FMD(), problem.step.init(problem.w0, problem.lam)
     carry = estimator.init(problem.step, state, problem.lam)
     sizes = []
@@ -282,14 +320,16 @@ def test_memory_is_that_of_the_columns_whatever_the_horizon():
 # -- what λ is used for --------------------------------------------------------------------------
 def test_a_leaf_that_is_used_but_moves_nothing_is_no_unused_leaf():
     """In the first step the momentum multiplies a zero velocity: its hypergradient is zero, and that is no mistake of the user's."""
-    optimizer = mo.inner.SGD(lr=0.1, momentum=lambda lam, t: lam)
+    optimizer = mo.optim.SGD(lr=0.1, momentum=lambda lam, t: lam)
     step = mo.inner_step(lambda w, lam, _: (w**2).sum(), optimizer)
-    hg = mo.hypergradient(step, lambda w, lam, _: w.sum(), t64(1.0), torch.tensor(0.5, dtype=F64), [None], None, mo.FMD())
+    hg = mo.hypergradient(
+        step, lambda w, lam, _: w.sum(), t64(1.0), torch.tensor(0.5, dtype=F64), [None], None, mo.FMD()
+    )
     assert hg.total == 0.0
 
 
 def test_an_unused_leaf_is_named():
-    problem = Problem(mo.inner.SGD(lr=0.1))
+    problem = Problem(mo.optim.SGD(lr=0.1))
     problem.lam["idle"] = t64(1.0)
     with pytest.warns(mo.UnusedHyperparameterWarning, match="idle"):
         hg = problem.by(mo.FMD())
@@ -299,11 +339,11 @@ def test_an_unused_leaf_is_named():
 def test_bad_settings_and_bad_lam_are_named():
     with pytest.raises(ValueError, match="FMD: chunk_size must be at least 1, got 0"):
         mo.FMD(chunk_size=0)
-    problem = Problem(mo.inner.SGD(lr=0.1))
+    problem = Problem(mo.optim.SGD(lr=0.1))
     problem.lam["decay"] = torch.tensor(1)
     with pytest.raises(ValueError, match=r"decay.*int64.*hyperparameters are floating-point"):
         problem.by(mo.FMD())
-    step = mo.inner_step(lambda w, lam, _: lam.detach().sum() * 1.0, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, _: lam.detach().sum() * 1.0, mo.optim.SGD(lr=0.1))
     with pytest.raises(ValueError, match=r"inner_loss does not depend|graph was cut"):
         mo.hypergradient(step, lambda w, lam, _: w.sum(), t64(1.0), t64(1.0), [None], None, mo.FMD())
 
@@ -318,7 +358,7 @@ def test_what_cannot_be_batched_says_how_to_go_on():
         def backward(ctx, g):
             return g * (1.0 + 0.0 * g.sum().item())
 
-    step = mo.inner_step(lambda w, lam, _: (Opaque.apply(w) ** 3 * lam).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, _: (Opaque.apply(w) ** 3 * lam).sum(), mo.optim.SGD(lr=0.1))
     args = (step, lambda w, lam, _: w.sum(), t64(1.0, 2.0), t64(1.0, 2.0), [None] * 2, None)
     with pytest.raises(RuntimeError, match=r"batched second-order products failed.*chunk_size=1"):
         mo.hypergradient(*args, mo.FMD())

@@ -21,7 +21,9 @@ def second_derivatives_agree(module, x, prepare=lambda out: out.pow(2).sum()):
     slope = sum((g * direction[k]).sum() for k, g in zip(params, gradient(params, graph=True), strict=True))
     exact = torch.autograd.grad(slope, list(params.values()))
     h = 1e-5
-    up, down = (gradient({k: (p + s * direction[k]).detach().requires_grad_() for k, p in params.items()}) for s in (h, -h))
+    up, down = (
+        gradient({k: (p + s * direction[k]).detach().requires_grad_() for k, p in params.items()}) for s in (h, -h)
+    )
     for e, u, d in zip(exact, up, down, strict=True):
         assert torch.allclose(e, (u - d) / (2 * h), rtol=1e-5, atol=1e-6)
 
@@ -71,8 +73,12 @@ def test_recurrent_networks(name):
 
 
 def test_weight_norm_has_the_right_second_derivative():
-    second_derivatives_agree(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4).double()), torch.randn(5, 3, dtype=F64))
-    second_derivatives_agree(torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2).double(), dim=1), torch.randn(5, 2, 4, dtype=F64))
+    second_derivatives_agree(
+        torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4).double()), torch.randn(5, 3, dtype=F64)
+    )
+    second_derivatives_agree(
+        torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2).double(), dim=1), torch.randn(5, 2, 4, dtype=F64)
+    )
 
 
 def test_weight_norm_values_are_kept():

@@ -13,7 +13,8 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.verify import check, reference
 
-# constructor -> settings; eps where ours and higher's differ by where it is added is too small to tell
+# constructor -> settings; eps where ours and higher's differ by where it is added is too small to
+# tell
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.01}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}),
@@ -53,7 +54,9 @@ def unrolled(module, optimizer, horizon):
     """The hypergradient from one graph of the whole run, made by higher."""
     *inner, outer = batches(horizon)
     lam = tree.attach(LAM)
-    for state in optimizer.state.values():  # Adagrad has one already, and counts in float32: higher's rate would be good to 7 digits
+    for state in (
+        optimizer.state.values()
+    ):  # Adagrad has one already, and counts in float32: higher's rate would be good to 7 digits
         state["step"] = state["step"].double()
     with higher.innerloop_ctx(module, optimizer) as (fast, steps):
         for batch in inner:
@@ -67,7 +70,13 @@ def ours(module, optimizer, horizon, estimator=None):
     *inner, outer = batches(horizon)
     step = mo.inner_step(lambda w, lam, batch: fit(lambda x: model(w, x), list(w.values()), lam, batch), optimizer)
     hg = mo.hypergradient(
-        step, lambda w, lam, batch: (model(w, batch[:, :2]) - batch[:, 2:]).square().mean(), model.params, LAM, inner, outer, estimator or mo.RMD()
+        step,
+        lambda w, lam, batch: (model(w, batch[:, :2]) - batch[:, 2:]).square().mean(),
+        model.params,
+        LAM,
+        inner,
+        outer,
+        estimator or mo.RMD(),
     )
     return hg.total
 
@@ -108,7 +117,9 @@ def test_the_step_keeps_its_contract(name, seed, steps):
         optimizer.step()
     step = mo.inner_step(lambda w, lam, _: torch.cosh(w[0] - lam).sum(), mo.interop.from_higher(optimizer))
     report = check(step, [w[0].detach()], torch.tensor([0.2, -0.4, 0.5], dtype=torch.float64), seed=seed)
-    assert all(row.error < 1e-5 if row.against == "differences" else row.passed for row in report.rows), report  # some are steep
+    assert all(row.error < 1e-5 if row.against == "differences" else row.passed for row in report.rows), (
+        report
+    )  # some are steep
 
 
 @pytest.mark.parametrize("name", ["momentum", "Adagrad", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"])
@@ -134,15 +145,26 @@ def test_a_started_optimizer_goes_on(name):
 
 def test_groups_keep_their_settings():
     module = net()
-    optimizer = torch.optim.SGD([{"params": module[2].parameters(), "lr": 0.5, "momentum": 0.9}, {"params": module[0].parameters()}], lr=0.1)
-    torch.testing.assert_close(ours(module, mo.interop.from_higher(optimizer, module), 3), unrolled(module, optimizer, 3), rtol=1e-9, atol=1e-11)
+    optimizer = torch.optim.SGD(
+        [{"params": module[2].parameters(), "lr": 0.5, "momentum": 0.9}, {"params": module[0].parameters()}], lr=0.1
+    )
+    torch.testing.assert_close(
+        ours(module, mo.interop.from_higher(optimizer, module), 3),
+        unrolled(module, optimizer, 3),
+        rtol=1e-9,
+        atol=1e-11,
+    )
 
 
-@pytest.mark.parametrize("estimator", [mo.RMD(mo.trajectory.Checkpointed()), mo.FMD(), mo.TruncatedRMD(4), mo.DrMAD()], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [mo.RMD(mo.trajectory.Checkpointed()), mo.FMD(), mo.TruncatedRMD(4), mo.DrMAD()], ids=repr
+)
 def test_other_estimators_take_it(estimator):
     module = net()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05, eps=1e-20)
-    got, native = (ours(module, make(optimizer, module), 4, estimator) for make in (mo.interop.from_higher, mo.interop.from_torch))
+    got, native = (
+        ours(module, make(optimizer, module), 4, estimator) for make in (mo.interop.from_higher, mo.interop.from_torch)
+    )
     torch.testing.assert_close(got, native, rtol=1e-8, atol=1e-10)
 
 

@@ -15,22 +15,36 @@ ROOT = Path(mo.__file__).parent
 # room -> rooms it may import; a room may always import itself
 ALLOWED = {
     "tree": set(),
-    "functional": {"tree", "_batch_norm", "_linear", "_max_pool"},
-    "_batch_norm": {"_eager"},
-    "_linear": {"_eager"},
-    "_max_pool": {"_eager"},
-    "_eager": set(),
-    "inner": {"functional", "tree"},
-    "trajectory": {"inner", "functional", "tree"},
-    "linsolve": {"inner", "functional", "tree"},
-    "estimators": {"trajectory", "linsolve", "inner", "functional", "tree"},
-    "meta": {"estimators", "trajectory", "linsolve", "inner", "functional", "tree"},
-    "models": {"inner", "functional", "tree"},
+    "replay": {"tree"},
+    "layers": set(),
+    "functional": {"layers", "tree"},
+    "optim": {"tree"},
+    "inner": {"optim", "functional", "replay", "tree"},
+    "trajectory": {"inner", "optim", "replay", "tree"},
+    "linsolve": {"inner", "replay", "tree"},
+    "estimators": {"trajectory", "linsolve", "inner", "optim", "replay", "tree"},
+    "meta": {"estimators", "trajectory", "linsolve", "inner", "optim", "replay", "tree"},
+    "models": {"inner", "optim", "functional", "tree"},
     "tasks": {"tree", "_torchvision"},
     "_torchvision": set(),
-    "verify": {"estimators", "trajectory", "linsolve", "inner", "functional", "tree"},
-    "interop": {"inner", "functional", "tree"},
-    "experiments": {"meta", "models", "tasks", "estimators", "verify", "trajectory", "linsolve", "inner", "functional", "tree"},
+    "diagnose": {"verify", "estimators", "trajectory", "linsolve", "inner", "optim", "replay", "tree"},
+    "verify": {"estimators", "trajectory", "linsolve", "inner", "optim", "replay", "tree"},
+    "interop": {"optim", "inner", "functional", "tree"},
+    "experiments": {
+        "meta",
+        "models",
+        "tasks",
+        "estimators",
+        "diagnose",
+        "verify",
+        "trajectory",
+        "linsolve",
+        "inner",
+        "optim",
+        "functional",
+        "replay",
+        "tree",
+    },
     "cli": {"experiments", "verify"},
     "__main__": {"cli"},
 }
@@ -65,29 +79,9 @@ NOT_METHODS = {
         "OnDisk",
     },
     "linsolve": {"Operator", "PowerIteration", "Sketch", "Solution", "Solver", "Spectrum"},
-    "inner": {
-        "Wrapper",
-        "PerTask",
-        "Hyper",
-        "InnerState",
-        "Optimizer",
-        "Step",
-        "InnerStep",
-        "Linearized",
-        "Stationary",
-        "Chunk",
-        "CustomStep",
-        "Compilation",
-        "ConstantSlots",
-        "Adjoint",
-        "AsymmetricUpdateError",
-        "Gradient",
-        "ForwardOverReverse",
-        "ReverseOverReverse",
-        "Tangents",
-    },
+    "optim": {"Wrapper", "PerTask", "Hyper", "Optimizer"},
 }
-TABLES = {"estimators": ESTIMATORS, "trajectory": TRAJECTORIES, "linsolve": SOLVERS, "inner": OPTIMIZERS}
+TABLES = {"estimators": ESTIMATORS, "trajectory": TRAJECTORIES, "linsolve": SOLVERS, "optim": OPTIMIZERS}
 
 
 def _room(path: Path) -> str:
@@ -129,12 +123,29 @@ def test_only_tree_walks_pytrees():
 
 @pytest.mark.parametrize("room", TABLES)
 def test_every_method_has_a_row(room):
-    methods = {name for name in getattr(mo, room, __import__(f"metaopt.{room}", fromlist=["x"])).__all__ if name[0].isupper()}
+    methods = {
+        name for name in getattr(mo, room, __import__(f"metaopt.{room}", fromlist=["x"])).__all__ if name[0].isupper()
+    }
     rows = {case.name.split("(")[0].split(",")[0].strip() for case in TABLES[room]}
     assert methods - NOT_METHODS[room] <= rows, "add a row to tests/cases.py"
 
 
-@pytest.mark.parametrize("room", ["estimators", "trajectory", "linsolve", "inner", "meta", "models", "tasks", "verify", "interop"])
+@pytest.mark.parametrize(
+    "room",
+    [
+        "estimators",
+        "trajectory",
+        "linsolve",
+        "inner",
+        "optim",
+        "meta",
+        "models",
+        "tasks",
+        "diagnose",
+        "verify",
+        "interop",
+    ],
+)
 def test_every_file_is_behind_its_front_door(room):
     front = {name for node in ast.walk(ast.parse((ROOT / room / "__init__.py").read_text())) for name in _imports(node)}
     for path in (ROOT / room).glob("*.py"):
@@ -154,4 +165,7 @@ def test_files_are_not_too_long():
 
 def test_importing_does_not_wait_for_the_compiler():
     loaded = "import sys, metaopt; print([m for m in ('torch._inductor.compile_fx', 'torch._dynamo.convert_frame') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

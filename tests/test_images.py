@@ -79,7 +79,11 @@ def test_a_minibatch_is_drawn_without_replacement_with_its_labels():
 def test_a_gpu_sees_the_same_batches():
     setting = Episodes(DATA, ways=3, shots=4, test_shots=2, batch_size=5, crop=1, corruption=label_noise.flip)
     cpu, gpu = setting.sample(2, 0), replace(setting, device="cuda").sample(2, 0)
-    for ours, theirs in ((cpu.batches(3), gpu.batches(3)), (cpu.outer_batches(3), gpu.outer_batches(3)), (cpu.test, gpu.test)):
+    for ours, theirs in (
+        (cpu.batches(3), gpu.batches(3)),
+        (cpu.outer_batches(3), gpu.outer_batches(3)),
+        (cpu.test, gpu.test),
+    ):
         assert theirs.x.is_cuda and theirs.y.is_cuda
         assert torch.equal(ours.x, theirs.x.cpu()) and torch.equal(ours.y, theirs.y.cpu())
 
@@ -104,7 +108,9 @@ def test_crops_and_flips_are_pieces_of_the_padded_image():
     assert len(set(seen)) == 50 and abs(np.mean([mirrored for *_, mirrored in seen]) - 0.5) < 0.08
 
 
-@pytest.mark.parametrize(("noise", "wrong"), [(label_noise.uniform, 0.36), (label_noise.flip, 0.4), (label_noise.flip2, 0.4)])
+@pytest.mark.parametrize(
+    ("noise", "wrong"), [(label_noise.uniform, 0.36), (label_noise.flip, 0.4), (label_noise.flip2, 0.4)]
+)
 def test_noise_reaches_training_labels_only(noise, wrong):
     data = LabelledImages(torch.zeros(5000, 1, 2, 2, dtype=torch.uint8), torch.arange(5000) % 10, tuple("0123456789"))
     setting = Episodes(data, shots=400, test_shots=100, batch_size=1000, crop=0, flip=False, corruption=noise, rate=0.4)
@@ -124,7 +130,9 @@ def test_an_episode_is_a_meta_task():
     def loss(w, lam, batch):
         return torch.nn.functional.cross_entropy(model(mo.merge(w, lam), batch.x), batch.y)
 
-    meta = mo.meta.MetaTraining(mo.inner_step(mo.meta.stacked(loss), mo.inner.SGD(0.1)), mo.meta.stacked(loss), mo.OneStep(), horizon=2)
+    meta = mo.meta.MetaTraining(
+        mo.inner_step(mo.meta.stacked(loss), mo.optim.SGD(0.1)), mo.meta.stacked(loss), mo.OneStep(), horizon=2
+    )
     outer = mo.meta.Outer(lam, lambda p: torch.optim.SGD(p, 0.1))
 
     def task(run):
@@ -201,7 +209,10 @@ def test_bad_episodes_are_named():
 
 
 SHIPPED = Path(matplotlib.get_data_path(), "fonts", "ttf")
-FILES = [SHIPPED / f"{name}.ttf" for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmtt10")]
+FILES = [
+    SHIPPED / f"{name}.ttf"
+    for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmtt10")
+]
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +245,14 @@ def test_glyphs_look_the_same_in_all_fonts_and_differ_between_characters(small):
 
 def test_no_family_and_no_drawing_is_shared(small):
     names = sorted({font.family for font in font_files.fonts(FILES)})
-    assert names == ["Computer Modern", "Computer Modern Typewriter", "DejaVu Sans", "DejaVu Sans Mono", "DejaVu Serif", "STIX"]
+    assert names == [
+        "Computer Modern",
+        "Computer Modern Typewriter",
+        "DejaVu Sans",
+        "DejaVu Sans Mono",
+        "DejaVu Serif",
+        "STIX",
+    ]
     train, test = split_families(names, (3, 3), seed=0)
     assert not set(train) & set(test) and sorted(train + test) == names
     parts = [small(families=chosen, per_class=12) for chosen in (train, test)]
@@ -278,7 +296,13 @@ def test_the_cache_has_its_place(monkeypatch, tmp_path):
 
 def test_fonts_that_show_something_else_are_passed_over():
     read = {font.path.stem: font for font in font_files.fonts()}
-    assert "DejaVuSans" in read and not {"LastResortHE-Regular", "cmsy10", "cmex10", "STIXNonUni", "STIXSizOneSymReg"} & set(read)
+    assert "DejaVuSans" in read and not {
+        "LastResortHE-Regular",
+        "cmsy10",
+        "cmex10",
+        "STIXNonUni",
+        "STIXSizOneSymReg",
+    } & set(read)
     assert ord("A") in read["cmr10"].characters and ord("±") not in read["cmr10"].characters
 
 

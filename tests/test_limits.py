@@ -12,9 +12,9 @@ from metaopt.estimators import FinishedRun
 F64 = torch.float64
 SEEDS, HORIZONS = st.integers(0, 10_000), st.integers(1, 6)
 OPTIMIZERS = [
-    mo.inner.SGD(lr=0.1),
-    mo.inner.SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
-    mo.inner.SGD(lr=lambda lam, t: 0.1 * lam["rate"].exp() / t, momentum=0.5, nesterov=True),
+    mo.optim.SGD(lr=0.1),
+    mo.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
+    mo.optim.SGD(lr=lambda lam, t: 0.1 * lam["rate"].exp() / t, momentum=0.5, nesterov=True),
 ]
 
 
@@ -42,7 +42,9 @@ class Problem:
         return self.loss(w, lam, batch) + 0.1 * (lam["rate"] ** 2 + (lam["warp"] ** 3).sum())
 
     def by(self, estimator):
-        return mo.hypergradient(self.step, self.outer_loss, self.w0, self.lam, self.batches, self.outer_batch, estimator)
+        return mo.hypergradient(
+            self.step, self.outer_loss, self.w0, self.lam, self.batches, self.outer_batch, estimator
+        )
 
     def by_autograd(self):
         w, lam = tree.attach(self.w0), tree.attach(self.lam)
@@ -55,7 +57,10 @@ class Problem:
 
 
 def close(a, b, tolerance=1e-10):
-    return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
+    )
 
 
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["plain", "momentum", "schedule"])
@@ -111,9 +116,18 @@ def test_drmad_is_exact_where_the_jacobians_are_constant(gamma, seed):
     """Quadratic inner loss, λ linear in it: A and B do not depend on w."""
     g = torch.Generator().manual_seed(seed)
     h, c = torch.rand(3, generator=g, dtype=F64) + 0.5, torch.randn(3, generator=g, dtype=F64)
-    step = mo.inner_step(lambda w, lam, b: 0.5 * (h * (w - lam - b) ** 2).sum(), mo.inner.SGD(lr=0.2, momentum=0.5 * gamma))
+    step = mo.inner_step(
+        lambda w, lam, b: 0.5 * (h * (w - lam - b) ** 2).sum(), mo.optim.SGD(lr=0.2, momentum=0.5 * gamma)
+    )
     batches = [torch.randn(3, generator=g, dtype=F64) for _ in range(5)]
-    args = (step, lambda w, lam, b: (w**3 * c).sum(), torch.randn(3, generator=g, dtype=F64), torch.randn(3, generator=g, dtype=F64), batches, None)
+    args = (
+        step,
+        lambda w, lam, b: (w**3 * c).sum(),
+        torch.randn(3, generator=g, dtype=F64),
+        torch.randn(3, generator=g, dtype=F64),
+        batches,
+        None,
+    )
     assert close(mo.hypergradient(*args, mo.DrMAD()).total, mo.hypergradient(*args, mo.RMD()).total)
 
 
@@ -124,7 +138,9 @@ def test_hyperdistill_is_exact_at_every_t_on_the_isotropic_case(seed, T):
     h, eta = 1.3, 0.2
     lam = torch.rand((), generator=g, dtype=F64) + 0.1
     a, w0, c = (torch.randn(4, generator=g, dtype=F64) for _ in range(3))
-    step = mo.inner_step(lambda w, lam, b: 0.5 * h * ((w - a) ** 2).sum() + 0.5 * lam * (w**2).sum(), mo.inner.SGD(lr=eta))
+    step = mo.inner_step(
+        lambda w, lam, b: 0.5 * h * ((w - a) ** 2).sum() + 0.5 * lam * (w**2).sum(), mo.optim.SGD(lr=eta)
+    )
     outer = lambda w, lam, b: ((w - c) ** 2).sum()  # noqa: E731
     gamma = float(1 - eta * (h + lam))
     first = state = step.init(w0, lam)
@@ -143,7 +159,9 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
     m = torch.randn(3, 3, generator=g, dtype=F64)
     H = m @ m.T / 3 + torch.eye(3, dtype=F64)
     lam, c, eta = torch.randn(3, generator=g, dtype=F64), torch.randn(3, generator=g, dtype=F64), 0.1
-    step = mo.inner_step(lambda w, lam, b: 0.5 * (w - lam) @ H @ (w - lam) + 0.1 * (lam * w).sum(), mo.inner.SGD(lr=eta))
+    step = mo.inner_step(
+        lambda w, lam, b: 0.5 * (w - lam) @ H @ (w - lam) + 0.1 * (lam * w).sum(), mo.optim.SGD(lr=eta)
+    )
     solution = lam - 0.1 * torch.linalg.solve(H, lam)
     args = (step, lambda w, lam, b: (w * c).sum() + (w**2).sum(), solution, lam, [None] * 6, None)
     truncated = mo.hypergradient(*args, mo.TruncatedRMD(K)).total
@@ -152,7 +170,9 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
 
 @given(seed=SEEDS, tasks=st.integers(1, 4))
 @pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped])
-@pytest.mark.parametrize("estimator", [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "estimator", [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2)], ids=lambda e: type(e).__name__
+)
 def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, tasks):
     problems = [Problem(seed + i, 3, OPTIMIZERS[1]) for i in range(tasks)]
     first = problems[0]
@@ -161,7 +181,10 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, t
     batches = [tree.stack([p.batches[t] for p in problems]) for t in range(3)]
     outer_batch = tree.stack([p.outer_batch for p in problems])
     together = mo.hypergradient(stacked_step, stacked(first.outer_loss), w0, first.lam, batches, outer_batch, estimator)
-    alone = [mo.hypergradient(p.step, first.outer_loss, p.w0, first.lam, p.batches, p.outer_batch, estimator).total for p in problems]
+    alone = [
+        mo.hypergradient(p.step, first.outer_loss, p.w0, first.lam, p.batches, p.outer_batch, estimator).total
+        for p in problems
+    ]
     total = alone[0]
     for one in alone[1:]:
         total = tree.add(total, one)
@@ -176,7 +199,9 @@ def test_a_meta_batch_names_what_has_no_task_axis():
 
 @given(seed=SEEDS, scale=st.floats(-2.0, 2.0))
 @pytest.mark.parametrize(
-    "estimator", [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2), mo.HyperDistill(gamma=0.5)], ids=lambda e: type(e).__name__
+    "estimator",
+    [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2), mo.HyperDistill(gamma=0.5)],
+    ids=lambda e: type(e).__name__,
 )
 def test_the_pullback_is_linear_in_alpha(estimator, seed, scale):
     problem = Problem(seed, 3, OPTIMIZERS[1])
@@ -193,10 +218,14 @@ def test_the_pullback_is_linear_in_alpha(estimator, seed, scale):
 
 # -- replay --------------------------------------------------------------------------------------
 def dropout_problem():
-    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)).double()
+    module = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
+    ).double()
     model = mo.functional(module)
     x, y = torch.randn(6, 4, dtype=F64), torch.randn(6, 1, dtype=F64)
-    step = mo.inner_step(lambda w, lam, b: lam.exp() * ((model(w, x) - y) ** 2).mean(), mo.inner.SGD(lr=0.1, momentum=0.9))
+    step = mo.inner_step(
+        lambda w, lam, b: lam.exp() * ((model(w, x) - y) ** 2).mean(), mo.optim.SGD(lr=0.1, momentum=0.9)
+    )
     return module, model, step, lambda w, lam, b: (model.eval()(w, x) - y).pow(2).mean() * lam
 
 

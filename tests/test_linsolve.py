@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 import metaopt as mo
 from metaopt import tree
 from metaopt.estimators import NotConvergedWarning
-from metaopt.linsolve import GMRES, MINRES, ConjugateGradient, Exact, Identity, Neumann, Nystrom, PowerIteration, Solution
+from metaopt.linsolve import (
+    GMRES,
+    MINRES,
+    ConjugateGradient,
+    Exact,
+    Identity,
+    Neumann,
+    Nystrom,
+    PowerIteration,
+    Solution,
+)
 from metaopt.linsolve.base import solve_from
 from metaopt.meta import HyperSteps, stacked
 from metaopt.verify import cases, check
@@ -44,7 +54,9 @@ def dense(K, alpha):
 def test_solves_what_a_dense_solve_solves(case, seed):
     K, alpha = system(seed)
     found = case.make().solve(by(K), alpha)
-    assert torch.allclose(tree.vector(found.x), dense(K, alpha), atol=1e-9 if case.tolerance < 1e-6 else 10 * case.tolerance)
+    assert torch.allclose(
+        tree.vector(found.x), dense(K, alpha), atol=1e-9 if case.tolerance < 1e-6 else 10 * case.tolerance
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in SOLVERS if "Neumann" not in case.name], ids=lambda case: case.name)
@@ -58,7 +70,9 @@ def test_the_residual_is_the_residual(case, seed):
     assert float(found.residual) == pytest.approx(float(left.norm() / tree.vector(alpha).norm()), abs=1e-12)
 
 
-@pytest.mark.parametrize("make", [ConjugateGradient, GMRES, MINRES, Exact, lambda damping: Neumann(200, PowerIteration(), damping)])
+@pytest.mark.parametrize(
+    "make", [ConjugateGradient, GMRES, MINRES, Exact, lambda damping: Neumann(200, PowerIteration(), damping)]
+)
 def test_damping_shifts_the_diagonal(make):
     K, alpha = system(0)
     found = make(damping=0.5).solve(by(K), alpha)
@@ -100,7 +114,9 @@ def test_nystrom_is_woodbury_of_its_columns(seed, rank):
     chosen = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:rank]
     C = K[:, chosen]
     low_rank = C @ torch.linalg.inv(C[chosen]) @ C.T
-    assert torch.allclose(tree.vector(solver.solve(by(K), alpha).x), dense(low_rank + 0.1 * torch.eye(6, dtype=F64), alpha), atol=1e-8)
+    assert torch.allclose(
+        tree.vector(solver.solve(by(K), alpha).x), dense(low_rank + 0.1 * torch.eye(6, dtype=F64), alpha), atol=1e-8
+    )
 
 
 def test_what_each_solver_is_for():
@@ -156,17 +172,31 @@ EXACT = [Exact(), ConjugateGradient(30), MINRES(), GMRES(), Neumann(400, PowerIt
 def test_exact_at_the_minimum(solver):
     problem = ridge()
     found = mo.hypergradient(
-        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, mo.IFT(solver, converged=1e-8)
+        problem.step,
+        problem.outer_loss,
+        problem.w0,
+        problem.lam,
+        problem.batches,
+        problem.outer_batch,
+        mo.IFT(solver, converged=1e-8),
     )
     (ours,), (exact,) = tree.leaves(found.total), tree.leaves(problem.exact(10_000))
     assert torch.allclose(ours, exact, atol=1e-10)
     assert float(found.info.residual) < 1e-10
 
 
-@pytest.mark.parametrize("solver", [Exact(), Exact(0.2), MINRES(), GMRES(), Identity(), Neumann(4, 0.1, 0.3), Neumann(9, PowerIteration())], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [Exact(), Exact(0.2), MINRES(), GMRES(), Identity(), Neumann(4, 0.1, 0.3), Neumann(9, PowerIteration())],
+    ids=repr,
+)
 @given(seed=SEEDS)
 def test_its_own_formula_everywhere(solver, seed):
-    report = check(mo.IFT(solver, converged=None, solved=None), problems=[cases.quadratic, cases.non_commuting, cases.momentum], seed=seed)
+    report = check(
+        mo.IFT(solver, converged=None, solved=None),
+        problems=[cases.quadratic, cases.non_commuting, cases.momentum],
+        seed=seed,
+    )
     assert report.passed, report
 
 
@@ -182,7 +212,7 @@ LAM = {"target": torch.tensor([1.0, -1.0], dtype=F64), "rate": torch.tensor(0.1,
 
 
 def test_not_converged_is_warned_of_and_can_be_meant():
-    step, lam = mo.inner_step(quadratic, mo.inner.SGD(lr=0.1)), {"target": LAM["target"]}
+    step, lam = mo.inner_step(quadratic, mo.optim.SGD(lr=0.1)), {"target": LAM["target"]}
     run = (step, outer, torch.zeros(2, dtype=F64), lam, [None] * 3, None)
     with pytest.warns(NotConvergedWarning, match="inner gradient's norm"):
         mo.hypergradient(*run, mo.IFT(Exact()))
@@ -194,12 +224,14 @@ def test_not_converged_is_warned_of_and_can_be_meant():
 
 
 def test_a_learning_rate_has_no_implicit_derivative():
-    step = mo.inner_step(quadratic, mo.inner.SGD(lr=lambda lam, t: lam["rate"]))
+    step = mo.inner_step(quadratic, mo.optim.SGD(lr=lambda lam, t: lam["rate"]))
     with pytest.raises(ValueError, match=r"rate.* enters only through the optimiser"):
         mo.hypergradient(step, outer, torch.zeros(2, dtype=F64), LAM, [None] * 3, None, mo.IFT(Exact(), converged=None))
 
 
-@pytest.mark.parametrize("optimizer", [mo.inner.SGD(lr=0.3, momentum=0.5), mo.inner.Adam(lr=0.05), mo.inner.RMSprop(lr=0.01)], ids=repr)
+@pytest.mark.parametrize(
+    "optimizer", [mo.optim.SGD(lr=0.3, momentum=0.5), mo.optim.Adam(lr=0.05), mo.optim.RMSprop(lr=0.01)], ids=repr
+)
 def test_any_optimiser_may_have_solved_the_problem(optimizer):
     lam = {"target": LAM["target"]}
     step = mo.inner_step(quadratic, optimizer)
@@ -213,20 +245,38 @@ def test_stacked_tasks_equal_a_loop_over_them():
 
     lam, targets = torch.zeros(3, dtype=F64), torch.randn(4, 3, dtype=F64)
     w0 = targets / 2  # the minimum at λ = 0
-    step, loss = mo.inner_step(stacked(inner_loss), mo.inner.SGD(lr=0.1)), stacked(lambda w, lam, batch: (w - 1).square().sum())
+    step, loss = (
+        mo.inner_step(stacked(inner_loss), mo.optim.SGD(lr=0.1)),
+        stacked(lambda w, lam, batch: (w - 1).square().sum()),
+    )
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
         together = mo.hypergradient(step, loss, w0, lam, [targets], targets, mo.IFT(solver)).total
-        apart = [mo.hypergradient(step, loss, w0[i : i + 1], lam, [targets[i : i + 1]], targets[i : i + 1], mo.IFT(solver)).total for i in range(4)]
+        apart = [
+            mo.hypergradient(
+                step, loss, w0[i : i + 1], lam, [targets[i : i + 1]], targets[i : i + 1], mo.IFT(solver)
+            ).total
+            for i in range(4)
+        ]
         assert torch.allclose(together, torch.stack(apart).sum(0), atol=1e-8), solver
 
 
 def test_online_a_warm_start_saves_products():
     lam = {"target": LAM["target"]}
-    step = mo.inner_step(quadratic, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(quadratic, mo.optim.SGD(lr=0.1))
 
     def products(warm):
         estimator = mo.IFT(ConjugateGradient(20, tolerance=1e-4), warm_start=warm)
-        run = mo.online(step, outer, lam["target"].clone(), lam, [None] * 6, [None] * 6, estimator, torch_sgd, hyper_steps=HyperSteps())
+        run = mo.online(
+            step,
+            outer,
+            lam["target"].clone(),
+            lam,
+            [None] * 6,
+            [None] * 6,
+            estimator,
+            torch_sgd,
+            hyper_steps=HyperSteps(),
+        )
         return [report.hypergradient.info.products for report in run]
 
     def torch_sgd(params):

@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metaopt.cli import app
-from metaopt.experiments import many_shot
+from metaopt.experiments import many_shot, many_shot_settings
 from metaopt.experiments.image_data import Source, load
 
-METHODS = {method.key: method for method in many_shot.METHODS}
+METHODS = {method.key: method for method in many_shot_settings.METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,22 @@ def images(tmp_path_factory):
     return root
 
 
-def config(images: Path, model: str, **settings) -> many_shot.ManyShotConfig:
-    found = many_shot.configure(model, Source("folder", images, 8), small=True, meta_iterations=2)
-    tiny = {"horizon": 4, "meta_batch": 2, "ways": 2, "shots": 3, "batch_size": 4, "channels": 4, "validate_every": 1, "validation_tasks": 1}
+def config(images: Path, model: str, **settings) -> many_shot_settings.ManyShotConfig:
+    found = many_shot_settings.configure(model, Source("folder", images, 8), small=True, meta_iterations=2)
+    tiny = {
+        "horizon": 4,
+        "meta_batch": 2,
+        "ways": 2,
+        "shots": 3,
+        "batch_size": 4,
+        "channels": 4,
+        "validate_every": 1,
+        "validation_tasks": 1,
+    }
     return replace(found, **{**tiny, "test_tasks": 3, **settings})
 
 
-@pytest.mark.parametrize("model", many_shot.PAPER_COLUMNS)
+@pytest.mark.parametrize("model", many_shot_settings.PAPER_COLUMNS)
 def test_same_seed_same_numbers_and_the_random_state_is_left_alone(images, model):
     method, settings = METHODS["hyperdistill-0.99"], config(images, model)
     before = torch.get_rng_state()
@@ -56,7 +65,10 @@ def test_same_seed_same_numbers_and_the_random_state_is_left_alone(images, model
 def test_products_are_those_of_table_2(images):
     settings = config(images, "anil", validate_every=0, test_tasks=1)
     T, M = settings.horizon, settings.meta_iterations
-    products = {key: many_shot.run(METHODS[key], settings, seed=0).products for key in ("fo", "one-step", "drmad", "rmd", "hyperdistill-0.99")}
+    products = {
+        key: many_shot.run(METHODS[key], settings, seed=0).products
+        for key in ("fo", "one-step", "drmad", "rmd", "hyperdistill-0.99")
+    }
     hyper_steps = T / 2
     assert products["fo"] == 0
     assert products["one-step"] == hyper_steps
@@ -66,7 +78,7 @@ def test_products_are_those_of_table_2(images):
 
 
 def test_hyperdistill_takes_about_56_products_at_the_papers_settings():
-    paper = many_shot.ManyShotConfig()
+    paper = many_shot_settings.ManyShotConfig()
     assert paper.horizon / paper.hyper_interval == 50  # 1-step
     assert 50 + (3 * paper.horizon - 1) / paper.calibration_period == pytest.approx(56, abs=0.1)
 
@@ -75,7 +87,7 @@ KILLED = """
 import os, pickle, signal, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from metaopt.experiments import many_shot
+from metaopt.experiments import many_shot, many_shot_settings
 from metaopt.meta import Checkpoint
 method, config, folder = pickle.load(open(sys.argv[1], "rb"))
 save = Checkpoint.save
@@ -115,8 +127,21 @@ def test_classes_are_split_where_there_are_enough_and_images_otherwise(images):
 
 def test_command_writes_table_pictures_and_json(images, tmp_path, monkeypatch):
     settings = config(images, "meta-weight-net")
-    monkeypatch.setattr(many_shot, "configure", lambda *_, **__: settings)
-    arguments = ["compare", "meta-weight-net", "--data", "folder", "--root", str(images), "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(many_shot_settings, "configure", lambda *_, **__: settings)
+    arguments = [
+        "compare",
+        "meta-weight-net",
+        "--data",
+        "folder",
+        "--root",
+        str(images),
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(app, [*arguments, "--estimators", "one-step,hyperdistill-0.9,hyperdistill-0.99"])
     assert result.exit_code == 0, result.output
     assert "HyperDistill, γ = 0.99" in result.output
@@ -126,7 +151,10 @@ def test_command_writes_table_pictures_and_json(images, tmp_path, monkeypatch):
 
 
 def test_missing_data_is_named_before_anything_runs(tmp_path):
-    result = CliRunner().invoke(app, ["compare", "anil", "--data", "cifar100", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        app,
+        ["compare", "anil", "--data", "cifar100", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")],
+    )
     assert result.exit_code == 2
     assert "nowhere" in result.output.replace("\n", "").replace("│ │", "")
     result = CliRunner().invoke(app, ["compare", "anil", "--data", "imaginary", "--out", str(tmp_path / "out")])
@@ -135,10 +163,23 @@ def test_missing_data_is_named_before_anything_runs(tmp_path):
 
 def test_diagnosis_of_a_finished_run(images, tmp_path, monkeypatch):
     settings = config(images, "warpgrad", meta_batch=1, validate_every=0, test_tasks=1)
-    monkeypatch.setattr(many_shot, "configure", lambda *_, **__: settings)
+    monkeypatch.setattr(many_shot_settings, "configure", lambda *_, **__: settings)
     many_shot.run(METHODS["hyperdistill-0.99"], settings, 0, tmp_path)
     state = tmp_path / "hyperdistill-0.99-0.pt"
-    arguments = ["diagnose", "warpgrad", "--data", "folder", "--problems", "1", "--every", "4", "--finished", str(state), "--out", str(tmp_path)]
+    arguments = [
+        "diagnose",
+        "warpgrad",
+        "--data",
+        "folder",
+        "--problems",
+        "1",
+        "--every",
+        "4",
+        "--finished",
+        str(state),
+        "--out",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     stages = json.loads((tmp_path / "diagnosis.json").read_text())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaopt as mo
-from metaopt import _max_pool
+from metaopt.layers import max_pool
 
 F64 = torch.float64
 
@@ -25,7 +25,7 @@ def test_every_derivative_is_torchs(seed, shape, ties, channels_last):
     half = (*shape[:2], shape[2] // 2, shape[3] // 2)
     g, u = torch.randn(half, dtype=F64, requires_grad=True), torch.randn(shape, dtype=F64, requires_grad=True)
     found = []
-    for pool in (_max_pool._Pool.apply, torchs):
+    for pool in (max_pool._Pool.apply, torchs):
         y = pool(x)
         (first,) = torch.autograd.grad(y, x, g, create_graph=True)
         (second,) = torch.autograd.grad(first, g, u, create_graph=True)
@@ -33,17 +33,19 @@ def test_every_derivative_is_torchs(seed, shape, ties, channels_last):
         found.append([y, first, second, third])
         if not channels_last:  # many cotangents at once are beyond torch's pooling in that format
             found[-1] += torch.autograd.grad(y, x, torch.stack([g, 2.0 * g]), is_grads_batched=True, retain_graph=True)
-            found[-1] += torch.autograd.grad(first, g, torch.stack([u, 2.0 * u]), is_grads_batched=True, retain_graph=True)
+            found[-1] += torch.autograd.grad(
+                first, g, torch.stack([u, 2.0 * u]), is_grads_batched=True, retain_graph=True
+            )
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(_max_pool.LeanMaxPool2d(2)(x.detach()), found[1][0])
+    assert torch.equal(max_pool.LeanMaxPool2d(2)(x.detach()), found[1][0])
 
 
 def test_no_number_stays_no_number():
     x = torch.randn(1, 2, 4, 4)
     x[0, 0, 1, 2] = float("nan")
     for at in (x, x.clone().requires_grad_()):
-        assert torch.equal(_max_pool.LeanMaxPool2d(2)(at).isnan(), torchs(at).isnan())
+        assert torch.equal(max_pool.LeanMaxPool2d(2)(at).isnan(), torchs(at).isnan())
 
 
 LAYERS = {
@@ -84,7 +86,9 @@ def test_under_transforms_it_is_torchs():
 
 
 def sequence(relu):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), relu, nn.MaxPool2d(2), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), relu, nn.MaxPool2d(2), nn.Flatten()
+    )
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, padding=1), nn.MaxPool2d(3, stride=1)])
@@ -94,7 +98,10 @@ def test_relu_and_pooling_change_places(pool, ties):
     x = torch.randint(-2, 3, (4, 3, 6, 6)).to(F64) if ties else torch.randn(4, 3, 6, 6, dtype=F64)
     module = nn.Sequential(nn.ReLU(), pool).double()
     seen = []
-    for run in (module, lambda x, lean=mo.functional(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), pool))._module: lean[1:](x)):
+    for run in (
+        module,
+        lambda x, lean=mo.functional(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), pool))._module: lean[1:](x),
+    ):
         at = x.clone().requires_grad_()
         y = run(at)
         g = torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y).requires_grad_()

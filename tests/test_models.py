@@ -42,7 +42,9 @@ LR, MOMENTUM, T, TASKS = 0.1, 0.9, 3, 2
 
 def images(classes=3, size=6, count=5):
     """One batch per inner step, and one for the outer loss."""
-    return [(torch.randn(count, 1, size, size, dtype=torch.float64), torch.randint(classes, (count,))) for _ in range(T + 1)]
+    return [
+        (torch.randn(count, 1, size, size, dtype=torch.float64), torch.randint(classes, (count,))) for _ in range(T + 1)
+    ]
 
 
 def net(norm=batch_norm):
@@ -50,7 +52,9 @@ def net(norm=batch_norm):
 
 
 def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
 
 
 def task(model):
@@ -68,7 +72,9 @@ MODELS = {
     "anil, group norm": lambda: ANIL.of(net(group_norm), ["head.*"], cross_entropy),
     "warpgrad": lambda: WarpGrad.of(net(), cross_entropy),
     "warpgrad, linear": lambda: WarpGrad.of(net(), cross_entropy, warp=Warp(activation=nn.Identity)),
-    "warpgrad, residual, batch norm": lambda: WarpGrad.of(net(no_norm), cross_entropy, warp=Warp(residual=True, norm=batch_norm)),
+    "warpgrad, residual, batch norm": lambda: WarpGrad.of(
+        net(no_norm), cross_entropy, warp=Warp(residual=True, norm=batch_norm)
+    ),
     "maml": lambda: MAML.of(net(), cross_entropy),
     "maml, proximity": lambda: MAML.of(net(), cross_entropy, proximity=0.5),
     "feature transform": lambda: FeatureTransform.of(net(), cross_entropy),
@@ -105,11 +111,13 @@ def by_hand(model, w, lam, batches, outer_batch, gradient=None):
         g = gradient(w, lam, batch)
         velocity = {k: MOMENTUM * v + d for (k, v), d in zip(velocity.items(), g, strict=True)}
         w = {k: x - LR * velocity[k] for k, x in w.items()}
-    return tree.unflatten(torch.autograd.grad(model.outer_loss(w, lam, outer_batch), tree.leaves(lam)), tree.flatten(lam)[1])
+    return tree.unflatten(
+        torch.autograd.grad(model.outer_loss(w, lam, outer_batch), tree.leaves(lam)), tree.flatten(lam)[1]
+    )
 
 
 def ours(model, w, lam, batches, outer_batch, wrap=lambda loss: loss):
-    step = mo.inner_step(wrap(model.inner_loss), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     return mo.hypergradient(step, wrap(model.outer_loss), w, lam, batches, outer_batch, mo.RMD())
 
 
@@ -139,7 +147,9 @@ def test_stacked_tasks_are_the_sum_over_tasks(name):
     alone = [ours(model, w, lam, *each) for each in tasks]
     same(together.total, tree.add(alone[0].total, alone[1].total))
     accuracy = torch.vmap(model.accuracy, in_dims=(0, None, 0))(together.state.w, lam, outer)
-    assert accuracy.tolist() == [model.accuracy(one.state.w, lam, outer).item() for one, (_, outer) in zip(alone, tasks, strict=True)]
+    assert accuracy.tolist() == [
+        model.accuracy(one.state.w, lam, outer).item() for one, (_, outer) in zip(alone, tasks, strict=True)
+    ]
 
 
 # -- MetaWeightNet: an update that is no gradient --------------------------------------------------
@@ -168,7 +178,9 @@ def test_weight_net_is_autograd_through_the_true_update(name):
     assert (tree.norm(expected) > 1e-3 and all(x is None for x in tree.leaves(hg.direct))) or tree.norm(hg.direct) == 0
     same(hg.total, expected)
     # what detaching the weights in the inner loss would give: the error is not small
-    detached = mo.inner_step(lambda w, lam, batch: _detached(model, w, lam, batch), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    detached = mo.inner_step(
+        lambda w, lam, batch: _detached(model, w, lam, batch), mo.optim.SGD(lr=LR, momentum=MOMENTUM)
+    )
     wrong = mo.hypergradient(detached, model.outer_loss, w, lam, batches, outer, mo.RMD())
     assert tree.norm(tree.sub(wrong.total, expected)) > 1e-4 * tree.norm(expected)
 
@@ -186,9 +198,11 @@ def test_weight_nets_step_has_true_products_in_every_form(name, wrap):
     batch = images()[0]
     if wrap is mo.meta.stacked:
         w, batch = mo.meta.replicated(w, 2), tree.stack([batch, images()[1]])
-    step = mo.inner_step(wrap(model.inner_loss), mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     state = step.init(w, lam)
-    direction, lam_dot, alpha = (tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, x) for x in (state, lam, state))
+    direction, lam_dot, alpha = (
+        tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, x) for x in (state, lam, state)
+    )
     pushed = step.jvp(state, lam, batch, direction, lam_dot)
     w_bar, lam_bar = step.vjp(state, lam, batch, alpha)
     left = tree.dot(alpha.w, pushed.w) + tree.dot(alpha.slots, pushed.slots)
@@ -208,7 +222,9 @@ def test_weight_net_with_forward_over_reverse_falls_back():
     model = WEIGHT_NETS["normalised"]()
     w, lam = model.init()
     *batches, outer = images()
-    step = mo.inner_step(model.inner_loss, mo.inner.SGD(lr=LR, momentum=MOMENTUM), adjoint=mo.inner.ForwardOverReverse())
+    step = mo.inner_step(
+        model.inner_loss, mo.optim.SGD(lr=LR, momentum=MOMENTUM), adjoint=mo.inner.ForwardOverReverse()
+    )
     with pytest.warns(UserWarning, match="using reverse over reverse"):
         hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.RMD())
     same(hg.total, ours(model, w, lam, batches, outer).total)
@@ -218,7 +234,7 @@ def test_evograd_sees_the_weight_net():
     model = WEIGHT_NETS["normalised"]()
     w, lam = model.init()
     *batches, outer = images()
-    step = mo.inner_step(model.inner_loss, mo.inner.SGD(lr=LR))
+    step = mo.inner_step(model.inner_loss, mo.optim.SGD(lr=LR))
     hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.EvoGrad(sigma=0.01, temperature=0.05))
     assert tree.norm(hg.total) > 0
 
@@ -230,7 +246,9 @@ def test_weights_curve_floor_and_coefficients():
         v = model.weights(tree.scale(40.0, model.init()[1]), losses)
         assert v.shape == (7,) and v.min() >= 0.1 and v.max() <= 1
     low = torch.tensor([-9.0], requires_grad=True)
-    assert torch.autograd.grad(SigmoidAbove(0.1)(low), low)[0] > 0 == torch.autograd.grad(SigmoidClamped(0.1)(low), low)[0]
+    assert (
+        torch.autograd.grad(SigmoidAbove(0.1)(low), low)[0] > 0 == torch.autograd.grad(SigmoidClamped(0.1)(low), low)[0]
+    )
     assert batch_mean(v).sum() == pytest.approx(v.mean()) and batch_normalised(v).sum() == pytest.approx(1)
     assert batch_normalised(torch.zeros(3)).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
@@ -251,7 +269,7 @@ def test_maml_is_textbook_second_order_maml():
     outer = cross_entropy(maml.model(adapted, test[0]), test[1])
     textbook = dict(zip(phi, torch.autograd.grad(outer, list(leaves.values()), retain_graph=True), strict=True))
     first_order = dict(zip(phi, torch.autograd.grad(outer, list(adapted.values())), strict=True))
-    step = mo.inner_step(maml.inner_loss, mo.inner.SGD(lr=LR))
+    step = mo.inner_step(maml.inner_loss, mo.optim.SGD(lr=LR))
     exact = mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, mo.RMD())
     same(exact.total, textbook, 1e-12)
     same(exact.direct, first_order, 1e-12)
@@ -269,7 +287,7 @@ def test_maml_is_the_cotangent_of_the_initial_weights():
     def plain(w, lam, batch):
         return lam * cross_entropy(maml.model(w, batch[0]), batch[1])
 
-    step = mo.inner_step(plain, mo.inner.SGD(lr=LR, momentum=MOMENTUM))
+    step = mo.inner_step(plain, mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     plain = mo.hypergradient(step, plain, phi, torch.tensor(1.0, dtype=torch.float64), batches, outer, mo.RMD())
     same(displaced.total, plain.init)
 
@@ -278,8 +296,10 @@ def test_implicit_maml_on_a_quadratic():
     """With the pull μ and a converged inner loop, ``dL/dφ = μ (H + μ)⁻¹ ∂L/∂w``: iMAML."""
     mu, x, y = 0.7, torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
     maml = MAML.of(nn.Linear(3, 1, bias=False).double(), nn.functional.mse_loss, proximity=mu)
-    step = mo.inner_step(maml.inner_loss, mo.inner.SGD(lr=0.2))
-    hg = mo.hypergradient(step, maml.outer_loss, *maml.init(), [(x, y)] * 300, (x + 1, y), mo.IFT(mo.linsolve.Neumann(300, rate=0.2)))
+    step = mo.inner_step(maml.inner_loss, mo.optim.SGD(lr=0.2))
+    hg = mo.hypergradient(
+        step, maml.outer_loss, *maml.init(), [(x, y)] * 300, (x + 1, y), mo.IFT(mo.linsolve.Neumann(300, rate=0.2))
+    )
     weights = maml.adapted(hg.state.w, maml.init()[1])["weight"].requires_grad_()
     alpha = torch.autograd.grad(nn.functional.mse_loss((x + 1) @ weights.T, y), weights)[0]
     expected = mu * torch.linalg.solve(2 / 6 * x.T @ x + mu * torch.eye(3, dtype=torch.float64), alpha[0])
@@ -294,7 +314,9 @@ def test_feature_transform_follows_its_equation():
     lft = FeatureTransform.of(net, cross_entropy)
     w, lam = lft.init()
     assert w.keys() == dict(net.named_parameters()).keys() and set(lam) == {"1.inserted.gamma", "1.inserted.beta"}
-    assert lam["1.inserted.gamma"].tolist() == pytest.approx([0.3] * 3) and lam["1.inserted.beta"].tolist() == pytest.approx([0.5] * 3)
+    assert lam["1.inserted.gamma"].tolist() == pytest.approx([0.3] * 3) and lam[
+        "1.inserted.beta"
+    ].tolist() == pytest.approx([0.5] * 3)
     x, noise = torch.randn(4, 1, 5, 5, dtype=torch.float64), lft.noise()["1.inserted.noise"]
     gamma, beta = torch.randn(2, 3, dtype=torch.float64) / 50
 
@@ -363,7 +385,9 @@ def test_data_weights_start_as_the_plain_mean():
     for weighting, factor in ((RawWeights(), 1), (SigmoidWeights(), 0.5), (SoftmaxWeights(3.0), 1)):
         model = DataWeights.of(net(), each_cross_entropy, examples=8, weighting=weighting)
         w, lam = model.init()
-        torch.testing.assert_close(model.inner_loss(w, lam, (x, y, torch.arange(5))), factor * model.outer_loss(w, lam, (x, y)))
+        torch.testing.assert_close(
+            model.inner_loss(w, lam, (x, y, torch.arange(5))), factor * model.outer_loss(w, lam, (x, y))
+        )
     with pytest.raises(ValueError, match=r"\(x, y, which examples\), got 2 parts"):
         model.inner_loss(w, lam, (x, y))
     with pytest.raises(ValueError, match="each of 8 examples"):
@@ -413,7 +437,9 @@ def test_papers_warpgrad_has_two_warp_layers_after_each_of_three_blocks():
     before = {name: p.clone() for name, p in net.state_dict().items()}
     w, lam = WarpGrad.of(net, cross_entropy).init()
     assert w.keys() == before.keys() == net.state_dict().keys()
-    assert {name for name in lam if name.endswith("weight")} == {f"warp_block{i}.{j}.weight" for i in (1, 2, 3) for j in (0, 2)}
+    assert {name for name in lam if name.endswith("weight")} == {
+        f"warp_block{i}.{j}.weight" for i in (1, 2, 3) for j in (0, 2)
+    }
     assert all(p.shape == (32, 32, 3, 3) for name, p in lam.items() if name.endswith("weight"))
 
 

@@ -38,7 +38,9 @@ def fashion(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(fashion):
-    return noisy_labels.NoisyLabelsConfig(fashion, examples=200, clean=100, hidden=8, weight_net=6, steps=40, batch=20, evaluate_every=10)
+    return noisy_labels.NoisyLabelsConfig(
+        fashion, examples=200, clean=100, hidden=8, weight_net=6, steps=40, batch=20, evaluate_every=10
+    )
 
 
 @pytest.mark.parametrize("key", METHODS)
@@ -57,7 +59,9 @@ def test_same_seed_same_numbers_and_the_random_state_is_left_alone(config, key):
 def test_every_method_starts_from_the_same_problem(config):
     problems = [noisy_labels.prepare(method, config, seed=3) for method in METHODS.values()]
     for problem, w, lam in problems[1:]:
-        assert torch.equal(problem.data.train.y, problems[0][0].data.train.y) and torch.equal(problem.wrong, problems[0][0].wrong)
+        assert torch.equal(problem.data.train.y, problems[0][0].data.train.y) and torch.equal(
+            problem.wrong, problems[0][0].wrong
+        )
         assert all(torch.equal(w[name], problems[0][1][name]) for name in w)
         assert all(torch.equal(lam[name], problems[0][2][name]) for name in lam)
         assert torch.equal(problem.training.batches(7).x, problems[0][0].training.batches(7).x)
@@ -110,7 +114,9 @@ def test_ratio_is_that_of_mean_weights(config):
 
 def test_a_broken_run_is_reported(config):
     found = noisy_labels.run(METHODS["one-step"], replace(config, lr=1e30), seed=0)
-    assert (math.isnan(found.accuracy) and math.isnan(found.two_stage) and "not finite" in found.failure) or "nan" in found.failure
+    assert (
+        math.isnan(found.accuracy) and math.isnan(found.two_stage) and "not finite" in found.failure
+    ) or "nan" in found.failure
 
 
 def test_a_finished_run_is_read_and_other_settings_are_refused(config, tmp_path):
@@ -145,18 +151,35 @@ def test_an_error_is_told_before_the_other_runs(tmp_path):
 
 def test_command_writes_table_pictures_and_json(fashion, tmp_path):
     sizes = ["--steps", "20", "--examples", "200", "--clean", "100", "--seeds", "2", "--workers", "1"]
-    arguments = ["compare", "noisy-labels", "--root", str(fashion), *sizes, "--out", str(tmp_path), "--estimators", "frozen,one-step"]
+    arguments = [
+        "compare",
+        "noisy-labels",
+        "--root",
+        str(fashion),
+        *sizes,
+        "--out",
+        str(tmp_path),
+        "--estimators",
+        "frozen,one-step",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "frozen random net" in result.output and "40% flip2 noise" in result.output
     saved = json.loads((tmp_path / "runs.json").read_text())["runs"]
-    assert [(run["method"], run["seed"]) for run in saved] == [("frozen", 0), ("frozen", 1), ("one-step", 0), ("one-step", 1)]
+    assert [(run["method"], run["seed"]) for run in saved] == [
+        ("frozen", 0),
+        ("frozen", 1),
+        ("one-step", 0),
+        ("one-step", 1),
+    ]
     for name in ("accuracy", "weights"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_missing_files_are_named(tmp_path):
-    result = CliRunner().invoke(app, ["compare", "noisy-labels", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        app, ["compare", "noisy-labels", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    )
     assert result.exit_code == 2 and "nowhere" in result.output.replace("\n", "").replace("│ │", "")
 
 

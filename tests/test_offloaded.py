@@ -14,7 +14,7 @@ from metaopt.trajectory import store
 
 RUN = """
 import sys, torch, metaopt as mo
-step = mo.inner_step(lambda w, lam, b: ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.1, momentum=0.9))
+step = mo.inner_step(lambda w, lam, b: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9))
 trajectory = mo.trajectory.Offloaded(directory=sys.argv[1])
 state, lam = step.init(torch.zeros(50_000), torch.ones(())), torch.ones(())
 tape = trajectory.start(state, lam)
@@ -35,7 +35,10 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_works(tmp_path, names):
     code = ("import os; del os.O_TMPFILE\n" if names and hasattr(os, "O_TMPFILE") else "") + RUN
     root = str(Path(mo.__file__).parents[1])
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+        [sys.executable, "-c", code, str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
     ) as child:
         assert child.stdout is not None and child.stdout.readline() == "running\n"
         child.send_signal(signal.SIGKILL)
@@ -43,14 +46,18 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_works(tmp_path, names):
     assert child.returncode == -signal.SIGKILL
     left = os.listdir(directory)
     assert len(left) <= (1 if names else 0)  # with a name, there is an instant between making a file and mapping it
-    assert torch.equal(hypergradient(mo.trajectory.Offloaded(directory=str(directory))), hypergradient(mo.trajectory.Full()))
+    assert torch.equal(
+        hypergradient(mo.trajectory.Offloaded(directory=str(directory))), hypergradient(mo.trajectory.Full())
+    )
     assert os.listdir(directory) == left
 
 
 def hypergradient(trajectory, T=9):
-    step = mo.inner_step(lambda w, lam, b: ((w.sin() - lam * b) ** 2).sum(), mo.inner.SGD(lr=0.1, momentum=0.9))
+    step = mo.inner_step(lambda w, lam, b: ((w.sin() - lam * b) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9))
     batches = [torch.full((3,), float(t)) for t in range(T)]
-    return mo.hypergradient(step, lambda w, lam, b: w.pow(3).sum(), torch.ones(3), torch.tensor(0.5), batches, None, mo.RMD(trajectory)).total
+    return mo.hypergradient(
+        step, lambda w, lam, b: w.pow(3).sum(), torch.ones(3), torch.tensor(0.5), batches, None, mo.RMD(trajectory)
+    ).total
 
 
 def mapped(directory):
@@ -58,13 +65,15 @@ def mapped(directory):
 
 
 @ON_LINUX
-@pytest.mark.parametrize(("settings", "bound"), [({"slots": 3}, 3), ({"every": 4}, 5 + 4), ({"slots": "sqrt"}, 7 + 4)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "bound"), [({"slots": 3}, 3), ({"every": 4}, 5 + 4), ({"slots": "sqrt"}, 7 + 4)], ids=str
+)
 def test_checkpoints_on_disk_bound_what_is_mapped(tmp_path, settings, bound):
     checkpoints = mo.trajectory.Checkpointed(**settings)
     trajectory = mo.trajectory.Offloaded(directory=str(tmp_path), of=checkpoints)
     assert torch.equal(hypergradient(trajectory, T=20), hypergradient(mo.trajectory.Full(), T=20))
     assert mapped(tmp_path) == 0  # all given back
-    step = mo.inner_step(lambda w, lam, b: (w * lam).pow(2).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, b: (w * lam).pow(2).sum(), mo.optim.SGD(lr=0.1))
     lam = torch.tensor(0.5)
     state = step.init(torch.ones(3), lam)
     tape = trajectory.start(state, lam)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.inner import InnerState, schedules
-from metaopt.inner.optimizer import pull_back
+from metaopt.inner import InnerState
+from metaopt.inner._update import pull_back
+from metaopt.optim import schedules
 
 F64 = torch.float64
 each_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=ids(OPTIMIZERS))
@@ -28,7 +29,11 @@ def _double():
 
 def matrices(case):
     """Weights that this optimiser takes: Muon wants matrices only."""
-    return {"a": torch.randn(3, 2), "b": torch.randn(2, 4)} if case.name == "Muon" else {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    return (
+        {"a": torch.randn(3, 2), "b": torch.randn(2, 4)}
+        if case.name == "Muon"
+        else {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    )
 
 
 def loss(w, lam, batch):
@@ -64,23 +69,26 @@ def test_equals_torch_over_50_steps(case, seed):
             assert torch.allclose(p, x, rtol=1e-12, atol=1e-12), t
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=["default", "match rms"])
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=["default", "match rms"]
+)
 def test_muon_equals_torch(options):
     w = torch.randn(5, 3)
     parameter = w.clone().requires_grad_()
-    theirs, ours = torch.optim.Muon([parameter], lr=0.05, **options), mo.inner.Muon(lr=0.05, **options)
+    theirs, ours = torch.optim.Muon([parameter], lr=0.05, **options), mo.optim.Muon(lr=0.05, **options)
     slots = ours.init(w)
     for t in range(1, 21):
         g = torch.randn(5, 3)
         w, slots = ours.update(g, w, slots, None, t)
         parameter.grad = g.clone()
         theirs.step()
-    # the iteration runs in bfloat16 (8 bits) in both; x / ‖x‖ may round differently in the last of them
+    # the iteration runs in bfloat16 (8 bits) in both; x / ‖x‖ may round differently in the last of
+    # them
     assert torch.allclose(parameter, w, atol=2e-3)
 
 
 def test_lion_by_hand():
-    w, m, slots, ours = torch.ones(3), torch.zeros(3), None, mo.inner.Lion(lr=0.1, weight_decay=0.5)
+    w, m, slots, ours = torch.ones(3), torch.zeros(3), None, mo.optim.Lion(lr=0.1, weight_decay=0.5)
     slots = ours.init(w)
     for t in range(1, 6):
         g = torch.randn(3)
@@ -94,13 +102,13 @@ def test_clipping_equals_torchs():
     g = {"a": torch.randn(3), "b": 5 * torch.randn(2)}
     params = [torch.zeros_like(x) for x in g.values()]
     for make, clip in [
-        (lambda o: mo.inner.ClipNorm(o, max_norm=0.7), lambda p: torch.nn.utils.clip_grad_norm_(p, 0.7)),
-        (lambda o: mo.inner.ClipValue(o, limit=0.3), lambda p: torch.nn.utils.clip_grad_value_(p, 0.3)),
+        (lambda o: mo.optim.ClipNorm(o, max_norm=0.7), lambda p: torch.nn.utils.clip_grad_norm_(p, 0.7)),
+        (lambda o: mo.optim.ClipValue(o, limit=0.3), lambda p: torch.nn.utils.clip_grad_value_(p, 0.3)),
     ]:
         for p, x in zip(params, g.values(), strict=True):
             p.grad = x.clone()
         clip(params)
-        ours = make(mo.inner.SGD(lr=1.0))
+        ours = make(mo.optim.SGD(lr=1.0))
         w, _ = ours.update(g, tree.zeros_like(g), ours.init(g), None, 1)
         for p, x in zip(params, w.values(), strict=True):
             assert torch.allclose(-p.grad, x, atol=1e-12)
@@ -108,7 +116,7 @@ def test_clipping_equals_torchs():
 
 def test_accumulation_is_one_step_on_the_mean():
     w, gs = torch.randn(4), torch.randn(6, 4)
-    accumulated, plain = mo.inner.Accumulate(mo.inner.Adam(lr=0.1), every=3), mo.inner.Adam(lr=0.1)
+    accumulated, plain = mo.optim.Accumulate(mo.optim.Adam(lr=0.1), every=3), mo.optim.Adam(lr=0.1)
     a, slots = w, accumulated.init(w)
     for t, g in enumerate(gs, start=1):
         a, slots = accumulated.update(g, a, slots, None, t)
@@ -119,7 +127,7 @@ def test_accumulation_is_one_step_on_the_mean():
 
 
 def test_ema_averages_beside_the_run():
-    averaged, plain = mo.inner.EMA(mo.inner.SGD(lr=0.1), decay=0.8), mo.inner.SGD(lr=0.1)
+    averaged, plain = mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=0.8), mo.optim.SGD(lr=0.1)
     w = a = torch.randn(3)
     b, slots = w, averaged.init(w)
     for t in range(1, 5):
@@ -133,7 +141,7 @@ def test_ema_averages_beside_the_run():
 
 def test_the_averages_decay_is_differentiable_through_the_slot():
     w0, lam, batches = problem(OPTIMIZERS[0], T=4)
-    step = mo.inner_step(loss, mo.inner.EMA(mo.inner.SGD(lr=0.1), decay=lambda lam, t: lam["x"]))
+    step = mo.inner_step(loss, mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=lambda lam, t: lam["x"]))
 
     def value(x):
         state, here = step.init(w0, {**lam, "x": x}), {**lam, "x": x}
@@ -150,7 +158,9 @@ def test_the_averages_decay_is_differentiable_through_the_slot():
         state = step(state, here, batch)
     average = tree.attach(state.slots["average"])
     bar = tree.zeros_like(state)
-    bar.slots["average"].update(zip(average, torch.autograd.grad(outer(average, here, None), list(average.values())), strict=True))
+    bar.slots["average"].update(
+        zip(average, torch.autograd.grad(outer(average, here, None), list(average.values())), strict=True)
+    )
     by_sweep = 0.0
     for before, batch in zip(reversed(states), reversed(batches), strict=True):
         bar, lam_bar = step.vjp(before, here, batch, bar)
@@ -161,24 +171,31 @@ def test_the_averages_decay_is_differentiable_through_the_slot():
 
 
 def test_groups_give_each_weight_its_optimiser():
-    w, g = {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}, {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}
-    ours = mo.inner.Groups([(["head"], mo.inner.SGD(lr=0.5)), (["body.*"], mo.inner.Frozen())])
+    w, g = (
+        {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)},
+        {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)},
+    )
+    ours = mo.optim.Groups([(["head"], mo.optim.SGD(lr=0.5)), (["body.*"], mo.optim.Frozen())])
     moved, _ = ours.update(g, w, ours.init(w), None, 1)
     assert torch.equal(moved["body"]["weight"], w["body"]["weight"])
     assert torch.allclose(moved["head"], w["head"] - 0.5 * g["head"])
     with pytest.raises(ValueError, match=r"'head' is in no group"):
-        mo.inner.Groups([(["body.*"], mo.inner.Frozen())]).init(w)
+        mo.optim.Groups([(["body.*"], mo.optim.Frozen())]).init(w)
     with pytest.raises(ValueError, match=r"group \['tail'\] has no weight"):
-        mo.inner.Groups([(["tail"], mo.inner.Frozen()), (["*"], mo.inner.Frozen())]).init(w)
+        mo.optim.Groups([(["tail"], mo.optim.Frozen()), (["*"], mo.optim.Frozen())]).init(w)
 
 
 @pytest.mark.parametrize(
     "wrapped",
-    [mo.inner.ClipNorm(mo.inner.SGD(lr=0.1), max_norm=0.3), mo.inner.Adafactor(lr=0.1), mo.inner.Muon(lr=0.1, dtype=None)],
+    [
+        mo.optim.ClipNorm(mo.optim.SGD(lr=0.1), max_norm=0.3),
+        mo.optim.Adafactor(lr=0.1),
+        mo.optim.Muon(lr=0.1, dtype=None),
+    ],
     ids=lambda o: type(o).__name__,
 )
 def test_whole_tensor_optimisers_are_mapped_over_tasks(wrapped):
-    tasks, per_task = torch.randn(3, 4, 2), mo.inner.PerTask(wrapped)
+    tasks, per_task = torch.randn(3, 4, 2), mo.optim.PerTask(wrapped)
     w, slots = tasks, per_task.init(tasks)
     alone = [(task, wrapped.init(task)) for task in tasks]
     for t in range(1, 4):
@@ -189,7 +206,9 @@ def test_whole_tensor_optimisers_are_mapped_over_tasks(wrapped):
     assert not wrapped.elementwise
 
 
-@pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.make().elementwise and c.name not in ("Groups", "Frozen")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS if c.make().elementwise and c.name not in ("Groups", "Frozen")], ids=lambda c: c.name
+)
 def test_elementwise_optimisers_need_no_mapping(case):
     w, ours = torch.randn(3, 4), case.make()
     together, slots = w, ours.init(w)
@@ -212,7 +231,9 @@ def test_rmd_is_autograd_through_the_loop(case):
     for batch in batches:
         state = step(state, leaf, batch)
     by_loop = torch.autograd.grad(outer(state.w, leaf, None), [leaf["scale"], *w.values()], allow_unused=True)
-    expected = [torch.zeros_like(x) if g is None else g for g, x in zip(by_loop, [lam["scale"], *w0.values()], strict=True)]
+    expected = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(by_loop, [lam["scale"], *w0.values()], strict=True)
+    ]
     assert torch.allclose(hg.total["scale"], expected[0], rtol=1e-10, atol=1e-12)
     for mine, theirs in zip(hg.init.values(), expected[1:], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
@@ -237,12 +258,18 @@ def test_pullback_and_tangent_are_transposes(case, seed):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in OPTIMIZERS if type(c.make()).transpose_leaf is not mo.inner.Optimizer.transpose_leaf], ids=lambda c: c.name
+    "case",
+    [c for c in OPTIMIZERS if type(c.make()).transpose_leaf is not mo.optim.Optimizer.transpose_leaf],
+    ids=lambda c: c.name,
 )
 @pytest.mark.parametrize("with_slots", [True, False])
 @pytest.mark.parametrize("t", [0, 3])
 def test_the_transpose_shortcut_is_what_autograd_gives(case, with_slots, t):
-    ours, w, g = case.make(), {"a": torch.randn(3), "b": torch.randn(2, 2)}, {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    ours, w, g = (
+        case.make(),
+        {"a": torch.randn(3), "b": torch.randn(2, 2)},
+        {"a": torch.randn(3), "b": torch.randn(2, 2)},
+    )
     state = InnerState(w, tree.map(torch.randn_like, ours.init(w)), t)
     bar = InnerState(tree.map(torch.randn_like, w), tree.map(torch.randn_like, state.slots) if with_slots else None)
     g_, state_ = tree.attach(g), tree.attach(state)
@@ -258,29 +285,35 @@ def test_the_transpose_shortcut_is_what_autograd_gives(case, with_slots, t):
 
 def settings():
     """Every hyperparameter of every optimiser, as ``(name, optimiser of x, x0)``: the optimiser with that one set to x."""
-    matrix = functools.partial(mo.inner.Muon, dtype=None)
+    matrix = functools.partial(mo.optim.Muon, dtype=None)
     table = [
-        (mo.inner.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, {}),
-        (mo.inner.Adam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
-        (mo.inner.AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
-        (mo.inner.NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1}, {}),
-        (mo.inner.RAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {"betas": (0.9, 0.9)}),
-        (mo.inner.Adamax, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
-        (mo.inner.RMSprop, {"lr": 0.05, "alpha": 0.9, "eps": 1e-2, "weight_decay": 0.1, "momentum": 0.5}, {"centered": True}),
-        (mo.inner.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-2}, {}),
-        (mo.inner.Adadelta, {"lr": 1.0, "rho": 0.9, "eps": 1e-2, "weight_decay": 0.1}, {}),
-        (mo.inner.ASGD, {"lr": 0.1, "lambd": 0.1, "alpha": 0.75, "weight_decay": 0.1}, {}),
-        (mo.inner.Rprop, {"lr": 0.05}, {}),
-        (mo.inner.Lion, {"lr": 0.05, "weight_decay": 0.1}, {}),
-        (mo.inner.Adafactor, {"lr": 0.05, "beta2_decay": -0.8, "d": 0.5, "weight_decay": 0.1}, {}),
+        (mo.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, {}),
+        (mo.optim.Adam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
+        (mo.optim.AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
+        (mo.optim.NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1}, {}),
+        (mo.optim.RAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {"betas": (0.9, 0.9)}),
+        (mo.optim.Adamax, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, {}),
+        (
+            mo.optim.RMSprop,
+            {"lr": 0.05, "alpha": 0.9, "eps": 1e-2, "weight_decay": 0.1, "momentum": 0.5},
+            {"centered": True},
+        ),
+        (mo.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-2}, {}),
+        (mo.optim.Adadelta, {"lr": 1.0, "rho": 0.9, "eps": 1e-2, "weight_decay": 0.1}, {}),
+        (mo.optim.ASGD, {"lr": 0.1, "lambd": 0.1, "alpha": 0.75, "weight_decay": 0.1}, {}),
+        (mo.optim.Rprop, {"lr": 0.05}, {}),
+        (mo.optim.Lion, {"lr": 0.05, "weight_decay": 0.1}, {}),
+        (mo.optim.Adafactor, {"lr": 0.05, "beta2_decay": -0.8, "d": 0.5, "weight_decay": 0.1}, {}),
         (matrix, {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}, {}),
     ]
     for make, values, options in table:
         label = "Muon" if make is matrix else make.__name__
         for name, x0 in values.items():
             rest = {**options, **{k: v for k, v in values.items() if k != name}}
-            yield pytest.param(lambda h, make=make, name=name, rest=rest: make(**{name: h}, **rest), x0, label, id=f"{label}.{name}")
-    for cls in (mo.inner.Adam, mo.inner.NAdam, mo.inner.RAdam, mo.inner.Adamax):
+            yield pytest.param(
+                lambda h, make=make, name=name, rest=rest: make(**{name: h}, **rest), x0, label, id=f"{label}.{name}"
+            )
+    for cls in (mo.optim.Adam, mo.optim.NAdam, mo.optim.RAdam, mo.optim.Adamax):
         for i, x0 in enumerate((0.8, 0.9)):
             yield pytest.param(
                 lambda h, cls=cls, i=i: cls(lr=0.05, eps=1e-2, betas=(h, 0.9) if i == 0 else (0.8, h)),
@@ -288,14 +321,18 @@ def settings():
                 cls.__name__,
                 id=f"{cls.__name__}.beta{i + 1}",
             )
-    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, etas=(h, 1.2)), 0.5, "Rprop", id="Rprop.eta-")
-    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, etas=(0.5, h)), 1.2, "Rprop", id="Rprop.eta+")
-    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, step_sizes=(1e-6, h)), 0.055, "Rprop", id="Rprop.largest")
-    yield pytest.param(lambda h: mo.inner.Rprop(lr=0.05, step_sizes=(h, 50.0)), 0.045, "Rprop", id="Rprop.smallest")
-    yield pytest.param(lambda h: mo.inner.Adafactor(lr=0.05, eps=(None, h)), 3.0, "Adafactor", id="Adafactor.eps2")
-    yield pytest.param(lambda h: mo.inner.Adafactor(lr=0.05, eps=(h, 1e-3)), 0.5, "Adafactor", id="Adafactor.eps1")
-    yield pytest.param(lambda h: mo.inner.ClipNorm(mo.inner.SGD(lr=0.1), max_norm=h), 0.5, "ClipNorm", id="ClipNorm.max_norm")
-    yield pytest.param(lambda h: mo.inner.ClipValue(mo.inner.SGD(lr=0.1), limit=h), 0.3, "ClipValue", id="ClipValue.limit")
+    yield pytest.param(lambda h: mo.optim.Rprop(lr=0.05, etas=(h, 1.2)), 0.5, "Rprop", id="Rprop.eta-")
+    yield pytest.param(lambda h: mo.optim.Rprop(lr=0.05, etas=(0.5, h)), 1.2, "Rprop", id="Rprop.eta+")
+    yield pytest.param(lambda h: mo.optim.Rprop(lr=0.05, step_sizes=(1e-6, h)), 0.055, "Rprop", id="Rprop.largest")
+    yield pytest.param(lambda h: mo.optim.Rprop(lr=0.05, step_sizes=(h, 50.0)), 0.045, "Rprop", id="Rprop.smallest")
+    yield pytest.param(lambda h: mo.optim.Adafactor(lr=0.05, eps=(None, h)), 3.0, "Adafactor", id="Adafactor.eps2")
+    yield pytest.param(lambda h: mo.optim.Adafactor(lr=0.05, eps=(h, 1e-3)), 0.5, "Adafactor", id="Adafactor.eps1")
+    yield pytest.param(
+        lambda h: mo.optim.ClipNorm(mo.optim.SGD(lr=0.1), max_norm=h), 0.5, "ClipNorm", id="ClipNorm.max_norm"
+    )
+    yield pytest.param(
+        lambda h: mo.optim.ClipValue(mo.optim.SGD(lr=0.1), limit=h), 0.3, "ClipValue", id="ClipValue.limit"
+    )
 
 
 @pytest.mark.parametrize(("make", "x0", "name"), list(settings()))
@@ -330,16 +367,16 @@ def test_every_hyperparameter_is_differentiable(make, x0, name):
 @pytest.mark.parametrize(
     "make",
     [
-        mo.inner.Adam,
-        mo.inner.AdamW,
-        mo.inner.Adagrad,
-        mo.inner.RMSprop,
-        functools.partial(mo.inner.RMSprop, centered=True),
-        mo.inner.Adadelta,
-        mo.inner.NAdam,
-        mo.inner.RAdam,
-        mo.inner.Adafactor,
-        mo.inner.Adamax,
+        mo.optim.Adam,
+        mo.optim.AdamW,
+        mo.optim.Adagrad,
+        mo.optim.RMSprop,
+        functools.partial(mo.optim.RMSprop, centered=True),
+        mo.optim.Adadelta,
+        mo.optim.NAdam,
+        mo.optim.RAdam,
+        mo.optim.Adafactor,
+        mo.optim.Adamax,
     ],
 )
 def test_derivatives_are_finite_where_gradient_and_second_moment_are_zero(make):
@@ -352,19 +389,22 @@ def test_derivatives_are_finite_where_gradient_and_second_moment_are_zero(make):
 
 def test_adam_at_zero_has_the_slope_of_its_formula():
     """At g = 0, v = 0 one step is w - η g / (|g| + ε): slope -η/ε in g."""
-    optimizer = mo.inner.Adam(lr=0.1, eps=1e-3)
+    optimizer = mo.optim.Adam(lr=0.1, eps=1e-3)
     g = torch.zeros(1, requires_grad=True)
     w, _ = optimizer.update(g, torch.zeros(1), optimizer.init(torch.zeros(1)), None, 1)
     assert torch.autograd.grad(w.sum(), g)[0].item() == pytest.approx(-0.1 / 1e-3)
 
 
-@pytest.mark.parametrize("make", [mo.inner.Rprop, mo.inner.Lion])
+@pytest.mark.parametrize("make", [mo.optim.Rprop, mo.optim.Lion])
 def test_sign_methods_have_the_derivative_of_what_they_are(make):
     """The sign is constant almost everywhere: the loss's hyperparameters have no response, and differences agree."""
     step = mo.inner_step(loss, make(lr=0.05))
     w0, lam = {"a": torch.randn(3)}, {"scale": torch.tensor(0.7)}
     batches = [{"a": torch.randn(3)} for _ in range(3)]
-    assert mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, batches, None, mo.RMD()).total["scale"].item() == 0.0
+    assert (
+        mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, batches, None, mo.RMD()).total["scale"].item()
+        == 0.0
+    )
 
 
 # -- learned rates, schedules, transforms --------------------------------------------------------
@@ -372,7 +412,9 @@ def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
     """Quadratic loss: w and v follow a linear recursion that autograd can differentiate without any of our code."""
     T, h, w0 = 5, torch.tensor([0.5, 2.0]), torch.tensor([1.0, -2.0])
     lam = {"lr": torch.linspace(0.05, 0.2, T), "mu": torch.tensor(0.6), "wd": torch.tensor(0.1)}
-    sgd = mo.inner.SGD(lr=lambda lam, t: lam["lr"][t - 1], momentum=lambda lam, t: lam["mu"], weight_decay=lambda lam, t: lam["wd"])
+    sgd = mo.optim.SGD(
+        lr=lambda lam, t: lam["lr"][t - 1], momentum=lambda lam, t: lam["mu"], weight_decay=lambda lam, t: lam["wd"]
+    )
     step = mo.inner_step(lambda w, lam, b: 0.5 * (h * w**2).sum(), sgd)
     hg = mo.hypergradient(step, lambda w, lam, b: (w**2).sum(), w0, lam, [None] * T, None, mo.RMD())
     leaf = tree.attach(lam)
@@ -388,7 +430,7 @@ def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
 def test_element_wise_learning_rates():
     """Meta-SGD: a rate for every weight, as a pytree like w."""
     w0, lam = {"a": torch.randn(3)}, {"lr": {"a": torch.rand(3)}}
-    step = mo.inner_step(lambda w, lam, b: 0.5 * (w["a"] ** 2).sum(), mo.inner.SGD(lr=lambda lam, t: lam["lr"]))
+    step = mo.inner_step(lambda w, lam, b: 0.5 * (w["a"] ** 2).sum(), mo.optim.SGD(lr=lambda lam, t: lam["lr"]))
     hg = mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, [None], None, mo.RMD())
     assert torch.allclose(hg.total["lr"]["a"], -w0["a"])
 
@@ -408,9 +450,11 @@ def test_schedules():
 
 def test_meta_curvature_starts_as_the_identity_and_is_learned():
     w0 = {"m": torch.randn(3, 2), "v": torch.randn(4)}
-    lam = mo.inner.identity_factors(w0)
-    plain = mo.inner.SGD(lr=0.1)
-    step = mo.inner_step(lambda w, lam, b: sum((x**2).sum() for x in w.values()), mo.inner.meta_curvature(plain, lambda lam: lam))
+    lam = mo.optim.identity_factors(w0)
+    plain = mo.optim.SGD(lr=0.1)
+    step = mo.inner_step(
+        lambda w, lam, b: sum((x**2).sum() for x in w.values()), mo.optim.meta_curvature(plain, lambda lam: lam)
+    )
     state = step(step.init(w0, lam), lam, None)
     assert torch.allclose(state.w["m"], w0["m"] - 0.1 * 2 * w0["m"])
     hg = mo.hypergradient(step, lambda w, lam, b: w["m"].sum() + w["v"].sum(), w0, lam, [None], None, mo.RMD()).total
@@ -422,8 +466,18 @@ def test_meta_curvature_starts_as_the_identity_and_is_learned():
 
 def test_weights_of_several_dtypes():
     w0 = {"half": torch.randn(3, dtype=torch.float32), "double": torch.randn(2)}
-    step = mo.inner_step(lambda w, lam, b: (w["half"].double() ** 2).sum() * lam + (w["double"] ** 2).sum() * lam, mo.inner.Adam(lr=0.01))
-    hg = mo.hypergradient(step, lambda w, lam, b: w["half"].sum().double() + w["double"].sum(), w0, torch.tensor(1.0), [None] * 2, None, mo.RMD())
+    step = mo.inner_step(
+        lambda w, lam, b: (w["half"].double() ** 2).sum() * lam + (w["double"] ** 2).sum() * lam, mo.optim.Adam(lr=0.01)
+    )
+    hg = mo.hypergradient(
+        step,
+        lambda w, lam, b: w["half"].sum().double() + w["double"].sum(),
+        w0,
+        torch.tensor(1.0),
+        [None] * 2,
+        None,
+        mo.RMD(),
+    )
     assert hg.state.w["half"].dtype == torch.float32
     assert hg.init["double"].dtype == torch.float64
 
@@ -462,7 +516,11 @@ def test_from_torch_goes_on_where_torch_stands(case, steps):
 
 def test_from_torch_takes_groups_over():
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
-    theirs = torch.optim.SGD([{"params": [module[1].bias, module[1].weight], "lr": 0.5}, {"params": module[0].parameters()}], lr=0.01, momentum=0.9)
+    theirs = torch.optim.SGD(
+        [{"params": [module[1].bias, module[1].weight], "lr": 0.5}, {"params": module[0].parameters()}],
+        lr=0.01,
+        momentum=0.9,
+    )
     for _ in range(2):
         for p in module.parameters():
             p.grad = torch.randn_like(p)

@@ -40,18 +40,24 @@ def test_equal_subexpressions_are_joined_and_random_ones_are_not():
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it compiles
-@pytest.mark.parametrize("operation", [lambda x, w: torch.add(x @ w, w, alpha=0.25), lambda x, w: torch.add(w, x @ w, alpha=0.25)])
+@pytest.mark.parametrize(
+    "operation", [lambda x, w: torch.add(x @ w, w, alpha=0.25), lambda x, w: torch.add(w, x @ w, alpha=0.25)]
+)
 def test_a_factor_in_a_sum_with_a_matrix_product_is_not_dropped(operation):
     """By inductor alone it is."""
     torch._dynamo.reset()
-    xs, w, lam = [torch.randn(3, 3, dtype=torch.float64) for _ in range(2)], torch.randn(3, 3, dtype=torch.float64), torch.tensor(0.5).double()
+    xs, w, lam = (
+        [torch.randn(3, 3, dtype=torch.float64) for _ in range(2)],
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.tensor(0.5).double(),
+    )
 
     def loss(w, lam, x):
         return lam * operation(x, w).pow(2).mean()
 
     found = []
     for compile in (True, False):
-        step = mo.inner_step(loss, mo.inner.SGD(lr=0.1, momentum=0.9), compile=compile)
+        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1, momentum=0.9), compile=compile)
         outer = mo.compiled_loss(loss) if compile else loss
         found.append(mo.hypergradient(step, outer, w, lam, xs, xs[0], mo.RMD()))
     assert step.compilation is None
@@ -74,7 +80,9 @@ def test_gradients_of_a_convolution_that_nobody_uses_are_not_computed():
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
 
     def backward(g, x, weight):
-        found = aten.convolution_backward(g, x, weight, [5], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+        found = aten.convolution_backward(
+            g, x, weight, [5], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        )
         return found[1]
 
     traced = make_fx(backward)(torch.ones(2, 5, 4, 4), x, weight)
@@ -92,7 +100,13 @@ def test_gradients_of_a_convolution_that_nobody_uses_are_not_computed():
 def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 2, 3, padding=1)
+    layers = (
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 2, 3, padding=1),
+    )
     model = mo.functional(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 1)).double())
     w, lam = mo.partition(model.params, weights=["0.*", "6.*"])
     batches = [(torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)) for _ in range(3)]
@@ -115,7 +129,7 @@ def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     monkeypatch.setattr(_passes, "recompute", watched_recompute)
     found = []
     for compile in (False, True):
-        step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), compile=compile)
+        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile=compile)
         with inductor.patch(force_disable_caches=True):  # what comes from a cache has been through the passes before
             found.append([mo.hypergradient(step, loss, w, lam, batches, batches[0], mo.RMD()).total for _ in range(2)])
     assert step.compilation.refused is None
@@ -128,13 +142,21 @@ def held(x, weight, g, images, other):
     """A convolution used at once and again after a gradient of another one."""
     made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     early = made.tanh().sum()
-    (gradient, _, _) = aten.convolution_backward(g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+    (gradient, _, _) = aten.convolution_backward(
+        g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+    )
     return early, made * (1 + gradient.isnan().any())
 
 
 @pytest.mark.parametrize(("channels", "again"), [(8, 2), (4, 1)])
 def test_a_convolution_that_grows_is_computed_again_for_late_users(channels, again):
-    arguments = torch.randn(2, 1, 4, 4), torch.randn(channels, 1, 3, 3), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
+    arguments = (
+        torch.randn(2, 1, 4, 4),
+        torch.randn(channels, 1, 3, 3),
+        torch.randn(2, 5, 4, 4),
+        torch.randn(2, 3, 4, 4),
+        torch.randn(5, 3, 3, 3),
+    )
     traced = make_fx(held, tracing_mode="fake")(*arguments)
     _passes.recompute(traced.graph)
     traced.graph.lint()
@@ -146,7 +168,9 @@ def test_a_convolution_that_grows_is_computed_again_for_late_users(channels, aga
         assert all(torch.equal(a, b) for a, b in zip(traced(*arguments), held(*arguments), strict=True))
     if again == 2:
         first, second = convolutions
-        assert {user.target for user in first.users} == {aten.tanh.default} and {user.target for user in second.users} == {aten.mul.Tensor}
+        assert {user.target for user in first.users} == {aten.tanh.default} and {
+            user.target for user in second.users
+        } == {aten.mul.Tensor}
         gradient = next(node for node in traced.graph.nodes if node.target is aten.convolution_backward.default)
         assert gradient in ancestors(second) and gradient not in ancestors(first)
         assert second.meta["val"].shape == first.meta["val"].shape
@@ -157,10 +181,18 @@ def test_element_wise_functions_are_computed_again_and_sums_are_not():
         made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
         mean = made.mean()
         curve = (made - mean).tanh()
-        (gradient, _, _) = aten.convolution_backward(g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+        (gradient, _, _) = aten.convolution_backward(
+            g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+        )
         return curve.sum(), curve * gradient.mean(), made
 
-    arguments = torch.randn(2, 1, 4, 4), torch.randn(8, 1, 3, 3), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
+    arguments = (
+        torch.randn(2, 1, 4, 4),
+        torch.randn(8, 1, 3, 3),
+        torch.randn(2, 5, 4, 4),
+        torch.randn(2, 3, 4, 4),
+        torch.randn(5, 3, 3, 3),
+    )
     traced = make_fx(function, tracing_mode="fake")(*arguments)
     before = count(traced.graph)
     _passes.recompute(traced.graph)
@@ -171,7 +203,9 @@ def test_element_wise_functions_are_computed_again_and_sums_are_not():
     assert more["aten.mean.default"] == more["aten.sum.default"] == 0
     assert all(torch.equal(a, b) for a, b in zip(traced(*arguments), function(*arguments), strict=True))
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    assert output.args[0][2] is next(node for node in traced.graph.nodes if node.target is aten.convolution.default)  # what goes out is no late use
+    assert output.args[0][2] is next(
+        node for node in traced.graph.nodes if node.target is aten.convolution.default
+    )  # what goes out is no late use
 
 
 def ancestors(node):
@@ -185,9 +219,9 @@ def ancestors(node):
 
 
 def test_a_convolution_is_not_computed_again_where_nothing_tells_late_from_early():
-    traced = make_fx(lambda x, weight: (lambda made: (made.tanh(), made.exp()))(nn.functional.conv2d(x, weight)), tracing_mode="fake")(
-        torch.randn(1, 1, 3, 3), torch.randn(9, 1, 1, 1)
-    )
+    traced = make_fx(
+        lambda x, weight: (lambda made: (made.tanh(), made.exp()))(nn.functional.conv2d(x, weight)), tracing_mode="fake"
+    )(torch.randn(1, 1, 3, 3), torch.randn(9, 1, 1, 1))
     before = str(traced.graph)
     _passes.recompute(traced.graph)
     assert str(traced.graph) == before

@@ -59,7 +59,9 @@ def cifar(tmp_path, monkeypatch):
             entries = []
             for i, (name, _) in enumerate(getattr(reader, which)):
                 rows = pixels(4, 3 * 32 * 32, seed=i)
-                entries.append(list(write_pickle(place / name, {"data": rows, labels: [0, i, 2, 9], "filenames": ["a.png"] * 4})))
+                entries.append(
+                    list(write_pickle(place / name, {"data": rows, labels: [0, i, 2, 9], "filenames": ["a.png"] * 4}))
+                )
             monkeypatch.setattr(reader, which, entries)
         name, md5 = write_pickle(place / reader.meta["filename"], {key: names})
         monkeypatch.setattr(reader, "meta", {"filename": name, "key": key, "md5": md5})
@@ -82,7 +84,8 @@ def test_damaged_cifar_is_named(cifar):
     damaged.write_bytes(content[:-1])
     bad = hashlib.md5(content[:-1]).hexdigest()
     with pytest.raises(
-        ValueError, match=rf"{damaged} is damaged: its MD5 is {bad}, not {good}; delete it and unpack \S*cifar-10-python.tar.gz in {cifar}"
+        ValueError,
+        match=rf"{damaged} is damaged: its MD5 is {bad}, not {good}; delete it and unpack \S*cifar-10-python.tar.gz in {cifar}",
     ):
         cifar10(cifar)
     damaged.unlink()
@@ -100,7 +103,9 @@ def test_a_failed_download_says_what_else_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(_torchvision.datasets().CIFAR10, "download", refuse)
-    with pytest.raises(RuntimeError, match=rf"download to {tmp_path}/cifar-10-batches-py failed \(no network\).*cifar-10-python.tar.gz"):
+    with pytest.raises(
+        RuntimeError, match=rf"download to {tmp_path}/cifar-10-batches-py failed \(no network\).*cifar-10-python.tar.gz"
+    ):
         cifar10(tmp_path, download=True)
 
 
@@ -113,28 +118,42 @@ def fashion(tmp_path):
 def write_idx(place):
     place.mkdir(parents=True)
     for i, (name, n) in enumerate((("train", 12), ("t10k", 5))):
-        (place / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, n, 28, 28) + pixels(n, 28, 28, seed=i).tobytes())
+        (place / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">iiii", 2051, n, 28, 28) + pixels(n, 28, 28, seed=i).tobytes()
+        )
         (place / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, n) + bytes(k % 10 for k in range(n)))
 
 
 def test_fashion_mnist(fashion):
     train, test, both = (fashion_mnist(fashion, part) for part in ("train", "test", "all"))
-    assert np.array_equal(train.images[:, 0].numpy(), pixels(12, 28, 28)) and train.labels.tolist() == [*range(10), 0, 1]
+    assert np.array_equal(train.images[:, 0].numpy(), pixels(12, 28, 28)) and train.labels.tolist() == [
+        *range(10),
+        0,
+        1,
+    ]
     assert np.array_equal(test.images[:, 0].numpy(), pixels(5, 28, 28, seed=1)) and test.names[9] == "Ankle boot"
     assert torch.equal(both.images, torch.cat([train.images, test.images]))
 
 
 def test_mnist(tmp_path):
     place = tmp_path / "MNIST" / "raw"
-    with pytest.raises(FileNotFoundError, match=rf"{place}/train-images-idx3-ubyte is missing; unpack the files of .*mnist .* there"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{place}/train-images-idx3-ubyte is missing; unpack the files of .*mnist .* there"
+    ):
         mnist(tmp_path)
     write_idx(place)
     digits = mnist(tmp_path, "all")
-    assert np.array_equal(digits.images[:12, 0].numpy(), pixels(12, 28, 28)) and len(digits) == 17 and digits.names[7] == "7 - seven"
+    assert (
+        np.array_equal(digits.images[:12, 0].numpy(), pixels(12, 28, 28))
+        and len(digits) == 17
+        and digits.names[7] == "7 - seven"
+    )
 
 
 def test_damaged_fashion_mnist_is_named(fashion):
-    images, labels = (fashion / "FashionMNIST" / "raw" / name for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"))
+    images, labels = (
+        fashion / "FashionMNIST" / "raw" / name for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    )
     content = images.read_bytes()
     for damaged in (content[:-1], b"", b"<html>not found</html>" * 50, struct.pack(">ii", 2049, 12) + bytes(12)):
         images.write_bytes(damaged)
@@ -145,7 +164,10 @@ def test_damaged_fashion_mnist_is_named(fashion):
     with pytest.raises(ValueError, match="12 train images but 11 labels"):
         fashion_mnist(fashion)
     labels.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{labels} is missing; unpack the files of .*dataset-fashion-mnist there, or pass download=True"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"{labels} is missing; unpack the files of .*dataset-fashion-mnist there, or pass download=True",
+    ):
         fashion_mnist(fashion)
     labels.with_name(f"{labels.name}.gz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(FileNotFoundError, match=rf"{labels} is missing; gunzip the {labels.name}.gz that is there"):
@@ -166,7 +188,9 @@ def tiny(tmp_path):
     place.mkdir()
     wnids = ["n02124075", "n01443537", "n04067472"]
     (place / "wnids.txt").write_text("\n".join(wnids) + "\n")
-    (place / "words.txt").write_text("n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\nn04067472\treel\n")
+    (place / "words.txt").write_text(
+        "n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\nn04067472\treel\n"
+    )
     lines = []
     for i, wnid in enumerate(wnids):
         for j in range(2):
@@ -181,8 +205,14 @@ def tiny(tmp_path):
 def test_tiny_imagenet(tiny):
     train, test, both = (tiny_imagenet(tiny, part) for part in ("train", "test", "all"))
     assert train.names == ("Egyptian cat", "goldfish, Carassius auratus", "reel") == test.names
-    assert train.images.shape == (6, 3, 64, 64) and train.labels.tolist() == [0, 0, 1, 1, 2, 2] and test.labels.tolist() == [2, 1, 0]
-    expected = torch.tensor([[60 * i, 100 * j, 50] if not i == j == 1 else [60, 60, 60] for i in range(3) for j in range(2)])
+    assert (
+        train.images.shape == (6, 3, 64, 64)
+        and train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        and test.labels.tolist() == [2, 1, 0]
+    )
+    expected = torch.tensor(
+        [[60 * i, 100 * j, 50] if not i == j == 1 else [60, 60, 60] for i in range(3) for j in range(2)]
+    )
     assert (train.images.float().mean((2, 3)) - expected).abs().max() < 4  # JPEG
     assert (test.images.float().mean((2, 3)) - torch.tensor([[200, 60 * i, 50] for i in range(3)])).abs().max() < 4
     assert torch.equal(both.images, torch.cat([train.images, test.images]))
@@ -209,7 +239,10 @@ def test_damaged_tiny_imagenet_is_named(tiny):
     with pytest.raises(FileNotFoundError, match=rf"{victim.parent} has no \*.JPEG"):
         tiny_imagenet(tiny)
     (place / "wnids.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{place}/wnids.txt is missing; unpack \S*tiny-imagenet-200.zip in {tiny}, or pass download=True"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"{place}/wnids.txt is missing; unpack \S*tiny-imagenet-200.zip in {tiny}, or pass download=True",
+    ):
         tiny_imagenet(tiny)
 
 
@@ -219,7 +252,9 @@ def test_a_folder_of_images(tmp_path):
     Image.new("RGBA", (50, 30), (250, 0, 0, 255)).save(tmp_path / "ant" / "c.png")
     data = folder(tmp_path, size=16)
     assert data.names == ("ant", "bee") and data.labels.tolist() == [0, 0, 1] and data.images.shape == (3, 3, 16, 16)
-    assert (data.images.float().mean((2, 3)) - torch.tensor([[100, 100, 100], [250, 0, 0], [10, 20, 30]])).abs().max() < 4
+    assert (
+        data.images.float().mean((2, 3)) - torch.tensor([[100, 100, 100], [250, 0, 0], [10, 20, 30]])
+    ).abs().max() < 4
 
 
 def test_bad_folders_are_named(tmp_path):

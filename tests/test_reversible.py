@@ -19,7 +19,7 @@ def problem(momentum=0.9, n=4, **options):
     def loss(w, lam, batch):
         return 0.5 * (H * (w - lam["target"]) ** 2).sum() + 0.1 * (w * batch).cos().sum()
 
-    step = mo.inner_step(loss, mo.inner.SGD(lr=lambda lam, t: lam["lr"], momentum=momentum, **options))
+    step = mo.inner_step(loss, mo.optim.SGD(lr=lambda lam, t: lam["lr"], momentum=momentum, **options))
     lam = {"target": torch.randn(n, dtype=torch.float64), "lr": torch.tensor(0.05, dtype=torch.float64)}
     return step, torch.randn(n, dtype=torch.float64), lam
 
@@ -44,7 +44,9 @@ def test_the_run_is_undone_to_the_bit(T):
             assert (moment.state.w - original.w).abs().max() < 2**-52
             assert moment.state.slots["momentum"].abs().max() == 0
         else:
-            assert torch.equal(moment.state.w, original.w) and torch.equal(moment.state.slots["momentum"], original.slots["momentum"])
+            assert torch.equal(moment.state.w, original.w) and torch.equal(
+                moment.state.slots["momentum"], original.slots["momentum"]
+            )
 
 
 @given(T=st.integers(1, 60), momentum=st.sampled_from([0.05, 0.3, 0.5, 0.99, 0.123456]), seed=st.integers(0, 9))
@@ -84,7 +86,7 @@ def test_a_second_sweep_and_the_check():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [mo.inner.SGD(lr=0.1), mo.inner.SGD(lr=0.1, momentum=0.9, nesterov=True)])
+@pytest.mark.parametrize("optimizer", [mo.optim.SGD(lr=0.1), mo.optim.SGD(lr=0.1, momentum=0.9, nesterov=True)])
 def test_only_momentum_sgd_is_reversible(optimizer):
     _, w, lam = problem()
     step = mo.inner_step(lambda w, lam, b: (w * lam["target"]).sum(), optimizer)

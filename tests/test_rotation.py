@@ -72,7 +72,11 @@ def test_validation_and_test_images_are_turned_and_training_images_are_not(confi
 
 def test_methods_differ_in_the_initial_angle_alone(config):
     (_, a, w, lam), (_, b, v, told) = (rotation.prepare(METHODS[key], config, seed=2) for key in ("evograd", "told"))
-    assert torch.equal(a.train.x, b.train.x) and torch.equal(a.test.x, b.test.x) and all(torch.equal(w[name], v[name]) for name in w)
+    assert (
+        torch.equal(a.train.x, b.train.x)
+        and torch.equal(a.test.x, b.test.x)
+        and all(torch.equal(w[name], v[name]) for name in w)
+    )
     assert float(lam["angle"]) == 0 and float(told["angle"]) == pytest.approx(math.pi / 6)
 
 
@@ -83,12 +87,30 @@ def test_one_step_turns_the_right_way(config):
 
 def test_command_writes_table_pictures_and_json(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_all", in_this_process)
-    sizes = ["--size", "16", "--train", "60", "--validation", "30", "--test", "30", "--epochs", "2", "--seeds", "1", "--workers", "1"]
+    sizes = [
+        "--size",
+        "16",
+        "--train",
+        "60",
+        "--validation",
+        "30",
+        "--test",
+        "30",
+        "--epochs",
+        "2",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+    ]
     arguments = ["compare", "rotation", "--data", "folder", "--root", str(pictures), *sizes, "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--estimators", "baseline,evograd"])
     assert result.exit_code == 0, result.output
     assert "EvoGrad, K = 2" in result.output and "60 + 30 + 30 images of folder" in result.output
-    assert [run["method"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == ["baseline", "evograd"]
+    assert [run["method"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == [
+        "baseline",
+        "evograd",
+    ]
     for name in ("accuracy", "angle"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -101,7 +123,9 @@ def test_mnist_is_read_and_what_cannot_be_is_named(tmp_path):
     place.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 5)):
         (place / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + bytes(count * 784))
-        (place / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(k % 10 for k in range(count)))
+        (place / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 2049, count) + bytes(k % 10 for k in range(count))
+        )
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "but mnist has 20" in result.output
     with pytest.raises(ValueError, match="16×16 or more, got 15×15"):

@@ -15,7 +15,9 @@ def test_schedules_are_learned_from_nothing_and_compared(tmp_path):
     part = LabelledImages(images, labels, ("dark", "light"))
     data = schedules.of_images(part, part, examples=200, validation=100)
     assert abs(float(data.train.x.mean())) < 0.2 and len(data.test.y) == 300
-    config = schedules.SchedulesConfig(hidden=4, steps=12, batch=20, windows=3, outer_steps=3, searches=2, greedy_rates=(1e-2,))
+    config = schedules.SchedulesConfig(
+        hidden=4, steps=12, batch=20, windows=3, outer_steps=3, searches=2, greedy_rates=(1e-2,)
+    )
     before = torch.get_rng_state()
     result = schedules.run(data, config, tmp_path)
     assert torch.equal(before, torch.get_rng_state())

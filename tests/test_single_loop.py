@@ -8,7 +8,7 @@ from cases import PLAIN_OPTIMIZERS, ids
 from test_stochastic import F64, flat, gradient, small_problem, t64
 
 import metaopt as mo
-from metaopt.estimators.base import outer_gradient
+from metaopt.estimators.outer import outer_gradient
 
 FIRST_DERIVATIVES = [mo.DARTS(), mo.SAMA(), mo.SOBA(rate=0.05), mo.F2SA(rate=0.05), mo.BOME(rate=0.05)]
 
@@ -23,10 +23,19 @@ def test_darts_is_one_step_to_second_order(case):
 
 
 def test_darts_learns_learning_rates():
-    lr = mo.inner.SGD(lr=lambda lam, t: lam["lr"], momentum=0.9)
+    lr = mo.optim.SGD(lr=lambda lam, t: lam["lr"], momentum=0.9)
     step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam["target"]) ** 2).sum(), lr)
-    args = (step, lambda w, lam, _: (w**2).sum(), t64(1.0, 2.0), {"lr": t64(0.1), "target": t64(0.5, 0.2)}, [None] * 3, None)
-    torch.testing.assert_close(flat(mo.hypergradient(*args, mo.DARTS()).total), flat(mo.hypergradient(*args, mo.OneStep()).total))
+    args = (
+        step,
+        lambda w, lam, _: (w**2).sum(),
+        t64(1.0, 2.0),
+        {"lr": t64(0.1), "target": t64(0.5, 0.2)},
+        [None] * 3,
+        None,
+    )
+    torch.testing.assert_close(
+        flat(mo.hypergradient(*args, mo.DARTS()).total), flat(mo.hypergradient(*args, mo.OneStep()).total)
+    )
     with pytest.warns(mo.UnusedHyperparameterWarning, match="lr"):
         mo.hypergradient(*args, mo.SAMA())
 
@@ -49,7 +58,7 @@ def test_sama_formula(case):
 def test_soba_recursion():
     """By hand on a quadratic with H = diag(h): v follows -(1/h) ∂L_val/∂w."""
     h, lam, w, rate, lr = t64(0.5, 2.0), t64(1.0, -1.0), t64(3.0, 1.0), 0.2, 0.3
-    step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - lam) ** 2).sum(), mo.inner.SGD(lr=lr))
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - lam) ** 2).sum(), mo.optim.SGD(lr=lr))
     v, w_t = torch.zeros(2, dtype=F64), w
     for _ in range(5):
         w_t = w_t - lr * h * (w_t - lam)
@@ -63,7 +72,9 @@ def ridge():
     g = torch.Generator().manual_seed(4)
     X, y = torch.randn(12, 3, generator=g, dtype=F64) / 12**0.5, torch.randn(12, generator=g, dtype=F64) / 12**0.5
     Xv, yv = torch.randn(8, 3, generator=g, dtype=F64), torch.randn(8, generator=g, dtype=F64)
-    step = mo.inner_step(lambda w, lam, _: 0.5 * (X @ w - y).pow(2).sum() + 0.5 * lam.exp() * (w**2).sum(), mo.inner.SGD(lr=0.3))
+    step = mo.inner_step(
+        lambda w, lam, _: 0.5 * (X @ w - y).pow(2).sum() + 0.5 * lam.exp() * (w**2).sum(), mo.optim.SGD(lr=0.3)
+    )
 
     def outer(w, lam, _):
         return 0.5 * (Xv @ w - yv).pow(2).mean()
@@ -81,7 +92,9 @@ def test_ridge_soba_is_exact_at_convergence():
 
 def test_ridge_f2sa_error_vanishes_with_the_multiplier():
     args, exact = ridge()
-    errors = [abs(float(mo.hypergradient(*args, mo.F2SA(rate=0.3, multiplier=m)).total - exact)) for m in (1e1, 1e2, 1e3, 1e4)]
+    errors = [
+        abs(float(mo.hypergradient(*args, mo.F2SA(rate=0.3, multiplier=m)).total - exact)) for m in (1e1, 1e2, 1e3, 1e4)
+    ]
     assert errors[0] > 1e-6
     for previous, error in itertools.pairwise(errors):
         assert 0.05 < error / previous < 0.2  # O(1/κ)
@@ -95,8 +108,10 @@ def test_bome_sees_stacked_tasks_as_one_problem():
         return (w - x).pow(2).sum() + lam.pow(2).sum()
 
     w, lam, x = t64([1.0, 2.0], [0.5, -1.0]), t64(0.3, -0.2), t64([1.0, 0.5], [2.0, -1.0])
-    sgd = mo.inner.SGD(lr=0.02)
-    stacked = mo.hypergradient(mo.inner_step(mo.meta.stacked(inner), sgd), mo.meta.stacked(outer), w, lam, [x] * 4, x, mo.BOME(rate=0.02))
+    sgd = mo.optim.SGD(lr=0.02)
+    stacked = mo.hypergradient(
+        mo.inner_step(mo.meta.stacked(inner), sgd), mo.meta.stacked(outer), w, lam, [x] * 4, x, mo.BOME(rate=0.02)
+    )
     as_one = mo.hypergradient(
         mo.inner_step(lambda w, lam, x: sum(inner(w[i], lam, x[i]) for i in range(2)), sgd),
         lambda w, lam, x: sum(outer(w[i], lam, x[i]) for i in range(2)),
@@ -109,13 +124,21 @@ def test_bome_sees_stacked_tasks_as_one_problem():
 def test_bome_solves_a_bilevel_problem_up_to_its_rate():
     """``w*(λ) = Aλ``, and ``min |Aλ - b|²/2 + |λ|²/20``: the solution is that of a ridge regression."""
     A, b, h = t64([1.0, 0.5], [0.0, 1.0], [0.3, -0.4]), t64(1.0, -2.0, 0.5), t64(1.0, 2.0, 1.5)
-    step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - A @ lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - A @ lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
 
     def outer(w, lam, _):
         return 0.5 * ((w - b) ** 2).sum() + 0.05 * (lam**2).sum()
 
     def run(rate):
-        args = (step, outer, torch.zeros(3, dtype=F64), torch.zeros(2, dtype=F64), [None] * 300, [None] * 300, mo.BOME(rate=rate))
+        args = (
+            step,
+            outer,
+            torch.zeros(3, dtype=F64),
+            torch.zeros(2, dtype=F64),
+            [None] * 300,
+            [None] * 300,
+            mo.BOME(rate=rate),
+        )
         *_, last = mo.online(*args, lambda p: torch.optim.SGD(p, lr=rate))
         return last
 
@@ -127,10 +150,12 @@ def test_bome_solves_a_bilevel_problem_up_to_its_rate():
 
 
 # BOME has one barrier for all tasks: test_bome_sees_stacked_tasks_as_one_problem
-@pytest.mark.parametrize("estimator", [e for e in FIRST_DERIVATIVES if not isinstance(e, mo.BOME)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "estimator", [e for e in FIRST_DERIVATIVES if not isinstance(e, mo.BOME)], ids=lambda e: type(e).__name__
+)
 def test_meta_batch_is_the_sum_over_tasks(estimator):
     one = small_problem()
-    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.inner.SGD(lr=0.1))
+    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.optim.SGD(lr=0.1))
     outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
@@ -174,7 +199,9 @@ def test_no_pullback_without_an_outer_loss(estimator):
 
 
 @pytest.mark.parametrize(
-    "estimator", [mo.EvoGrad(noise="gaussian"), mo.ForwardGradient(), mo.UORO(), mo.DARTS(), mo.SAMA()], ids=lambda e: type(e).__name__
+    "estimator",
+    [mo.EvoGrad(noise="gaussian"), mo.ForwardGradient(), mo.UORO(), mo.DARTS(), mo.SAMA()],
+    ids=lambda e: type(e).__name__,
 )
 def test_unroll_gives_the_same(estimator):
     problem = small_problem()

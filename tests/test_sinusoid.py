@@ -75,7 +75,12 @@ def test_command_writes_table_picture_and_json(tmp_path):
     assert result.exit_code == 0, result.output
     assert "HyperDistill" in result.output and "DrMAD" not in result.output
     runs = json.loads((tmp_path / "runs.json").read_text())["runs"]
-    assert [(run["method"], run["seed"]) for run in runs] == [("fo", 0), ("fo", 1), ("hyperdistill", 0), ("hyperdistill", 1)]
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        ("fo", 0),
+        ("fo", 1),
+        ("hyperdistill", 0),
+        ("hyperdistill", 1),
+    ]
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,8 +10,8 @@ import torch
 from cases import PLAIN_OPTIMIZERS, ids
 
 import metaopt as mo
-from metaopt.estimators.base import evaluate
 from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.estimators.hypergradient import evaluate
 
 F64 = torch.float64
 
@@ -36,12 +36,14 @@ def small_problem(optimizer=None, steps=4):
     batches = [torch.randn(3, 2, generator=g, dtype=F64) for _ in range(steps)]
 
     def loss(w, lam, x):
-        return (torch.tanh(x @ w["a"]) - w["b"] - x @ lam["target"]).pow(2).mean() + lam["decay"].exp().sum() * (w["a"] ** 2).sum()
+        return (torch.tanh(x @ w["a"]) - w["b"] - x @ lam["target"]).pow(2).mean() + lam["decay"].exp().sum() * (
+            w["a"] ** 2
+        ).sum()
 
     def outer(w, lam, x):
         return (w["a"].sin().sum() - w["b"]).pow(2).sum() + 0.1 * (lam["target"] ** 2).sum()
 
-    return Problem(mo.inner_step(loss, optimizer or mo.inner.SGD(lr=0.1)), outer, w, lam, batches)
+    return Problem(mo.inner_step(loss, optimizer or mo.optim.SGD(lr=0.1)), outer, w, lam, batches)
 
 
 def flat(tree):
@@ -61,7 +63,15 @@ def within_standard_errors(samples, expected, errors=4.0, tiny=1e-12):
     assert bool(((mean - expected).abs() <= errors * se + tiny).all()), (mean, expected, se)
 
 
-RANDOM = [mo.EvoGrad(check_size=False), mo.PES(window=2), mo.NRES(), mo.AntitheticES(), mo.TruncatedES(window=2), mo.ForwardGradient(), mo.UORO()]
+RANDOM = [
+    mo.EvoGrad(check_size=False),
+    mo.PES(window=2),
+    mo.NRES(),
+    mo.AntitheticES(),
+    mo.TruncatedES(window=2),
+    mo.ForwardGradient(),
+    mo.UORO(),
+]
 
 
 @pytest.mark.parametrize("estimator", RANDOM, ids=lambda e: type(e).__name__)
@@ -83,14 +93,25 @@ class TestRandomMethods:
         _, pullback = estimator.respond(problem.step, state, problem.lam, carry)
         one, two = mo.tree.map(torch.sin, state.w), mo.tree.map(torch.cos, state.w)
         both = pullback(mo.tree.add(mo.tree.scale(2.0, one), two)).lam
-        torch.testing.assert_close(flat(both), 2 * flat(pullback(one).lam) + flat(pullback(two).lam), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            flat(both), 2 * flat(pullback(one).lam) + flat(pullback(two).lam), rtol=1e-9, atol=1e-12
+        )
         assert flat(both).abs().max() > 0
 
     @pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
     def test_every_optimiser_and_online(self, estimator, case):
         problem = small_problem(case.make())
         assert mo.tree.is_finite(gradient(problem, estimator).total)
-        args = (problem.step, problem.outer, problem.w, problem.lam, problem.batches, [None] * 4, estimator, lambda p: torch.optim.SGD(p, lr=1e-3))
+        args = (
+            problem.step,
+            problem.outer,
+            problem.w,
+            problem.lam,
+            problem.batches,
+            [None] * 4,
+            estimator,
+            lambda p: torch.optim.SGD(p, lr=1e-3),
+        )
         if estimator.online:
             assert len([r for r in mo.online(*args) if r.hypergradient is not None]) == 4
         else:
@@ -103,14 +124,18 @@ class TestRandomMethods:
         def noisy(w, lam, x):
             return (torch.nn.functional.dropout(x, 0.5) @ (w["a"] - lam["target"])).pow(2).sum() + w["b"].sum()
 
-        problem = problem._replace(step=mo.inner_step(noisy, mo.inner.SGD(lr=0.1)))
+        problem = problem._replace(step=mo.inner_step(noisy, mo.optim.SGD(lr=0.1)))
         torch.manual_seed(5)
         plain = problem.step.init(problem.w, problem.lam)
         for batch in problem.batches:
             plain = problem.step(plain, problem.lam, batch)
         after = torch.get_rng_state()
         torch.manual_seed(5)
-        with pytest.warns(mo.UnusedHyperparameterWarning) if isinstance(estimator, mo.EvoGrad) else contextlib.nullcontext():
+        with (
+            pytest.warns(mo.UnusedHyperparameterWarning)
+            if isinstance(estimator, mo.EvoGrad)
+            else contextlib.nullcontext()
+        ):
             hg = gradient(problem, estimator)
         assert torch.equal(flat(hg.state.w), flat(plain.w))
         assert torch.equal(after, torch.get_rng_state())
@@ -118,9 +143,11 @@ class TestRandomMethods:
 
 # -- unbiased methods ----------------------------------------------------------------------------
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("estimator", [mo.ForwardGradient(), mo.ForwardGradient(noise="gaussian"), mo.UORO()], ids=lambda e: repr(e)[:40])
+@pytest.mark.parametrize(
+    "estimator", [mo.ForwardGradient(), mo.ForwardGradient(noise="gaussian"), mo.UORO()], ids=lambda e: repr(e)[:40]
+)
 def test_mean_is_the_exact_gradient(estimator, momentum):
-    problem = small_problem(mo.inner.SGD(lr=0.05, momentum=momentum), steps=3)
+    problem = small_problem(mo.optim.SGD(lr=0.05, momentum=momentum), steps=3)
     exact = gradient(problem, mo.RMD()).total
     samples = torch.stack([flat(gradient(problem, e).total) for e in reseeded(estimator, 100)])
     within_standard_errors(samples, flat(exact))
@@ -130,13 +157,17 @@ def test_mean_is_the_exact_gradient(estimator, momentum):
 def test_directions_and_sketches_average():
     problem = small_problem()
     for one, many in ((mo.ForwardGradient(), mo.ForwardGradient(directions=16)), (mo.UORO(), mo.UORO(sketches=16))):
-        spread = [torch.stack([flat(gradient(problem, e).total) for e in reseeded(m, 6)]).std(0).norm() for m in (one, many)]
+        spread = [
+            torch.stack([flat(gradient(problem, e).total) for e in reseeded(m, 6)]).std(0).norm() for m in (one, many)
+        ]
         assert spread[1] < 0.7 * spread[0]
 
 
 def test_forward_gradient_along_one_hyperparameter_is_exact():
-    step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.1))
-    hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), t64(2.0), t64(1.0), [None] * 6, None, mo.ForwardGradient())
+    step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1))
+    hg = mo.hypergradient(
+        step, lambda w, lam, _: (w**2).sum(), t64(2.0), t64(1.0), [None] * 6, None, mo.ForwardGradient()
+    )
     torch.testing.assert_close(hg.total, 2 * (1 + 0.9**6) * (1 - 0.9 ** t64(6)))
 
 
@@ -166,13 +197,18 @@ def test_influence_balancing():
     problem = influence_balancing()
     exact = mean_over_steps(mo.RMD(), problem)
     assert exact.item() == pytest.approx(43.568, abs=1e-3)
-    for estimator, expected in ((mo.PES(pairs=4, window=5, sigma=0.1), exact), (mo.TruncatedES(pairs=4, window=5, sigma=0.1), t64(6.549)[0])):
+    for estimator, expected in (
+        (mo.PES(pairs=4, window=5, sigma=0.1), exact),
+        (mo.TruncatedES(pairs=4, window=5, sigma=0.1), t64(6.549)[0]),
+    ):
         within_standard_errors(torch.stack([mean_over_steps(e, problem) for e in reseeded(estimator, 16)]), expected)
 
 
 def test_linear_response_makes_antithetic_es_unbiased():
     problem = small_problem(steps=3)
-    step = mo.inner_step(lambda w, lam, x: 0.5 * ((w["a"] - lam["target"]) ** 2).sum() + w["b"].pow(2).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(
+        lambda w, lam, x: 0.5 * ((w["a"] - lam["target"]) ** 2).sum() + w["b"].pow(2).sum(), mo.optim.SGD(lr=0.1)
+    )
     problem = problem._replace(step=step, outer=lambda w, lam, _: (w["a"] ** 2).sum() + lam["decay"].sum())
     exact = flat(gradient(problem, mo.RMD()).total)
     for estimator in (mo.AntitheticES(), mo.NRES(), mo.PES(window=1), mo.PES(window=2)):
@@ -192,13 +228,20 @@ def test_es_formulas():
         return problem.outer(state.w, lam, None)
 
     expected = flat(eps) * (final(1) - final(-1)) / (2 * sigma)
-    for estimator in (mo.AntitheticES(sigma=sigma), mo.NRES(sigma=sigma), mo.PES(sigma=sigma, window=3), mo.TruncatedES(sigma=sigma, window=3)):
+    for estimator in (
+        mo.AntitheticES(sigma=sigma),
+        mo.NRES(sigma=sigma),
+        mo.PES(sigma=sigma, window=3),
+        mo.TruncatedES(sigma=sigma, window=3),
+    ):
         torch.testing.assert_close(flat(gradient(problem, estimator).total), expected, rtol=1e-10, atol=0)
 
 
 def test_es_through_a_loop_that_cannot_be_differentiated():
     """Weights on a grid: rounding has derivative zero, the response is 1 on every larger scale."""
-    step = mo.custom_step(lambda state, lam, _: mo.InnerState(torch.round(64 * (state.w + 0.25 * (lam - state.w))) / 64))
+    step = mo.custom_step(
+        lambda state, lam, _: mo.InnerState(torch.round(64 * (state.w + 0.25 * (lam - state.w))) / 64)
+    )
 
     def accuracy_like(w, lam, _):
         return (w > 0.4).to(F64).mean() + w.mean()
@@ -207,7 +250,14 @@ def test_es_through_a_loop_that_cannot_be_differentiated():
     hg = mo.hypergradient(step, accuracy_like, w, lam, [None] * 20, None, mo.AntitheticES(pairs=150, sigma=0.2))
     smooth = lambda x: 1 / 3 + torch.exp(-((x - 0.4) ** 2) / 0.08) / (3 * 0.2 * math.sqrt(2 * math.pi))  # noqa: E731
     torch.testing.assert_close(hg.total, smooth(lam), atol=0.35, rtol=0)
-    assert float(mo.hypergradient(step, lambda w, lam, _: w.sum() + lam.sum() * 0, w, lam, [None] * 20, None, mo.RMD()).total.abs().max()) == 0
+    assert (
+        float(
+            mo.hypergradient(step, lambda w, lam, _: w.sum() + lam.sum() * 0, w, lam, [None] * 20, None, mo.RMD())
+            .total.abs()
+            .max()
+        )
+        == 0
+    )
 
 
 def test_es_says_when_nothing_depends_on_lam():
@@ -231,7 +281,9 @@ def test_evograd_formula(noise, chunk_size):
     problem = small_problem(steps=1)
     estimator = mo.EvoGrad(copies=3, sigma=0.2, temperature=0.4, noise=noise, chunk_size=chunk_size, seed=7)
     step, w, x = problem.step, problem.w, problem.batches[0]
-    state, carry = estimator.advance(step, step.init(w, problem.lam), problem.lam, x, estimator.init(step, step.init(w, problem.lam), problem.lam))
+    state, carry = estimator.advance(
+        step, step.init(w, problem.lam), problem.lam, x, estimator.init(step, step.init(w, problem.lam), problem.lam)
+    )
     eps = estimator.perturbations(carry)
     lam = mo.tree.attach(problem.lam)
     thetas = [mo.tree.map(lambda p, e, k=k: p + e[k], w, eps) for k in range(3)]
@@ -251,12 +303,14 @@ SEEN = {2: (-0.176, -0.044, 0.003, 0.017), 10: (-0.326, -0.085, 0.000, 0.026), 1
 def test_evograd_one_dimensional_means(copies):
     """Figures 2 and 3: the 1-d problem, x ~ N(0, 1), Gaussian noise; the seen figures carry a standard error of up to 0.004 themselves."""
     draws = 250
-    step = mo.inner_step(lambda w, lam, _: (w - 1) ** 2 + lam * w**2, mo.inner.SGD(lr=0.01))
+    step = mo.inner_step(lambda w, lam, _: (w - 1) ** 2 + lam * w**2, mo.optim.SGD(lr=0.01))
     start = torch.randn(draws, generator=torch.Generator().manual_seed(11), dtype=F64)
     estimator = mo.EvoGrad(copies=copies, sigma=1.0, temperature=0.5, noise="gaussian")
     for lam, seen in zip((0.1, 0.5, 1.0, 2.0), SEEN[copies], strict=True):
         values = [
-            mo.hypergradient(step, lambda w, lam, _: (w - 0.5) ** 2, w, torch.tensor(lam, dtype=F64), [None], None, e).total
+            mo.hypergradient(
+                step, lambda w, lam, _: (w - 0.5) ** 2, w, torch.tensor(lam, dtype=F64), [None], None, e
+            ).total
             for w, e in zip(start, reseeded(estimator, draws), strict=True)
         ]
         samples = torch.stack(values)
@@ -266,7 +320,7 @@ def test_evograd_one_dimensional_means(copies):
 @pytest.mark.filterwarnings("ignore:EvoGrad. all 3 perturbed copies")  # they belong to the mean
 @pytest.mark.parametrize("noise", ["sign", "gaussian"])
 def test_small_sigma_mean_is_one_step(noise):
-    problem = small_problem(mo.inner.SGD(lr=1.0), steps=1)
+    problem = small_problem(mo.optim.SGD(lr=1.0), steps=1)
     estimator = mo.EvoGrad(copies=3, sigma=1e-4, temperature=0.05, noise=noise, unit_rate=True)
     step = problem.step
     state = step.init(problem.w, problem.lam)
@@ -285,12 +339,21 @@ def test_evograd_settings():
     assert not torch.equal(flat(part.total), flat(other.total))
     state = problem.step.init(problem.w, problem.lam)
     estimator = mo.EvoGrad(noise="gaussian", perturb=["a"], around="after")
-    new, carry = estimator.advance(problem.step, state, problem.lam, problem.batches[0], estimator.init(problem.step, state, problem.lam))
+    new, carry = estimator.advance(
+        problem.step, state, problem.lam, problem.batches[0], estimator.init(problem.step, state, problem.lam)
+    )
     assert torch.equal(carry.w["a"], new.w["a"])
     assert float(estimator.perturbations(carry)["b"].abs().max()) == 0
     with pytest.raises(ValueError, match="matches no weight"):
         gradient(problem, mo.EvoGrad(perturb=["head.*"]))
-    for bad in ({"copies": 1}, {"sigma": 0.0}, {"temperature": -1.0}, {"noise": "uniform"}, {"around": "now"}, {"chunk_size": 0}):
+    for bad in (
+        {"copies": 1},
+        {"sigma": 0.0},
+        {"temperature": -1.0},
+        {"noise": "uniform"},
+        {"around": "now"},
+        {"chunk_size": 0},
+    ):
         with pytest.raises(ValueError, match="EvoGrad"):
             mo.EvoGrad(**bad)
     custom = mo.custom_step(lambda state, lam, _: state._replace(w=state.w * lam))
@@ -299,7 +362,7 @@ def test_evograd_settings():
 
 
 def test_identical_copies_are_noticed():
-    step = mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1))
     noticed = 0
     for estimator in reseeded(mo.EvoGrad(), 16):
         args = (step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(0.5), [None], None, estimator)
@@ -319,7 +382,7 @@ def test_identical_copies_are_noticed():
 def test_meta_batch(estimator):
     """Two stacked tasks: with the methods' noise in λ, shared by the tasks, the result is the sum over tasks."""
     one = small_problem()
-    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.inner.SGD(lr=0.1))
+    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.optim.SGD(lr=0.1))
     outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]

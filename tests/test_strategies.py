@@ -20,11 +20,19 @@ SETTINGS = {"rtol": 1e-8, "atol": 1e-10}
 
 
 def gradient(problem, estimator):
-    return mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, estimator)
+    return mo.hypergradient(
+        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, estimator
+    )
 
 
 def exact_methods(T):
-    return [mo.RMD(), mo.TruncatedRMD(T), mo.RMD(mo.trajectory.Checkpointed(slots=2)), mo.RMD(mo.trajectory.Graphs()), mo.FMD()]
+    return [
+        mo.RMD(),
+        mo.TruncatedRMD(T),
+        mo.RMD(mo.trajectory.Checkpointed(slots=2)),
+        mo.RMD(mo.trajectory.Graphs()),
+        mo.FMD(),
+    ]
 
 
 @given(problem=PROBLEMS, which=st.integers(0, 4))
@@ -60,9 +68,19 @@ def test_steps_keep_their_contract(problem):
 
 @given(problem=mlp_problems(), seed=st.integers(0, 1000))
 def test_pullbacks_are_linear(problem, seed):
-    noise = torch.randn(2, vector(problem.w0).numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        2, vector(problem.w0).numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     one, two = (unvector(row, problem.w0) for row in noise)
-    for estimator in (mo.RMD(), mo.DrMAD(), mo.OneStep(), mo.HyperDistill(gamma=0.5), mo.EvoGrad(noise="gaussian"), mo.UORO(), mo.PES()):
+    for estimator in (
+        mo.RMD(),
+        mo.DrMAD(),
+        mo.OneStep(),
+        mo.HyperDistill(gamma=0.5),
+        mo.EvoGrad(noise="gaussian"),
+        mo.UORO(),
+        mo.PES(),
+    ):
         state = problem.step.init(problem.w0, problem.lam)
         carry = estimator.init(problem.step, state, problem.lam)
         for batch in problem.batches:
@@ -82,7 +100,7 @@ def test_truncation_drops_the_first_steps(problem, K):
     torch.testing.assert_close(vector(gradient(problem, mo.TruncatedRMD(K)).total), want, **SETTINGS)
 
 
-@given(problem=mlp_problems(optimizers=[mo.inner.SGD(lr=0.1)]))
+@given(problem=mlp_problems(optimizers=[mo.optim.SGD(lr=0.1)]))
 def test_first_steps_where_every_approximation_is_exact(problem):
     problem = replace(problem, batches=problem.batches[:1])
     want = reference.through_loop(problem, 1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import metaopt as mo
+from metaopt.diagnose.suggest import predicted_cost, states_held, suggest_estimator
 from metaopt.verify import cases
-from metaopt.verify.suggest import predicted_cost, states_held, suggest_estimator
 
 T, STATE = 12, 1000 * 8
 ASKED = {
@@ -22,7 +22,9 @@ ASKED = {
 
 
 def suggested(name, horizon=T):
-    return suggest_estimator(**{"horizon": horizon, "weights": 1000, "hyperparameters": 50, "slots": 0, "itemsize": 8, **ASKED[name]})
+    return suggest_estimator(
+        **{"horizon": horizon, "weights": 1000, "hyperparameters": 50, "slots": 0, "itemsize": 8, **ASKED[name]}
+    )
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -46,17 +48,20 @@ def test_the_model_is_what_is_counted(name, horizon):
 @pytest.mark.parametrize("slots", [1, 2, 3, 20])
 def test_repeated_steps_are_counted(slots):
     for horizon in range(1, 20):
-        p, estimator = cases.log_l2(horizon=horizon, size=1), mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon))
+        p, estimator = (
+            cases.log_l2(horizon=horizon, size=1),
+            mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon)),
+        )
         found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator).cost
         assert found == predicted_cost(estimator, horizon, 1)
 
 
 def test_memory_follows_the_states_held():
     def peak(estimator):
-        step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.inner.SGD(lr=0.1))
+        step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.optim.SGD(lr=0.1))
         w0, lam = torch.ones(1000, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
         problem = mo.verify.Problem("big", step, lambda w, lam, b: w.sum(), w0, lam, [None] * 30)
-        return mo.verify.costs(estimator, problem, repeats=0).expenses[0].peak_bytes
+        return mo.diagnose.costs(estimator, problem, repeats=0).expenses[0].peak_bytes
 
     few, many = (mo.RMD(mo.trajectory.Checkpointed(slots=c, horizon=30)) for c in (4, 12))
     assert peak(many) - peak(few) == (states_held(many, 30, 1) - states_held(few, 30, 1)) * STATE

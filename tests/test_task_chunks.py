@@ -46,7 +46,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("wrap", [mo.meta.stacked, mo.meta.looped], ids=["stacked", "looped"])
 @pytest.mark.parametrize("case", ESTIMATORS, ids=[case.name for case in ESTIMATORS])
 def test_every_estimator(case, wrap):
-    step, outer_loss, *rest = problem(mo.inner.SGD(lr=0.1, momentum=0.9), wrap)
+    step, outer_loss, *rest = problem(mo.optim.SGD(lr=0.1, momentum=0.9), wrap)
     whole = run(step, outer_loss, rest, case.make(T))
     for chunk_size in (1, 2, 7):
         parts = run(*mo.meta.in_task_chunks(step, outer_loss, chunk_size), rest, case.make(T))
@@ -58,17 +58,21 @@ def test_every_estimator(case, wrap):
 @pytest.mark.parametrize("case", PLAIN, ids=[case.name for case in PLAIN])
 def test_every_optimiser(case):
     optimizer = case.make()
-    step, outer_loss, *rest = problem(optimizer if optimizer.elementwise else mo.inner.PerTask(optimizer))
-    whole, parts = (run(*pair, rest, mo.RMD()) for pair in ((step, outer_loss), mo.meta.in_task_chunks(step, outer_loss, 2)))
+    step, outer_loss, *rest = problem(optimizer if optimizer.elementwise else mo.optim.PerTask(optimizer))
+    whole, parts = (
+        run(*pair, rest, mo.RMD()) for pair in ((step, outer_loss), mo.meta.in_task_chunks(step, outer_loss, 2))
+    )
     assert_equal(parts.total, whole.total)
     assert_equal(parts.init, whole.init)
 
 
 def test_online():
-    step, outer_loss, w0, lam, batches, outer_batch = problem(mo.inner.Adam(lr=0.1))
+    step, outer_loss, w0, lam, batches, outer_batch = problem(mo.optim.Adam(lr=0.1))
     found = []
     for pair in ((step, outer_loss), mo.meta.in_task_chunks(step, outer_loss, 2)):
-        reports = mo.online(*pair, w0, lam, batches, [outer_batch] * T, mo.HyperDistill(gamma=0.9), lambda p: torch.optim.SGD(p, lr=0.1))
+        reports = mo.online(
+            *pair, w0, lam, batches, [outer_batch] * T, mo.HyperDistill(gamma=0.9), lambda p: torch.optim.SGD(p, lr=0.1)
+        )
         found.append([report.lam for report in reports][-1])
     assert_equal(*found)
 
@@ -82,7 +86,7 @@ def test_one_chunk_of_graphs_at_a_time():
     def inner(w, lam, batch):
         return ((torch.tanh(batch[0] @ lam) @ w - batch[1]) ** 2).mean()
 
-    step, outer_loss = mo.inner_step(mo.meta.stacked(inner), mo.inner.SGD(lr=0.1)), mo.meta.stacked(inner)
+    step, outer_loss = mo.inner_step(mo.meta.stacked(inner), mo.optim.SGD(lr=0.1)), mo.meta.stacked(inner)
 
     def peak(step, outer_loss):
         return peak_bytes(lambda: mo.hypergradient(step, outer_loss, w0, lam, [data] * 3, data, mo.RMD()))
@@ -91,9 +95,11 @@ def test_one_chunk_of_graphs_at_a_time():
 
 
 def test_bad_input():
-    step, outer_loss, *rest = problem(mo.inner.SGD(lr=0.1))
+    step, outer_loss, *rest = problem(mo.optim.SGD(lr=0.1))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         mo.meta.in_task_chunks(step, outer_loss, 0)
     rest[2] = [(x, y[0]) for x, y in rest[2]]
-    with pytest.raises(ValueError, match=r"5 tasks has them on the first axis of every tensor, but one has shape \(4, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"5 tasks has them on the first axis of every tensor, but one has shape \(4, 1\)"
+    ):
         run(*mo.meta.in_task_chunks(step, outer_loss, 2), rest, mo.RMD())

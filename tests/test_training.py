@@ -11,7 +11,19 @@ import pytest
 import torch
 
 import metaopt as mo
-from metaopt.meta import FOMAML, Checkpoint, Fixed, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, SizeWarning, replicated, stacked
+from metaopt.meta import (
+    FOMAML,
+    Checkpoint,
+    Fixed,
+    HyperSteps,
+    MetaTask,
+    MetaTraining,
+    Outer,
+    Reptile,
+    SizeWarning,
+    replicated,
+    stacked,
+)
 
 F64 = torch.float64
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -25,7 +37,7 @@ def linear(w, lam, batch):
     return (w * batch).sum()
 
 
-STEP = mo.inner_step(quadratic, mo.inner.SGD(lr=0.5))
+STEP = mo.inner_step(quadratic, mo.optim.SGD(lr=0.5))
 
 
 # -- the outer optimiser -------------------------------------------------------------------------
@@ -81,7 +93,11 @@ def test_state_dict_resumes_exactly():
         return outer
 
     def fresh():
-        return Outer(torch.ones(2, dtype=F64), functools.partial(torch.optim.Adam, lr=0.1), scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o))
+        return Outer(
+            torch.ones(2, dtype=F64),
+            functools.partial(torch.optim.Adam, lr=0.1),
+            scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o),
+        )
 
     first = drive(fresh(), 3)
     resumed = fresh()
@@ -92,7 +108,11 @@ def test_state_dict_resumes_exactly():
 # -- online --------------------------------------------------------------------------------------
 def test_online_is_the_hand_written_loop():
     """w_t with the old λ, then the 1-step hypergradient at (w_t, λ), then the update: α B = c · 0.5 for this problem."""
-    w, lam, cs = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64), [torch.full((1,), float(t), dtype=F64) for t in range(1, 6)]
+    w, lam, cs = (
+        torch.zeros(1, dtype=F64),
+        torch.ones(1, dtype=F64),
+        [torch.full((1,), float(t), dtype=F64) for t in range(1, 6)],
+    )
     reports = list(mo.online(STEP, linear, w, lam, [None] * 5, cs, mo.OneStep(), sgd))
     for report, c in zip(reports, cs, strict=True):
         w = w - 0.5 * (w - lam)
@@ -103,9 +123,24 @@ def test_online_is_the_hand_written_loop():
     assert [report.t for report in reports] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("when", "due"), [(HyperSteps(), [1, 2, 3, 4, 5, 6]), (HyperSteps(every=2), [2, 4, 6]), (HyperSteps(last=2), [5, 6])])
+@pytest.mark.parametrize(
+    ("when", "due"),
+    [(HyperSteps(), [1, 2, 3, 4, 5, 6]), (HyperSteps(every=2), [2, 4, 6]), (HyperSteps(last=2), [5, 6])],
+)
 def test_hyper_steps_come_when_they_are_due(when, due):
-    reports = list(mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None] * 6, [torch.ones(1)] * 6, mo.OneStep(), sgd, hyper_steps=when))
+    reports = list(
+        mo.online(
+            STEP,
+            linear,
+            torch.zeros(1),
+            torch.ones(1),
+            [None] * 6,
+            [torch.ones(1)] * 6,
+            mo.OneStep(),
+            sgd,
+            hyper_steps=when,
+        )
+    )
     assert [r.t for r in reports if r.hypergradient is not None] == due
     assert all((r.outer_loss is not None) == (r.t in due) for r in reports)
 
@@ -122,10 +157,23 @@ def test_hyper_steps_come_when_they_are_due(when, due):
 )
 def test_a_size_of_its_own_is_spoken_of_where_the_outer_step_is_proportional_to_it(estimator, optimizer, warned):
     def run():
-        args = (STEP, linear, torch.zeros(2), torch.ones(2), [None] * 3, [torch.ones(2)] * 3, estimator, functools.partial(optimizer, lr=0.1))
+        args = (
+            STEP,
+            linear,
+            torch.zeros(2),
+            torch.ones(2),
+            [None] * 3,
+            [torch.ones(2)] * 3,
+            estimator,
+            functools.partial(optimizer, lr=0.1),
+        )
         return list(mo.online(*args))
 
-    with pytest.warns(SizeWarning, match=r"EvoGrad.*proportional.*unit_rate=True") if warned else contextlib.nullcontext() as caught:
+    with (
+        pytest.warns(SizeWarning, match=r"EvoGrad.*proportional.*unit_rate=True")
+        if warned
+        else contextlib.nullcontext() as caught
+    ):
         run()
     assert caught is None or len(caught) == 1  # once a run
 
@@ -135,8 +183,12 @@ def test_a_size_of_its_own_is_spoken_of_where_the_outer_step_is_proportional_to_
 @pytest.mark.parametrize("when", [HyperSteps(), HyperSteps(every=2)], ids=["every step", "every second step"])
 def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
     """``B = 0.5 diag(w*)`` for the loss ``½|w|² - λ·|w|²/2``; w* the γ-weighted mean of all weights before the step, λ moving between the steps."""
-    step = mo.inner_step(lambda w, lam, _: 0.5 * ((1 - lam) * w * w).sum(), mo.inner.SGD(lr=0.5))
-    w, lam, c = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([0.3, 0.2], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64)
+    step = mo.inner_step(lambda w, lam, _: 0.5 * ((1 - lam) * w * w).sum(), mo.optim.SGD(lr=0.5))
+    w, lam, c = (
+        torch.tensor([1.0, -2.0], dtype=F64),
+        torch.tensor([0.3, 0.2], dtype=F64),
+        torch.tensor([1.0, 0.5], dtype=F64),
+    )
     estimator = mo.HyperDistill(gamma=gamma, theta=0.7, pi=pi)
     past = []
     for report in mo.online(step, linear, w, lam, [None] * 6, [c] * 6, estimator, sgd, hyper_steps=when):
@@ -155,7 +207,9 @@ def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
 
 def test_truncated_online_uses_the_lam_of_each_step():
     """Each B_t of this problem is 0.5 whatever λ, A = 0.5: two steps give α (B + B A) = 0.75, although λ moved between them."""
-    reports = list(mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None] * 4, [torch.ones(1)] * 4, mo.TruncatedRMD(2), sgd))
+    reports = list(
+        mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None] * 4, [torch.ones(1)] * 4, mo.TruncatedRMD(2), sgd)
+    )
     assert [round(r.hypergradient.total.item(), 6) for r in reports] == [0.5, 0.75, 0.75, 0.75]
 
 
@@ -189,11 +243,13 @@ def outer(w, lam, target):
 
 
 @pytest.mark.parametrize(
-    "estimator", [mo.OneStep(), mo.RMD(), mo.DrMAD(), mo.HyperDistill(gamma=0.5, example_axis=1)], ids=lambda e: type(e).__name__
+    "estimator",
+    [mo.OneStep(), mo.RMD(), mo.DrMAD(), mo.HyperDistill(gamma=0.5, example_axis=1)],
+    ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("initialisation", [Reptile(0.5), FOMAML(0.01), Fixed()], ids=lambda i: type(i).__name__)
 def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
-    step = mo.inner_step(stacked(inner), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, stacked(outer), estimator, 4, initialisation=initialisation, calibration_period=10)
     state = Outer(torch.zeros(2, dtype=F64), sgd)
     reports = list(training.runs(torch.zeros(2, dtype=F64), state, task_of, 15))
@@ -204,7 +260,7 @@ def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
 
 
 def test_offline_meta_training_is_one_exact_hypergradient_per_run():
-    step = mo.inner_step(stacked(inner), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, stacked(outer), mo.RMD(), 4)
     lam, phi = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
     (report,) = training.runs(phi, Outer(lam, sgd), task_of, 1)
@@ -220,9 +276,12 @@ def test_calibration_happens_when_it_is_due():
         asked.append(run)
         return task_of(run)
 
-    step = mo.inner_step(stacked(inner), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, stacked(outer), mo.HyperDistill(gamma=0.5, example_axis=1), 4, calibration_period=2)
-    thetas = [r.estimator.theta for r in training.runs(torch.zeros(2, dtype=F64), Outer(torch.zeros(2, dtype=F64), sgd), tasks, 4)]
+    thetas = [
+        r.estimator.theta
+        for r in training.runs(torch.zeros(2, dtype=F64), Outer(torch.zeros(2, dtype=F64), sgd), tasks, 4)
+    ]
     assert asked == [0, 1, 2, -2, 3, 4]
     assert thetas[0] == thetas[1] != thetas[2] == thetas[3]
 
@@ -244,12 +303,25 @@ def trained(path, stop_after=None):
     def inner_loss(w, lam, batch):
         return ((w - batch).tanh().square().sum(-1) * lam.exp().sum()).mean()
 
-    step = mo.inner_step(stacked(inner_loss), mo.inner.SGD(lr=0.3, momentum=0.9))
-    outer = Outer(torch.zeros(2, dtype=F64), functools.partial(torch.optim.Adam, lr=0.1), scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o))
-    training = MetaTraining(step, stacked(inner_loss), mo.HyperDistill(0.9, example_axis=1), 4, initialisation=Reptile(0.5), calibration_period=2)
+    step = mo.inner_step(stacked(inner_loss), mo.optim.SGD(lr=0.3, momentum=0.9))
+    outer = Outer(
+        torch.zeros(2, dtype=F64),
+        functools.partial(torch.optim.Adam, lr=0.1),
+        scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o),
+    )
+    training = MetaTraining(
+        step,
+        stacked(inner_loss),
+        mo.HyperDistill(0.9, example_axis=1),
+        4,
+        initialisation=Reptile(0.5),
+        calibration_period=2,
+    )
     resume = Checkpoint.load(path) if path is not None and path.exists() else None
     losses = list(resume.notes) if resume else []
-    for report in training.runs(torch.ones(3, dtype=F64), outer, lambda run: MetaTask([data[run]] * 4, [data[run - 1]] * 4, 4), 5, resume=resume):
+    for report in training.runs(
+        torch.ones(3, dtype=F64), outer, lambda run: MetaTask([data[run]] * 4, [data[run - 1]] * 4, 4), 5, resume=resume
+    ):
         losses += report.outer_losses
         if path is not None:
             report.checkpoint(outer, losses).save(path)

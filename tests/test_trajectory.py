@@ -32,7 +32,7 @@ def problem(dropout=False, seed=0):
         return (model(mo.merge(w, lam["body"]), batch[0]) - batch[1]).pow(2).mean()
 
     lam = {"body": body, "lr": torch.tensor(0.05, dtype=torch.float64)}
-    step = mo.inner_step(loss, mo.inner.SGD(lr=lambda lam, t: lam["lr"], momentum=0.9))
+    step = mo.inner_step(loss, mo.optim.SGD(lr=lambda lam, t: lam["lr"], momentum=0.9))
 
     def batch(t):
         g = torch.Generator().manual_seed(1000 * seed + t)
@@ -178,10 +178,12 @@ def test_a_step_that_cannot_be_replayed_is_named():
     def loss(w, lam, batch):
         return ((w - lam * (1 + 0.1 * (next(draws) == 5))) ** 2).sum()
 
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     w, lam = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="step 6: run again"):
-        mo.hypergradient(step, lambda w, lam, b: w.sum(), w, lam, [0] * 8, 0, mo.RMD(mo.trajectory.Checked(mo.trajectory.Full())))
+        mo.hypergradient(
+            step, lambda w, lam, b: w.sum(), w, lam, [0] * 8, 0, mo.RMD(mo.trajectory.Checked(mo.trajectory.Full()))
+        )
     with pytest.raises(ValueError, match="nothing to check"):
         mo.trajectory.Checked(mo.trajectory.Interpolated())
 
@@ -245,7 +247,7 @@ def by_transform(w, lam, x):
 def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
     """What autograd saves, or (where that cannot be seen) what is alive: a little more, as some of it is saved by nobody."""
     w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
-    step = mo.inner_step(by_transform, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(by_transform, mo.optim.SGD(lr=0.1))
     args = step, lambda w, lam, _: w.sum(), w, lam, xs, None
     exact = mo.hypergradient(*args, mo.RMD()).total
     assert bool(exact != 0)
@@ -303,19 +305,32 @@ def test_drmad_without_a_step():
 def test_drmads_graphs_are_made_one_by_one(why, monkeypatch):
     points, T = Points(monkeypatch), 12
     rows, columns = (5000, 3) if why == "a big graph" else (4, 1000 if why == "a big state" else 3)
-    w, lam, xs = torch.randn(columns).double() / columns, torch.tensor(0.5).double(), [torch.randn(rows, columns).double() for _ in range(T)]
+    w, lam, xs = (
+        torch.randn(columns).double() / columns,
+        torch.tensor(0.5).double(),
+        [torch.randn(rows, columns).double() for _ in range(T)],
+    )
 
     def loss(w, lam, x):
         return lam * (x @ w).sin().pow(2).mean() + w.pow(2).sum()
 
     adjoint = mo.inner.ForwardOverReverse() if why == "another mode" else mo.inner.ReverseOverReverse()
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), adjoint=adjoint, compile="aot_eager" if why == "compiled" else False)
+    step = mo.inner_step(
+        loss, mo.optim.SGD(lr=0.1), adjoint=adjoint, compile="aot_eager" if why == "compiled" else False
+    )
     if why == "no InnerStep":
-        step = mo.custom_step(lambda s, lam, x: s._replace(w=s.w - 0.1 * torch.autograd.grad(loss(s.w, lam, x), s.w, create_graph=True)[0]))
+        step = mo.custom_step(
+            lambda s, lam, x: s._replace(
+                w=s.w - 0.1 * torch.autograd.grad(loss(s.w, lam, x), s.w, create_graph=True)[0]
+            )
+        )
     args = lambda w, lam, _: w.sum(), w, lam, xs, None, mo.DrMAD()
     found = mo.hypergradient(step, *args).total
-    assert points.counts == {"a big graph": [1], "another mode": [None], "compiled": [None], "no InnerStep": [], "a big state": []}[why]
-    plain = mo.hypergradient(mo.inner_step(loss, mo.inner.SGD(lr=0.1)), *args).total
+    assert (
+        points.counts
+        == {"a big graph": [1], "another mode": [None], "compiled": [None], "no InnerStep": [], "a big state": []}[why]
+    )
+    plain = mo.hypergradient(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), *args).total
     torch.testing.assert_close(found, plain, rtol=1e-10, atol=0)
 
 
@@ -323,7 +338,10 @@ def test_big_states_are_copied_into_rows():
     rows = mo.trajectory.Rows()
     states = [mo.InnerState({"a": torch.randn(200, 100), "n": 3}, {"momentum": torch.randn(7)}, t) for t in range(20)]
     kept = [rows.put(state) for state in states]
-    assert all(identical(a.w["a"], b.w["a"]) and identical(a.slots, b.slots) and a.t == b.t for a, b in zip(kept, states, strict=True))
+    assert all(
+        identical(a.w["a"], b.w["a"]) and identical(a.slots, b.slots) and a.t == b.t
+        for a, b in zip(kept, states, strict=True)
+    )
     assert len({state.w["a"].untyped_storage().data_ptr() for state in kept}) == 2
     small = mo.InnerState(torch.ones(3))
     assert rows.put(small) is small
@@ -340,11 +358,15 @@ def test_a_place_is_written_over():
     assert mo.trajectory.Place().put(small) is small
 
 
-@pytest.mark.parametrize(("numbers", "dtype"), [(3, torch.float64), (3, torch.float32), (3, torch.bfloat16), (20_000, torch.float32)])
+@pytest.mark.parametrize(
+    ("numbers", "dtype"), [(3, torch.float64), (3, torch.float32), (3, torch.bfloat16), (20_000, torch.float32)]
+)
 def test_the_straight_line_however_many_states_are_made_at_once(numbers, dtype):
     def state(t):
         return mo.InnerState(
-            {"a": torch.randn(numbers, dtype=dtype), "b": torch.randn((), dtype=dtype)}, {"count": torch.tensor(t), "m": torch.randn(2)}, t
+            {"a": torch.randn(numbers, dtype=dtype), "b": torch.randn((), dtype=dtype)},
+            {"count": torch.tensor(t), "m": torch.randn(2)},
+            t,
         )
 
     first, last, T = state(5), state(40), 35
@@ -355,5 +377,7 @@ def test_the_straight_line_however_many_states_are_made_at_once(numbers, dtype):
         expected = tree.lerp(first._replace(t=0), last._replace(t=0), (point.t - 5) / T)
         for mine, theirs in zip(tree.floats(point), tree.floats(expected), strict=True):
             assert mine.dtype == theirs.dtype
-            torch.testing.assert_close(mine, theirs, rtol=1e-15 if dtype == torch.float64 and mine.dtype == dtype else 1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                mine, theirs, rtol=1e-15 if dtype == torch.float64 and mine.dtype == dtype else 1e-6, atol=1e-6
+            )
     assert len(list(straight_line(first, last, 1))) == 1

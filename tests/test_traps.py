@@ -52,7 +52,7 @@ def scalar_problem(out):
     """λ scales what ``out(w, x)`` gives; weights (4, 3)."""
     g = torch.Generator().manual_seed(0)
     w0, xs = torch.randn(4, 3, dtype=F64, generator=g), [torch.randn(5, 4, dtype=F64, generator=g) for _ in range(T)]
-    step = mo.inner_step(lambda w, lam, x: (lam * out(w, x)).pow(2).mean(), mo.inner.SGD(lr=0.1, momentum=0.5))
+    step = mo.inner_step(lambda w, lam, x: (lam * out(w, x)).pow(2).mean(), mo.optim.SGD(lr=0.1, momentum=0.5))
     return step, lambda w, lam, _: w.pow(3).sum(), w0, torch.tensor(0.7, dtype=F64), xs
 
 
@@ -67,7 +67,9 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("mode", [mo.inner.ReverseOverReverse(), mo.inner.ForwardOverReverse()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "mode", [mo.inner.ReverseOverReverse(), mo.inner.ForwardOverReverse()], ids=lambda m: type(m).__name__
+)
 @pytest.mark.parametrize("name", WITHOUT)
 @pytest.mark.filterwarnings("ignore:forward over reverse is impossible")
 def test_no_second_derivative_is_an_error(name, mode):
@@ -102,7 +104,7 @@ def test_an_operation_that_is_differentiable_once_is_an_error(name, kind):
 
     _, outer, w0, lam, xs = scalar_problem(lambda w, x: x @ w)
     mode = mo.inner.ForwardOverReverse() if kind == "mixed" else mo.inner.ReverseOverReverse()
-    step = mo.custom_step(by_hand) if kind == "custom" else mo.inner_step(loss, mo.inner.SGD(lr=0.1), adjoint=mode)
+    step = mo.custom_step(by_hand) if kind == "custom" else mo.inner_step(loss, mo.optim.SGD(lr=0.1), adjoint=mode)
     with pytest.raises(RuntimeError, match="differentiable once only"):
         mo.hypergradient(step, outer, w0, lam, xs, None, ONCE[name])
 
@@ -110,7 +112,9 @@ def test_an_operation_that_is_differentiable_once_is_an_error(name, kind):
 @pytest.mark.parametrize("train", [True, False])
 def test_transformer_layers(train):
     """torch's own layer runs fused kernels: an error; with the composed ones it is right."""
-    net = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.2 * train, batch_first=True).double().train(train)
+    net = (
+        nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.2 * train, batch_first=True).double().train(train)
+    )
     model = mo.functional(net)
     w0, lam = mo.partition(model.params, ["self_attn*"])
     xs, y = [torch.randn(2, 3, 4, dtype=F64) for _ in range(T)], torch.randn(2, 3, 4, dtype=F64)
@@ -118,7 +122,7 @@ def test_transformer_layers(train):
     def loss(w, lam, x):
         return (model(mo.merge(w, lam), x) - y).pow(2).mean()
 
-    step, outer = mo.inner_step(loss, mo.inner.SGD(lr=0.1)), lambda w, lam, _: tree.norm(w)
+    step, outer = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), lambda w, lam, _: tree.norm(w)
     if not train:  # (in training, dropout keeps this CPU from the fused kernel)
         with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*SDPBackend\.MATH"):
             mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
@@ -132,7 +136,9 @@ FALL_BACK = {
     "mse, a target that is closed over": lambda w, x: F.mse_loss((x @ w).tanh(), torch.ones(5, 3, dtype=F64)),
     "GroupNorm": lambda w, x: F.group_norm(x @ torch.cat([w, w.tanh()], 1), 3).pow(3),
     "SiLU": lambda w, x: F.silu(x @ w),
-    "grid_sample": lambda w, x: F.grid_sample(w.view(1, 1, 4, 3), x[:4, :2].reshape(1, 2, 2, 2).tanh(), align_corners=False),
+    "grid_sample": lambda w, x: F.grid_sample(
+        w.view(1, 1, 4, 3), x[:4, :2].reshape(1, 2, 2, 2).tanh(), align_corners=False
+    ),
 }
 
 
@@ -158,13 +164,16 @@ def test_spectral_norm_is_differentiated_through_its_power_iterations(conv, trai
     def loss(w, lam, x):
         return (lam * model(w, x)).tanh().pow(2).mean()
 
-    step, outer = mo.inner_step(loss, mo.inner.SGD(lr=1.0)), lambda w, lam, _: w[name].pow(3).sum()
+    step, outer = mo.inner_step(loss, mo.optim.SGD(lr=1.0)), lambda w, lam, _: w[name].pow(3).sum()
     w0 = {k: p + 0.3 * torch.randn_like(p) for k, p in model.params.items()}  # far from what u and v were fitted to
     lam = torch.tensor(0.7, dtype=F64)
     hg = mo.hypergradient(step, outer, w0, lam, [x] * T, None, mo.RMD())
     assert torch.allclose(hg.total, slope(step, outer, w0, lam, [x] * T), rtol=1e-7)
     direction = torch.randn_like(w0[name])
-    ends = [mo.hypergradient(step, outer, {**w0, name: w0[name] + h * direction}, lam, [x] * T, None, mo.RMD()).outer_loss for h in (1e-5, -1e-5)]
+    ends = [
+        mo.hypergradient(step, outer, {**w0, name: w0[name] + h * direction}, lam, [x] * T, None, mo.RMD()).outer_loss
+        for h in (1e-5, -1e-5)
+    ]
     assert torch.allclose((hg.init[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
 
 
@@ -174,7 +183,9 @@ def test_spectral_norm_keeps_its_values():
     out, buffers = model.with_buffers(model.params, model.buffers, x)
     assert torch.equal(out, net(x))  # moves the module's u and v …
     assert all(torch.equal(b, buffers[k]) for k, b in net.named_buffers())  # … to what with_buffers returned
-    assert not torch.equal(model.eval()(model.params, x), mo.functional(net).eval()(model.params, x))  # … and this one's stay
+    assert not torch.equal(
+        model.eval()(model.params, x), mo.functional(net).eval()(model.params, x)
+    )  # … and this one's stay
     with pytest.raises(ValueError, match=r"parametrizations\.spectral_norm"):
         mo.functional(nn.utils.spectral_norm(nn.Linear(2, 2)))
 
@@ -185,12 +196,14 @@ def test_recomputing_does_not_move_running_statistics():
     model = mo.functional(net)
     w0, lam = mo.partition(model.params, ["3.*"])
     captured = {k: v.clone() for k, v in model.buffers.items()}
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     assert agrees(step, lambda w, lam, _: step.inner_loss(w, lam, xs[0]), w0, lam, xs)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(torch.equal(v, captured[k]) for k, v in model.buffers.items())
-    assert torch.equal(model(model.params, xs[0]), net(xs[0]))  # with statistics left out, the output is the same to the bit
+    assert torch.equal(
+        model(model.params, xs[0]), net(xs[0])
+    )  # with statistics left out, the output is the same to the bit
 
 
 # -- vmap --------------------------------------------------------------------------------------------
@@ -208,17 +221,23 @@ def test_captured_running_statistics_under_vmap():
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_dropout_in_a_stacked_problem_is_replayed(randomness, chunk_size):
     model = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 1)).double())
-    loss = mo.meta.stacked(lambda w, lam, x: lam * model(w, x).pow(2).mean(), chunk_size=chunk_size, randomness=randomness)
+    loss = mo.meta.stacked(
+        lambda w, lam, x: lam * model(w, x).pow(2).mean(), chunk_size=chunk_size, randomness=randomness
+    )
     xs = [torch.randn(2, 5, 4, dtype=F64) for _ in range(T)]
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1))
-    assert agrees(step, lambda w, lam, _: tree.norm(w), mo.meta.replicated(model.params, 2), torch.tensor(0.7, dtype=F64), xs)
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
+    assert agrees(
+        step, lambda w, lam, _: tree.norm(w), mo.meta.replicated(model.params, 2), torch.tensor(0.7, dtype=F64), xs
+    )
 
 
 def test_dropout_in_a_stacked_problem_must_say_how_it_is_random():
     loss = mo.meta.stacked(lambda w, lam, x: lam * F.dropout(w * x).sum(), randomness="error")
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     with pytest.raises(RuntimeError, match="randomness"):
-        mo.hypergradient(step, loss, torch.ones(2, 3), torch.tensor(1.0), [torch.ones(2, 3)], torch.ones(2, 3), mo.RMD())
+        mo.hypergradient(
+            step, loss, torch.ones(2, 3), torch.tensor(1.0), [torch.ones(2, 3)], torch.ones(2, 3), mo.RMD()
+        )
 
 
 # -- checkpoints and compiled functions inside a loss ------------------------------------------------
@@ -230,7 +249,11 @@ class Checkpointing(nn.Module):
 
     def __init__(self, inside):
         super().__init__()
-        self.body, self.head, self.inside = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 6), inside
+        self.body, self.head, self.inside = (
+            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)),
+            nn.Linear(6, 6),
+            inside,
+        )
 
     def forward(self, x):
         return self.head(checkpoint(self.body, x, use_reentrant=False) if self.inside else self.body(x))
@@ -241,7 +264,7 @@ def test_torch_checkpoint_inside_a_module_is_refused(weights):
     """Silently wrong in peers: all shapes are equal here, so torch itself would not notice."""
     model = mo.functional(Checkpointing(inside=True).double())
     w0, lam = mo.partition(model.params, [weights])
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     x = torch.randn(5, 6, dtype=F64)
     with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint inside a module.*put it around the whole call"):
         mo.hypergradient(step, step.inner_loss, w0, lam, [x] * T, x, mo.RMD())
@@ -256,7 +279,7 @@ def test_torch_checkpoint_around_a_call_is_exact(mode):
     def loss(w, lam, x):
         return checkpoint(model, mo.merge(w, lam), x, use_reentrant=False).pow(2).mean()
 
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.1), adjoint=mode)
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), adjoint=mode)
     assert agrees(step, lambda w, lam, _: tree.norm(w), w0, lam, [torch.randn(5, 6, dtype=F64) for _ in range(T)])
 
 
@@ -282,10 +305,12 @@ def test_a_compiled_callee_of_lam_alone_is_right(mode):
     """Differentiated once: works, and mixed mode must not drop its tangent."""
     compiled = torch.compile(lambda lam, x: (x @ lam).tanh(), backend="aot_eager")
     w0, lam = torch.randn(3, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
-    step = mo.inner_step(lambda w, lam, x: (compiled(lam, x) @ w).pow(3).mean(), mo.inner.SGD(lr=0.1), adjoint=mode)
-    plain = mo.inner_step(lambda w, lam, x: ((x @ lam).tanh() @ w).pow(3).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: (compiled(lam, x) @ w).pow(3).mean(), mo.optim.SGD(lr=0.1), adjoint=mode)
+    plain = mo.inner_step(lambda w, lam, x: ((x @ lam).tanh() @ w).pow(3).mean(), mo.optim.SGD(lr=0.1))
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
-    got, expected = (mo.hypergradient(s, lambda w, lam, _: w.pow(2).sum(), w0, lam, xs, None, mo.RMD()).total for s in (step, plain))
+    got, expected = (
+        mo.hypergradient(s, lambda w, lam, _: w.pow(2).sum(), w0, lam, xs, None, mo.RMD()).total for s in (step, plain)
+    )
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12) and got.abs().max() > 1e-6
 
 
@@ -294,7 +319,7 @@ def test_the_inner_gradient_is_taken_with_respect_to_the_weights_alone(monkeypat
     """Where λ sits in the same module, differentiating with respect to it as well at every step costs O(T²) in peers."""
     model = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double())
     w0, lam = mo.partition(model.params, ["2.*"])
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     asked = []
     for where, name in ((torch.autograd, "grad"), (_engine, "products")):
         real = getattr(where, name)
@@ -306,17 +331,19 @@ def test_the_inner_gradient_is_taken_with_respect_to_the_weights_alone(monkeypat
         monkeypatch.setattr(where, name, noted)
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     mo.hypergradient(step, step.inner_loss, w0, lam, xs, xs[0], mo.RMD())
-    assert asked == [2] * T + [4] + [2, 4] * T  # T gradients; the outer loss's; in the sweep a gradient and a contraction each
+    assert (
+        asked == [2] * T + [4] + [2, 4] * T
+    )  # T gradients; the outer loss's; in the sweep a gradient and a contraction each
 
 
 def test_another_number_of_threads_is_named_as_a_cause():
     """Sums are split among threads, so their number is part of Φ; here it changes between run and sweep."""
     threads = iter([1] * T + [2] * 10)
-    step = mo.inner_step(lambda w, lam, x: ((w - lam) ** 2).sum() * (1 + 1e-10 * next(threads)), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: ((w - lam) ** 2).sum() * (1 + 1e-10 * next(threads)), mo.optim.SGD(lr=0.1))
     args = (step, lambda w, lam, x: w.sum(), torch.rand(2, dtype=F64), torch.ones(2, dtype=F64), [None] * T, None)
     with pytest.raises(RuntimeError, match=r"step 3: run again .* another number of threads"):
         mo.hypergradient(*args, mo.RMD(mo.trajectory.Checked(mo.trajectory.Full())))
-    assert "threads" in mo.trajectory.replay.__doc__
+    assert "threads" in mo.replay.__doc__
 
 
 def test_no_grad_changes_nothing():
@@ -337,7 +364,7 @@ def test_autocast_keeps_no_casts():
         dtypes.append(out.dtype)
         return out.float().pow(2).mean()
 
-    step, x = mo.inner_step(loss, mo.inner.SGD(lr=0.1)), torch.randn(5, 4)
+    step, x = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), torch.randn(5, 4)
     exact = mo.hypergradient(step, loss, w0, lam, [x] * T, x, mo.RMD()).total
     dtypes.clear()
     cleared = []
@@ -355,10 +382,12 @@ def test_frozen_parameters_in_unroll():
     model = mo.functional(net)
     lam = {name: p for name, p in net.named_parameters() if not name.startswith("4.")}
     w0 = {name: p.detach() for name, p in net[4].named_parameters(prefix="4")}
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     state = mo.unroll(step, w0, lam, xs)
     tree.norm(state.w).backward()
     expected = mo.hypergradient(step, lambda w, lam, _: tree.norm(w), w0, tree.detach(lam), xs, None, mo.RMD()).total
     assert net[0].weight.grad is None and net[4].weight.grad is None
-    assert torch.allclose(net[2].weight.grad, expected["2.weight"], rtol=1e-12) and net[2].weight.grad.abs().max() > 1e-8
+    assert (
+        torch.allclose(net[2].weight.grad, expected["2.weight"], rtol=1e-12) and net[2].weight.grad.abs().max() > 1e-8
+    )

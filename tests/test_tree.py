@@ -58,7 +58,9 @@ def test_vector_space(t):
 
 
 def test_keys_may_come_in_another_order_but_must_be_the_same():
-    assert tree.sub({"a": torch.ones(1), "b": torch.zeros(1)}, {"b": torch.ones(1), "a": torch.ones(1)})["a"].item() == 0.0
+    assert (
+        tree.sub({"a": torch.ones(1), "b": torch.zeros(1)}, {"b": torch.ones(1), "a": torch.ones(1)})["a"].item() == 0.0
+    )
     with pytest.raises(ValueError, match="different keys"):
         tree.add({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
@@ -78,9 +80,17 @@ def test_non_finite_leaves_are_found_and_named(bad):
 
 
 def test_accumulation_owns_its_total():
-    first, second = {"a": torch.ones(2), "b": None, "c": None}, {"a": torch.full((2,), 2.0), "b": torch.ones(1), "c": None}
+    first, second = (
+        {"a": torch.ones(2), "b": None, "c": None},
+        {"a": torch.full((2,), 2.0), "b": torch.ones(1), "c": None},
+    )
     total = tree.accumulate(tree.map(lambda _: None, first), first)
     assert total["a"] is not first["a"]
     again = tree.accumulate(total, second)
-    assert again["a"] is total["a"] and torch.equal(again["a"], torch.full((2,), 3.0)) and again["b"] is not second["b"] and again["c"] is None
+    assert (
+        again["a"] is total["a"]
+        and torch.equal(again["a"], torch.full((2,), 3.0))
+        and again["b"] is not second["b"]
+        and again["c"] is None
+    )
     assert torch.equal(first["a"], torch.ones(2))

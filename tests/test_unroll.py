@@ -23,7 +23,7 @@ def make(teacher):
     def loss(w, lam, batch):
         return ((w * batch).tanh() - lam["scale"] * teacher).pow(2).sum()
 
-    return mo.inner_step(loss, mo.inner.SGD(lr=lambda lam, t: lam["lr"], momentum=0.5))
+    return mo.inner_step(loss, mo.optim.SGD(lr=lambda lam, t: lam["lr"], momentum=0.5))
 
 
 def through_the_loop(step, w0, lam, batches):
@@ -37,7 +37,11 @@ def leaves_of(w0, lam, teacher):
     return [w0.requires_grad_(), *[x.requires_grad_() for x in lam.values()], teacher.requires_grad_()]
 
 
-@pytest.mark.parametrize("trajectory", [mo.trajectory.Full(), mo.trajectory.Graphs(), mo.trajectory.Checkpointed(2)], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "trajectory",
+    [mo.trajectory.Full(), mo.trajectory.Graphs(), mo.trajectory.Checkpointed(2)],
+    ids=lambda t: type(t).__name__,
+)
 def test_gradients_are_those_of_autograd_through_the_loop(trajectory):
     w0, lam, batches, teacher = problem()
     inputs = leaves_of(w0, lam, teacher)
@@ -54,11 +58,15 @@ def test_a_closed_over_module_and_what_was_computed_before():
     w0, lam, batches, _ = problem()
     net, x = nn.Linear(2, 3).double(), torch.randn(2, dtype=torch.float64)
     root = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    step = mo.inner_step(lambda w, lam, b: ((w - net(x) * b) ** 2).sum() * lam["scale"].sum(), mo.inner.SGD(lr=0.05))
+    step = mo.inner_step(lambda w, lam, b: ((w - net(x) * b) ** 2).sum() * lam["scale"].sum(), mo.optim.SGD(lr=0.05))
     computed = {"scale": root * lam["scale"], "lr": lam["lr"]}
     inputs = [root, *net.parameters()]
-    expected = torch.autograd.grad(through_the_loop(step, w0.requires_grad_(), computed, batches).w.sum(), inputs, retain_graph=True)
-    got = torch.autograd.grad(mo.unroll(step, w0, computed, batches, closed_over=list(net.parameters())).w.sum(), inputs)
+    expected = torch.autograd.grad(
+        through_the_loop(step, w0.requires_grad_(), computed, batches).w.sum(), inputs, retain_graph=True
+    )
+    got = torch.autograd.grad(
+        mo.unroll(step, w0, computed, batches, closed_over=list(net.parameters())).w.sum(), inputs
+    )
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, expected, strict=True))
 
 
@@ -81,7 +89,7 @@ def test_any_estimator_and_its_own_number(estimator):
 
 def test_implicit_differentiation_and_its_own_number():
     w0, lam, batches, teacher = problem()
-    step = mo.inner_step(lambda w, lam, batch: ((w * batch).tanh() - lam * teacher).pow(2).sum(), mo.inner.SGD(lr=0.1))
+    step = mo.inner_step(lambda w, lam, batch: ((w * batch).tanh() - lam * teacher).pow(2).sum(), mo.optim.SGD(lr=0.1))
     estimator = mo.IFT(mo.linsolve.Neumann(3, rate=0.1), converged=None)
     scale = lam["scale"].clone()
     hg = mo.hypergradient(step, lambda w, lam, _: w.pow(3).sum(), w0, scale, batches, None, estimator)
@@ -143,7 +151,7 @@ def test_autocast_is_that_of_the_run():
         kinds.append(out.dtype)
         return (lam * out.float()).pow(2).sum()
 
-    step = mo.inner_step(loss, mo.inner.SGD(lr=0.01))
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.01))
     lam = torch.ones(2, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         state = mo.unroll(step, net.params, lam, [x] * 2)
@@ -154,7 +162,7 @@ def test_autocast_is_that_of_the_run():
 def test_random_numbers_are_replayed():
     net = mo.functional(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).double())
     w0, lam = net.params, torch.ones(2, dtype=torch.float64, requires_grad=True)
-    step = mo.inner_step(lambda w, lam, x: (lam * net(w, x)).pow(2).sum(), mo.inner.SGD(lr=0.01))
+    step = mo.inner_step(lambda w, lam, x: (lam * net(w, x)).pow(2).sum(), mo.optim.SGD(lr=0.01))
     xs = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
     torch.manual_seed(0)
     got = torch.autograd.grad(tree.norm(mo.unroll(step, w0, lam, xs).w), lam)[0]
@@ -186,9 +194,11 @@ def test_a_pullback_that_is_not_linear_is_refused():
 def test_hoisted_features_are_the_whole_net(chunked):
     torch.manual_seed(0)
     body, head = nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double(), mo.functional(nn.Linear(4, 1).double())
-    (x, y), (x_val, y_val) = [(torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)) for _ in range(2)]
+    (x, y), (x_val, y_val) = [
+        (torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)) for _ in range(2)
+    ]
     lam = dict(body.named_parameters())
-    optimizer = mo.inner.Adam(lr=0.1)
+    optimizer = mo.optim.Adam(lr=0.1)
 
     def loss(w, lam, batch):
         return (head(w, torch.func.functional_call(body, lam, (batch[0],))) - batch[1]).pow(2).mean()
@@ -196,7 +206,9 @@ def test_hoisted_features_are_the_whole_net(chunked):
     def head_loss(w, features, y):
         return (head(w, features) - y).pow(2).mean()
 
-    whole = mo.hypergradient(mo.inner_step(loss, optimizer), loss, head.params, tree.detach(lam), [(x, y)] * T, (x_val, y_val), mo.RMD()).total
+    whole = mo.hypergradient(
+        mo.inner_step(loss, optimizer), loss, head.params, tree.detach(lam), [(x, y)] * T, (x_val, y_val), mo.RMD()
+    ).total
     step, batches = mo.inner_step(head_loss, optimizer), [y] * T
     if chunked:
         step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, 3)

@@ -19,11 +19,18 @@ from metaopt.inner import InnerState
 from metaopt.verify import cases, check, command, formulas, reference
 
 CASES = pytest.mark.parametrize("make", cases.CLOSED_FORMS, ids=lambda make: make.__name__)
-DRAWS = {"size": st.integers(1, 4), "conditioning": st.floats(1.0, 20.0), "seed": st.integers(0, 1000), "T": st.integers(1, 5)}
+DRAWS = {
+    "size": st.integers(1, 4),
+    "conditioning": st.floats(1.0, 20.0),
+    "seed": st.integers(0, 1000),
+    "T": st.integers(1, 5),
+}
 
 
 def exact_error(problem, T, estimator):
-    hg = mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=T)
+    hg = mo.hypergradient(
+        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=T
+    )
     want = reference.vector(problem.exact(T))
     return float((reference.vector(hg.total) - want).norm() / want.norm().clamp_min(1.0))
 
@@ -54,7 +61,9 @@ def test_closed_forms_are_finite_differences_within_their_error(make):
 @given(size=DRAWS["size"], conditioning=DRAWS["conditioning"], seed=DRAWS["seed"])
 def test_evograds_truth_is_implicit_differentiation(size, conditioning, seed):
     problem = cases.population(size, conditioning, seed)
-    (H, mixed), _ = torch.autograd.functional.hessian(lambda w, lam: problem.step.inner_loss(w, lam, None), (problem.w0, problem.lam))
+    (H, mixed), _ = torch.autograd.functional.hessian(
+        lambda w, lam: problem.step.inner_loss(w, lam, None), (problem.w0, problem.lam)
+    )
     implicit = -2 * (problem.w0 - 0.5) @ torch.linalg.solve(H, mixed)
     torch.testing.assert_close(implicit, (problem.lam - 1) / (problem.lam + 1) ** 3, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(implicit, problem.exact(10_000), rtol=1e-10, atol=1e-12)
@@ -73,7 +82,9 @@ def test_evograds_limit_is_its_gaussian_integral(seed):
 def test_evograd_tends_to_its_limit():
     problem = cases.population(2, 3.0, seed=1)
     estimator = mo.EvoGrad(copies=200_000, sigma=1.0, temperature=0.5, noise="gaussian")
-    hg = mo.hypergradient(problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=1)
+    hg = mo.hypergradient(
+        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=1
+    )
     want = problem.evograd_limit(1)
     assert (want - problem.exact(1)).norm() > 0.1 * want.norm()
     torch.testing.assert_close(hg.total, want, rtol=0.03, atol=0.003)
@@ -87,7 +98,13 @@ def test_every_public_estimator_passes(name, capsys):
 SIZES = {"sigma": st.floats(0.05, 1.0), "seed": st.integers(0, 1000)}
 
 
-@given(copies=st.integers(2, 4), temperature=st.floats(0.1, 2.0), around=st.sampled_from(["before", "after"]), unit=st.booleans(), **SIZES)
+@given(
+    copies=st.integers(2, 4),
+    temperature=st.floats(0.1, 2.0),
+    around=st.sampled_from(["before", "after"]),
+    unit=st.booleans(),
+    **SIZES,
+)
 def test_evograd_is_its_formula_at_every_setting(copies, temperature, around, unit, sigma, seed):
     estimator = mo.EvoGrad(copies, sigma, temperature, noise="gaussian", around=around, unit_rate=unit, seed=seed)
     assert check(estimator, problems=[cases.log_l2], seed=seed).passed
@@ -95,7 +112,9 @@ def test_evograd_is_its_formula_at_every_setting(copies, temperature, around, un
 
 @given(kind=st.sampled_from([mo.TruncatedES, mo.PES]), pairs=st.integers(1, 3), window=st.integers(1, 6), **SIZES)
 def test_windowed_evolution_is_its_formula_at_every_setting(kind, pairs, window, sigma, seed):
-    assert check(kind(pairs=pairs, sigma=sigma, window=window, seed=seed), problems=[cases.momentum, cases.schedule], seed=seed).passed
+    assert check(
+        kind(pairs=pairs, sigma=sigma, window=window, seed=seed), problems=[cases.momentum, cases.schedule], seed=seed
+    ).passed
 
 
 @given(rate=st.floats(0.01, 0.3), multiplier=st.floats(1.0, 100.0), seed=st.integers(0, 1000))
@@ -141,7 +160,9 @@ def test_the_command_line_fails_where_an_estimator_does(monkeypatch):
 
 
 def test_the_command_line_as_a_process_knows_no_other_names():
-    result = subprocess.run([sys.executable, "-m", "metaopt", "verify", "Nonsense"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "metaopt", "verify", "Nonsense"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "Nonsense" in result.stderr
     assert all(name in result.stderr for name in ("RMD", "DrMAD", "EvoGrad"))
@@ -196,7 +217,8 @@ class OffByOneDrMAD(mo.DrMAD):
         def pullback(alpha):
             T, moments = len(carry.batches), list(self.remembered.moments(carry, step, state))
             shifted = [
-                m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t), linearized=None) for i, m in enumerate(moments)
+                m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t), linearized=None)
+                for i, m in enumerate(moments)
             ]
             *_, (total, _) = sweep(step, iter(shifted), InnerState(alpha, None, state.t), lam, to_start=False)
             return Response(total)
@@ -208,7 +230,9 @@ class OffByOneDrMAD(mo.DrMAD):
 class ReversedWeights(mo.HyperDistill):
     def respond(self, step, state, lam, carry):
         d = carry.distillate
-        return mo.HyperDistill(gamma=1.0, theta=self.theta * self.memory_size(d.t) / d.t).respond(step, state, lam, carry)
+        return mo.HyperDistill(gamma=1.0, theta=self.theta * self.memory_size(d.t) / d.t).respond(
+            step, state, lam, carry
+        )
 
     def memory_size(self, t):
         return sum(self.gamma ** (-i) for i in range(t))
@@ -250,7 +274,9 @@ def descent(state, lam, batch):
 def test_a_right_step_passes():
     report = check(mo.custom_step(descent), W, LAM)
     assert report.passed, report
-    assert check(mo.inner_step(lambda w, lam, _: torch.cosh(w - lam["a"]).sum(), mo.inner.SGD(lr=0.1, momentum=0.9)), W, LAM).passed
+    assert check(
+        mo.inner_step(lambda w, lam, _: torch.cosh(w - lam["a"]).sum(), mo.optim.SGD(lr=0.1, momentum=0.9)), W, LAM
+    ).passed
 
 
 def failing(step):

@@ -10,11 +10,21 @@ from metaopt.tasks import label_noise
 
 def test_meta_sgd_is_autograd_through_the_loop():
     meta_sgd = MetaSGD.of(
-        torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double(), torch.nn.functional.mse_loss, 0.1
+        torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double(),
+        torch.nn.functional.mse_loss,
+        0.1,
     )
     batches = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(4)]
     w, lam = meta_sgd.init()
-    hg = mo.hypergradient(mo.inner_step(meta_sgd.inner_loss, meta_sgd.optimizer), meta_sgd.outer_loss, w, lam, batches[:3], batches[3], mo.RMD())
+    hg = mo.hypergradient(
+        mo.inner_step(meta_sgd.inner_loss, meta_sgd.optimizer),
+        meta_sgd.outer_loss,
+        w,
+        lam,
+        batches[:3],
+        batches[3],
+        mo.RMD(),
+    )
     lr = {k: x.clone().requires_grad_() for k, x in lam["lr"].items()}
     w0 = {k: x.clone().requires_grad_() for k, x in w.items()}
     at = w0
@@ -29,7 +39,10 @@ def test_meta_sgd_is_autograd_through_the_loop():
         MetaSGD.of(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, 0.0)
 
 
-@pytest.mark.parametrize(("noise", "targets", "wrong"), [(label_noise.uniform, 9, 0.36), (label_noise.flip, 1, 0.4), (label_noise.flip2, 2, 0.4)])
+@pytest.mark.parametrize(
+    ("noise", "targets", "wrong"),
+    [(label_noise.uniform, 9, 0.36), (label_noise.flip, 1, 0.4), (label_noise.flip2, 2, 0.4)],
+)
 def test_label_noise_has_its_rate_and_targets(noise, targets, wrong):
     clean = torch.arange(10).repeat(2000)
     before = torch.get_rng_state()

@@ -76,7 +76,7 @@ def outer_loss(w, lam, batch):
     return F.mse_loss(model(w, x), y)
 
 
-step = mo.inner_step(inner_loss, mo.inner.SGD(lr=lambda lam, t: lam["log_lr"].exp(), momentum=0.9))
+step = mo.inner_step(inner_loss, mo.optim.SGD(lr=lambda lam, t: lam["log_lr"].exp(), momentum=0.9))
 
 # %% [markdown]
 # ## 3. The exact hypergradient

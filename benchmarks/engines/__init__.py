@@ -1,6 +1,9 @@
-"""One file per engine, each with ``gradient(problem) -> list of tensors``: dL_val/dλ in the module's order, or ``None`` where it does not apply.
+"""One file per engine, each with ``gradient(problem) -> list of tensors``.
 
-A new one is a copy of ``template.py`` and a line here. TorchOpt and JAX are there if they are installed (``pip install metaopt[bench]``).
+DL_val/dλ in the module's order, or ``None`` where it does not apply.
+
+A new one is a copy of ``template.py`` and a line here. TorchOpt and JAX are there if they are
+installed (``pip install metaopt[bench]``).
 """
 
 from importlib.util import find_spec

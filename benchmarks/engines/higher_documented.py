@@ -1,4 +1,7 @@
-"""`higher` as its README shows it: the whole module is patched, λ's learning rate is zero, gradients to the initial parameters."""
+"""`higher` as its README shows it.
+
+The whole module is patched, λ's learning rate is zero, gradients to the initial parameters.
+"""
 
 import higher
 import torch

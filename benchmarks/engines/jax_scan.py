@@ -1,6 +1,7 @@
 """JAX: ``jit`` of ``grad`` through ``lax.scan``, on the same net translated layer by layer (optional extra ``bench``).
 
-Compiled on the first call for a problem, which the harness does not time. XLA is held to one thread.
+Compiled on the first call for a problem, which the harness does not time. XLA is held to one
+thread.
 """
 
 import os
@@ -74,7 +75,10 @@ CRITERIA = {nn.functional.cross_entropy: cross_entropy, nn.functional.mse_loss: 
 
 def compiled(problem: Problem):
     """``(λ, w, distinct batches, order, outer batch) -> dL_val/dλ``."""
-    layers, criterion = [(name, LAYERS[type(layer)]) for name, layer in problem.module.named_children()], CRITERIA[problem.criterion]
+    layers, criterion = (
+        [(name, LAYERS[type(layer)]) for name, layer in problem.module.named_children()],
+        CRITERIA[problem.criterion],
+    )
 
     def loss(w, lam, batch):
         x, p = batch[0], {**w, **lam}
@@ -103,5 +107,11 @@ def gradient(problem: Problem) -> list[Tensor]:
     order = jnp.asarray([place[id(batch)] for batch in problem.batches])
     run = COMPILED.get(problem.module) or COMPILED.setdefault(problem.module, compiled(problem))
     outer_batch = tuple(jnp.asarray(part.numpy()) for part in problem.outer_batch)
-    got = run({k: jnp.asarray(v.numpy()) for k, v in lam.items()}, {k: jnp.asarray(v.numpy()) for k, v in w.items()}, batches, order, outer_batch)
+    got = run(
+        {k: jnp.asarray(v.numpy()) for k, v in lam.items()},
+        {k: jnp.asarray(v.numpy()) for k, v in w.items()},
+        batches,
+        order,
+        outer_batch,
+    )
     return [torch.from_numpy(np.array(got[name])) for name in lam]

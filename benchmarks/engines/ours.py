@@ -21,7 +21,7 @@ def parts(problem: Problem, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReve
     def loss(w, lam, batch):
         return problem.criterion(model(mo.merge(w, lam), batch[0]), batch[1])
 
-    return mo.inner_step(loss, mo.inner.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint), loss, w, lam
+    return mo.inner_step(loss, mo.optim.SGD(lr=problem.lr, momentum=problem.momentum), adjoint=adjoint), loss, w, lam
 
 
 def trained(step: mo.inner.InnerStep, w, lam, batches):
@@ -32,7 +32,9 @@ def trained(step: mo.inner.InnerStep, w, lam, batches):
     return state.w
 
 
-def gradient(problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()) -> list[Tensor]:
+def gradient(
+    problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()
+) -> list[Tensor]:
     step, loss, w, lam = parts(problem, adjoint)
     return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())
 
@@ -41,7 +43,9 @@ class GraphByGraph(mo.trajectory.Interpolated):
     """No graphs made together: what that wins can be seen beside it."""
 
     def moments(self, tape, step, last):
-        for state, (batch, rng) in zip(straight_line(tape.first, last, len(tape.batches)), reversed(tape.batches), strict=True):
+        for state, (batch, rng) in zip(
+            straight_line(tape.first, last, len(tape.batches)), reversed(tape.batches), strict=True
+        ):
             yield Moment(state, tape.lam, batch, rng)
 
 
@@ -59,7 +63,10 @@ TRAJECTORIES = {
     "Budgeted (512 MiB)": mo.trajectory.Budgeted(512 << 20),
 }
 ENGINES = {
-    **{f"ours: RMD, {name}": partial(gradient, estimator=mo.RMD(trajectory)) for name, trajectory in TRAJECTORIES.items()},
+    **{
+        f"ours: RMD, {name}": partial(gradient, estimator=mo.RMD(trajectory))
+        for name, trajectory in TRAJECTORIES.items()
+    },
     "ours: RMD, Full, mixed mode": partial(gradient, estimator=mo.RMD(), adjoint=mo.inner.ForwardOverReverse()),
     "ours: DrMAD": partial(gradient, estimator=mo.DrMAD()),
     "DrMAD, graph by graph": partial(gradient, estimator=DrMADGraphByGraph()),

@@ -1,4 +1,7 @@
-"""A two-layer transformer on sequences of 16; its input map is λ. Attention is written out: fused kernels have no second derivative."""
+"""A two-layer transformer on sequences of 16; its input map is λ. Attention is written out.
+
+Fused kernels have no second derivative.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,16 +1,6 @@
 """Hypergradient estimators: one linear map, many ways to it."""
 
-from metaopt.estimators.base import (
-    Estimator,
-    FinishedRun,
-    Hypergradient,
-    OuterObjective,
-    Response,
-    Terms,
-    UnusedHyperparameterWarning,
-    ZeroHypergradientWarning,
-    hypergradient,
-)
+from metaopt.estimators.base import Estimator, FinishedRun, Response, Terms
 from metaopt.estimators.bome import BOME
 from metaopt.estimators.compiled_loss import CompiledLoss, compiled_loss
 from metaopt.estimators.cost import Cost
@@ -23,7 +13,14 @@ from metaopt.estimators.first_order import FirstOrder
 from metaopt.estimators.forward import FMD
 from metaopt.estimators.forward_gradient import ForwardGradient
 from metaopt.estimators.hyperdistill import HyperDistill
+from metaopt.estimators.hypergradient import (
+    Hypergradient,
+    UnusedHyperparameterWarning,
+    ZeroHypergradientWarning,
+    hypergradient,
+)
 from metaopt.estimators.implicit import IFT, NotConvergedWarning
+from metaopt.estimators.outer import OuterObjective
 from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
 from metaopt.estimators.sama import SAMA
 from metaopt.estimators.soba import SOBA

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from metaopt import tree
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt import replay, tree
+from metaopt.inner.contract import Step
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 

@@ -1,4 +1,7 @@
-"""Random pytrees from an estimator's own generator: the global generators are never touched, and a run can be replayed."""
+"""Random pytrees from an estimator's own generator.
+
+The global generators are never touched, and a run can be replayed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ def start(seed: int) -> Tensor:
 def draw(like: Tree, law: Law, generator: Tensor, *, copies: int | None = None) -> tuple[Tree, Tensor]:
     """Independent noise in the shape of ``like`` (``[copies, *leaf.shape]`` where asked), and the generator's next state.
 
-    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are no real numbers stay as they are.
+    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are no real
+    numbers stay as they are.
     """
     source = torch.Generator()
     source.set_state(generator)

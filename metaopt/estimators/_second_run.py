@@ -1,14 +1,17 @@
-"""Estimators that take a second run along with the inner one: it descends the outer loss too, so they belong to one outer loss."""
+"""Estimators that take a second run along with the inner one.
+
+It descends the outer loss too, so they belong to one outer loss.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+from metaopt import replay
 from metaopt.estimators.base import Estimator, Pullback
 from metaopt.estimators.implicit import LastBatch
 from metaopt.inner import InnerState, Step
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -43,7 +46,8 @@ class SecondRun(Estimator):
             TypeError: always; the second run belongs to one outer loss.
         """
         raise TypeError(
-            f"{type(self).__name__} descends one outer loss along the run and has no pullback for another: use mo.hypergradient or mo.online"
+            f"{type(self).__name__} descends one outer loss along the run and has no pullback for another: use "
+            "mo.hypergradient or mo.online"
         )
 
     def _seen(self, carry: Carry) -> tuple[Any, Rng]:

@@ -5,9 +5,10 @@ r"""BOME: the penalty on the lower level's value function, with a multiplier tha
     (\lambda, y) \leftarrow (\lambda, y) - \xi\, (\nabla L_{val} + \kappa \nabla \hat q), \qquad
     \kappa = \max\Bigl(\eta - \frac{\langle \nabla L_{val}, \nabla \hat q \rangle}{\|\nabla \hat q\|^2},\, 0\Bigr)
 
-with the gradients over (λ, y) at fixed w: the dynamic barrier :math:`\langle \nabla \hat q, \nabla L_{val} + \kappa \nabla \hat q \rangle \ge
-\phi = \eta \|\nabla \hat q\|^2`, so that :math:`\hat q` falls at least as fast as its own gradient descent at rate :math:`\eta \xi`. Liu et al. 2022,
-"BOME! Bilevel optimization made easy: a simple first-order approach", arXiv 2209.08709.
+with the gradients over (λ, y) at fixed w: the dynamic barrier :math:`\langle \nabla \hat q, \nabla
+L_{val} + \kappa \nabla \hat q \rangle \ge \phi = \eta \|\nabla \hat q\|^2`, so that :math:`\hat q`
+falls at least as fast as its own gradient descent at rate :math:`\eta \xi`. Liu et al. 2022, "BOME!
+Bilevel optimization made easy: a simple first-order approach", arXiv 2209.08709.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators._second_run import SecondRun
-from metaopt.estimators.base import OuterObjective, Terms, Traits, outer_gradient
+from metaopt.estimators.base import Terms, Traits
 from metaopt.estimators.implicit import LastBatch
+from metaopt.estimators.outer import OuterObjective, outer_gradient
 from metaopt.inner import InnerState, Step
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -39,7 +40,10 @@ class BOMECarry(NamedTuple):
 
 
 class Barrier(NamedTuple):
-    """What BOME reports: the multiplier κ, and ``L(y, λ) - L(w, λ)``, which is to vanish (below zero: the inner run lags behind)."""
+    """What BOME reports: the multiplier κ, and ``L(y, λ) - L(w, λ)``, which is to vanish (below zero.
+
+    The inner run lags behind).
+    """
 
     multiplier: Tensor
     gap: Tensor
@@ -49,11 +53,14 @@ class Barrier(NamedTuple):
 class BOME(SecondRun):
     r"""The λ part of one joint first-order step; the y part is taken along the inner run.
 
-    The inner run itself, with its own optimiser, stands for the paper's few lower-level steps from y: it solves the lower level, warm-started from
-    its own past. Cost per inner step: one gradient of the outer loss, one of the inner loss at y, one with respect to λ at w; a hyper-step adds
-    nothing. Memory: one more copy of the weights. Bias: none of its own hypergradients is dL_val/dλ; the joint run goes to a solution, for an outer
-    optimiser that is gradient descent at ``rate``, with an error of the order of that rate. Sees no hyperparameter that enters through the optimiser
-    alone. In a stacked meta-batch there is one barrier for the sum over tasks. ``info`` is a :class:`Barrier`.
+    The inner run itself, with its own optimiser, stands for the paper's few lower-level steps from
+    y: it solves the lower level, warm-started from its own past. Cost per inner step: one gradient
+    of the outer loss, one of the inner loss at y, one with respect to λ at w; a hyper-step adds
+    nothing. Memory: one more copy of the weights. Bias: none of its own hypergradients is
+    dL_val/dλ; the joint run goes to a solution, for an outer optimiser that is gradient descent at
+    ``rate``, with an error of the order of that rate. Sees no hyperparameter that enters through
+    the optimiser alone. In a stacked meta-batch there is one barrier for the sum over tasks.
+    ``info`` is a :class:`Barrier`.
 
     Args:
         rate: ξ, of the second run.
@@ -64,7 +71,9 @@ class BOME(SecondRun):
         TypeError: for a custom step, whose loss is not known.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="of the order of the rate, where the joint run ends")
+    traits: ClassVar[Traits] = Traits(
+        sees="a solution", high_dimensional=True, bias="of the order of the rate, where the joint run ends"
+    )
 
     rate: float = 0.01
     eta: float = 0.5

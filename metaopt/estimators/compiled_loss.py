@@ -22,7 +22,8 @@ class CompiledLoss(Compiled):
         (w, \lambda) \mapsto \left(L, \frac{\partial L}{\partial w}, \frac{\partial L}{\partial \lambda}\right)
 
     Attributes:
-        unused: which leaves of ``(w, λ)`` it does not depend on; ``None`` before the first gradient.
+        unused: which leaves of ``(w, λ)`` it does not depend on; ``None`` before the first
+            gradient.
     """
 
     def __init__(self, loss: Callable[[Tree, Tree, Any], Tensor], backend: str) -> None:
@@ -36,13 +37,18 @@ class CompiledLoss(Compiled):
         return self.loss(w, lam, batch)
 
     def gradient(self, w: Tree, lam: Tree, batch: Any, eager: Callable[[], ValueAndGradient]) -> ValueAndGradient:
-        """``L`` and its gradient by every leaf of ``(w, λ)``, ``None`` where it plays no part: that is found out by ``eager``, once."""
+        """``L`` and its gradient by every leaf of ``(w, λ)``, ``None`` where it plays no part.
+
+        That is found out by ``eager``, once.
+        """
         out = None if self.unused is None else self._run("gradient", self._value_and_gradient, w, lam, batch)
         if out is None:
             value, gradients = eager()
             self.unused = [g is None for g in gradients]
             return value, gradients
-        return out[0], [None if missing and not bool(g.any()) else g for g, missing in zip(out[1:], self.unused or [], strict=True)]
+        return out[0], [
+            None if missing and not bool(g.any()) else g for g, missing in zip(out[1:], self.unused or [], strict=True)
+        ]
 
     def _value_and_gradient(self, w: Tree, lam: Tree, batch: Any) -> tuple[Tensor, ...]:
         flat, spec = tree.flatten((w, lam))
@@ -58,8 +64,9 @@ class CompiledLoss(Compiled):
 def compiled_loss(outer_loss: Callable[[Tree, Tree, Any], Tensor], backend: str = "inductor") -> CompiledLoss:
     """The same outer loss, whose value and gradient are compiled where an estimator asks for them.
 
-    What ``inner_step(..., compile=True)`` is to the inner step. The first two calls are eager and compiling (seconds: ``.seconds``); what cannot be
-    compiled runs eagerly, and a warning says why. Values agree to rounding.
+    What ``inner_step(..., compile=True)`` is to the inner step. The first two calls are eager and
+    compiling (seconds: ``.seconds``); what cannot be compiled runs eagerly, and a warning says why.
+    Values agree to rounding.
 
     Args:
         outer_loss: ``(w, lam, batch) -> scalar``.

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.inner.chunk import Chunk
+from metaopt.inner.contract import Linearized, Stationary, Step, StepAtSeveral, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Stationary, Step, StepAtSeveral, Wrt
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
@@ -21,11 +21,14 @@ class Cost:
 
     Attributes:
         steps: plain evaluations of Φ (one gradient of the inner loss each).
-        linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and the graph's memory).
-        products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers call JVPs.
-        tangents: Jacobian-vector products of Φ (forward mode); a column whose second-order product is known to be zero is not counted.
-        losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where the method takes it;
-            a population under vmap counts once.
+        linearizations: evaluations of Φ that kept the graph of the gradient (one gradient each, and
+            the graph's memory).
+        products: vector-Jacobian products ``αA`` and ``αB``, each counted once: what the papers
+            call JVPs.
+        tangents: Jacobian-vector products of Φ (forward mode); a column whose second-order product
+            is known to be zero is not counted.
+        losses: evaluations of the inner loss alone, with its gradient with respect to λ or w where
+            the method takes it; a population under vmap counts once.
     """
 
     steps: int = 0
@@ -68,7 +71,9 @@ class CountedStep:
         self.cost.linearizations += len(found)
         return [CountedLinearized(linearized, self.cost, 1) for linearized in found]
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
         """As the wrapped step."""
         self.cost.linearizations += (steps := self._steps(batch))
         self.cost.products += _products(wrt, steps)
@@ -152,7 +157,9 @@ class CountedTangents:
         """As the wrapped step's."""
         return self._inner.columns_at_once
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """As the wrapped step's."""
         before = self._inner.products
         dots = self._inner.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)

@@ -4,8 +4,8 @@ r"""The 1-step method without a second derivative.
     \alpha_t B_t \approx \frac{\nabla_\lambda L(w_{t-1} + \epsilon u) - \nabla_\lambda L(w_{t-1} - \epsilon u)}{2 \epsilon}, \qquad
     u = \alpha_t \frac{\partial w_t}{\partial g}, \quad \epsilon = r / \|u\|
 
-Liu et al. 2019, "DARTS: differentiable architecture search", arXiv 1806.09055, equations 7 and 8 (there ``u = -ξ α`` and ``r = 0.01``), for any
-optimiser.
+Liu et al. 2019, "DARTS: differentiable architecture search", arXiv 1806.09055, equations 7 and 8
+(there ``u = -ξ α`` and ``r = 0.01``), for any optimiser.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import mixed_difference
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -37,8 +36,9 @@ class LastStep(NamedTuple):
 class DARTS(Estimator):
     """:class:`OneStep` by finite differences.
 
-    Cost per hyper-step: one gradient (for the optimiser's derivative) and two gradients with respect to λ. Memory: one more state, no
-    graph of a gradient. Bias: that of 1-step, and :math:`O(r^2)`. Wants float32 losses that are smooth on the scale of ``radius``.
+    Cost per hyper-step: one gradient (for the optimiser's derivative) and two gradients with
+    respect to λ. Memory: one more state, no graph of a gradient. Bias: that of 1-step, and
+    :math:`O(r^2)`. Wants float32 losses that are smooth on the scale of ``radius``.
 
     Args:
         radius: r, the length of the step in weight space.
@@ -48,7 +48,9 @@ class DARTS(Estimator):
         TypeError: for a custom step, whose loss and optimiser are not known.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="as 1-step, and a finite difference")
+    traits: ClassVar[Traits] = Traits(
+        sees="the last step", high_dimensional=True, bias="as 1-step, and a finite difference"
+    )
 
     radius: float = 0.01
 
@@ -60,7 +62,9 @@ class DARTS(Estimator):
         """Nothing yet."""
         return LastStep(state, lam)
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastStep) -> tuple[InnerState, LastStep]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastStep
+    ) -> tuple[InnerState, LastStep]:
         """A plain step; where it started is kept."""
         rng = replay.snapshot(state)
         return step(state, lam, batch), LastStep(state, lam, batch, rng)

@@ -5,8 +5,8 @@ r"""EvoGrad: the inner update replaced by one generation of an evolution strateg
     \theta^* = \sum_k \mathrm{softmax}(-\ell/\tau)_k\, \theta_k, \qquad
     \frac{dL_{val}(\theta^*)}{d\lambda} = \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
 
-with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative of the loss is needed. Bohdal et al. 2021,
-arXiv 2106.10575.
+with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative of
+the loss is needed. Bohdal et al. 2021, arXiv 2106.10575.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, Pullback, Response, Traits, ZeroHypergradientWarning
+from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.estimators.hypergradient import ZeroHypergradientWarning
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -44,34 +44,43 @@ class EvoGradCarry(NamedTuple):
 class EvoGrad(Estimator):
     r"""First-order hypergradients from a population of K perturbed copies of the weights.
 
-    The outer loss is taken at θ*; the run itself goes on with ordinary inner steps. Cost per hyper-step: K losses and one gradient of
-    them with respect to λ. Memory: K copies of the perturbed weights and one graph of K losses. Bias: horizon 1, and another size: for
-    small σ the mean is :math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}` times :math:`-\alpha\, \partial^2 L/\partial w
-    \partial\lambda` (the 1-step hypergradient at learning rate 1). Either use a scale-free outer optimiser (Adam), or ``unit_rate``.
+    The outer loss is taken at θ*; the run itself goes on with ordinary inner steps. Cost per
+    hyper-step: K losses and one gradient of them with respect to λ. Memory: K copies of the
+    perturbed weights and one graph of K losses. Bias: horizon 1, and another size: for small σ the
+    mean is :math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}` times :math:`-\alpha\,
+    \partial^2 L/\partial w \partial\lambda` (the 1-step hypergradient at learning rate 1). Either
+    use a scale-free outer optimiser (Adam), or ``unit_rate``.
 
-    In a stacked meta-batch the softmax sees the sum of the tasks' losses: the mean for small σ is the sum over tasks, the noise is larger.
+    In a stacked meta-batch the softmax sees the sum of the tasks' losses: the mean for small σ is
+    the sum over tasks, the noise is larger.
 
     Args:
         copies: K ≥ 2.
         sigma: size of the perturbation.
         temperature: τ.
         noise: ``"sign"``, ±σ per coordinate, or ``"gaussian"``.
-        around: perturb the weights ``"before"`` the last inner step or ``"after"`` it (the paper's cross-domain experiments).
+        around: perturb the weights ``"before"`` the last inner step or ``"after"`` it (the paper's
+            cross-domain experiments).
         perturb: glob patterns of the weights to perturb, e.g. ``["head.*"]``; default: all of them.
         unit_rate: divide the pullback by :math:`\eta_{\mathrm{eff}}`.
-        chunk_size: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another without ``vmap`` (what ``vmap`` cannot
-            do, such as batch norm that updates running statistics).
+        chunk_size: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another
+            without ``vmap`` (what ``vmap`` cannot do, such as batch norm that updates running
+            statistics).
         seed: of the perturbations.
-        check_size: warn (:class:`~metaopt.meta.SizeWarning`) where an online loop hands such a hypergradient to plain gradient descent.
+        check_size: warn (:class:`~metaopt.meta.SizeWarning`) where an online loop hands such a
+            hypergradient to plain gradient descent.
 
     Raises:
         ValueError: for bad settings, or patterns that match no weight.
 
     Warns:
-        ZeroHypergradientWarning: if all copies came out identical, so that the pullback is zero whatever λ does.
+        ZeroHypergradientWarning: if all copies came out identical, so that the pullback is zero
+            whatever λ does.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="as 1-step, smoothed; another size; noise")
+    traits: ClassVar[Traits] = Traits(
+        sees="the last step", high_dimensional=True, bias="as 1-step, smoothed; another size; noise"
+    )
 
     copies: int = 2
     sigma: float = 1e-3
@@ -110,12 +119,16 @@ class EvoGrad(Estimator):
         generator = _noise.start(self.seed)
         return EvoGradCarry(state.w, None, None, generator, generator)
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvoGradCarry) -> tuple[InnerState, EvoGradCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvoGradCarry
+    ) -> tuple[InnerState, EvoGradCarry]:
         """A plain step; where it happened is kept, and the generator moves on."""
         rng = replay.snapshot(state)
         new = step(state, lam, batch)
         _, following = _noise.draw(state.w, self.noise, carry.next_generator, copies=self.copies)
-        return new, EvoGradCarry(state.w if self.around == "before" else new.w, batch, rng, carry.next_generator, following)
+        return new, EvoGradCarry(
+            state.w if self.around == "before" else new.w, batch, rng, carry.next_generator, following
+        )
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: EvoGradCarry) -> tuple[Tree, Pullback]:
         """``θ*``, and the pullback through the softmax."""
@@ -131,10 +144,15 @@ class EvoGrad(Estimator):
             tree.check_like(alpha, state.w, "alpha", "w")
             if not weights.requires_grad:
                 return Response(tree.map(lambda _: None, lam))
-            seeds = [(a * e).reshape(self.copies, -1).sum(1) for a, e in zip(tree.leaves(alpha), tree.leaves(epsilon), strict=True)]
+            seeds = [
+                (a * e).reshape(self.copies, -1).sum(1)
+                for a, e in zip(tree.leaves(alpha), tree.leaves(epsilon), strict=True)
+            ]
             flat, spec = tree.flatten(lam_)
             seed = size * torch.stack(seeds).sum(0).to(weights.dtype)
-            return Response(tree.unflatten(torch.autograd.grad(weights, flat, seed, retain_graph=True, allow_unused=True), spec))
+            return Response(
+                tree.unflatten(torch.autograd.grad(weights, flat, seed, retain_graph=True, allow_unused=True), spec)
+            )
 
         return point, pullback
 
@@ -148,7 +166,8 @@ class EvoGrad(Estimator):
         epsilon = [self.sigma * e if keep else torch.zeros_like(e) for e, keep in zip(flat, chosen, strict=True)]
         if all(bool((e == e[:1]).all()) for e in epsilon):
             warnings.warn(
-                f"EvoGrad: all {self.copies} perturbed copies of the weights are identical, so this hypergradient is zero whatever lam does. "
+                f"EvoGrad: all {self.copies} perturbed copies of the weights are identical, so this hypergradient is "
+                "zero whatever lam does. "
                 "Use noise='gaussian', more copies, or perturb more weights",
                 ZeroHypergradientWarning,
                 stacklevel=3,
@@ -169,6 +188,10 @@ class EvoGrad(Estimator):
         with replay.preserved(carry.w):
             replay.restore(carry.rng)
             if self.chunk_size == 1:
-                return torch.stack([step.loss(tree.select(population, k), lam, carry.batch) for k in range(self.copies)])
-            mapped = torch.vmap(lambda w: step.loss(w, lam, carry.batch), chunk_size=self.chunk_size, randomness="different")
+                return torch.stack(
+                    [step.loss(tree.select(population, k), lam, carry.batch) for k in range(self.copies)]
+                )
+            mapped = torch.vmap(
+                lambda w: step.loss(w, lam, carry.batch), chunk_size=self.chunk_size, randomness="different"
+            )
             return mapped(population)

@@ -1,13 +1,16 @@
 r"""Evolution strategies over unrolled loops: the hypergradient from values of the outer loss alone.
 
-N antithetic pairs of runs see :math:`\lambda \pm \sigma\varepsilon`; with :math:`\xi` what the noise of a run has added up to,
+N antithetic pairs of runs see :math:`\lambda \pm \sigma\varepsilon`; with :math:`\xi` what the
+noise of a run has added up to,
 
 .. math:: \frac{dL_{val}}{d\lambda} \approx \frac1N \sum_{k=1}^N \xi_k \, \frac{L_{val}(w_k^+) - L_{val}(w_k^-)}{2\sigma}
 
-One sweep, four noise schedules: :class:`AntitheticES` (one ε for the whole run, offline), :class:`NRES` (the same, online: runs go on while λ
-moves; Li et al. 2023, arXiv 2304.12180), :class:`TruncatedES` (runs restart from the nominal one, with new noise, every window: biased),
-:class:`PES` (new noise every window, runs go on, ξ sums the noise: unbiased; Vicol et al. 2021, arXiv 2112.13835). Nothing is
-differentiated, so the inner step and the outer loss may be chaotic, stochastic or not differentiable at all.
+One sweep, four noise schedules: :class:`AntitheticES` (one ε for the whole run, offline),
+:class:`NRES` (the same, online: runs go on while λ moves; Li et al. 2023, arXiv 2304.12180),
+:class:`TruncatedES` (runs restart from the nominal one, with new noise, every window: biased),
+:class:`PES` (new noise every window, runs go on, ξ sums the noise: unbiased; Vicol et al. 2021,
+arXiv 2112.13835). Nothing is differentiated, so the inner step and the outer loss may be chaotic,
+stochastic or not differentiable at all.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Response, Terms, Traits, ZeroHypergradientWarning
+from metaopt.estimators.base import Estimator, Pullback, Response, Terms, Traits
+from metaopt.estimators.hypergradient import ZeroHypergradientWarning
+from metaopt.estimators.outer import OuterObjective
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import check_fixed, versions_of
 from metaopt.tree import Tree
 
@@ -53,10 +57,12 @@ class EvolutionCarry(NamedTuple):
 class Evolution(Estimator):
     """Mirrored runs under a noise schedule; see the module. The nominal run is one more, with λ itself.
 
-    :meth:`differentiate` works from values of the outer loss: its whole derivative, direct part included, is reported as the indirect
-    term. :meth:`respond` gives the same runs as a pullback that is linear in α: ``mean ξ α·(w⁺ - w⁻)/2σ``.
+    :meth:`differentiate` works from values of the outer loss: its whole derivative, direct part
+    included, is reported as the indirect term. :meth:`respond` gives the same runs as a pullback
+    that is linear in α: ``mean ξ α·(w⁺ - w⁻)/2σ``.
 
-    Cost: ``2 · pairs`` more steps per inner step, ``2 · pairs`` outer losses per hyper-step, no derivative. Memory: ``2 · pairs`` states.
+    Cost: ``2 · pairs`` more steps per inner step, ``2 · pairs`` outer losses per hyper-step, no
+    derivative. Memory: ``2 · pairs`` states.
 
     Args:
         pairs: N ≥ 1.
@@ -86,9 +92,13 @@ class Evolution(Estimator):
     def init(self, step: Step, state: InnerState, lam: Tree) -> EvolutionCarry:
         """All runs at the initial state, without noise yet."""
         zero = tree.zeros_like(lam)
-        return EvolutionCarry([Pair(state, state, zero, zero)] * self.pairs, 0, _noise.start(self.seed), lam, versions_of(lam))
+        return EvolutionCarry(
+            [Pair(state, state, zero, zero)] * self.pairs, 0, _noise.start(self.seed), lam, versions_of(lam)
+        )
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvolutionCarry) -> tuple[InnerState, EvolutionCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvolutionCarry
+    ) -> tuple[InnerState, EvolutionCarry]:
         """A step of every run, all with the same batch and the same random draws."""
         if self.needs_fixed_lam:
             check_fixed(lam, carry.lam, carry.versions, type(self).__name__)
@@ -110,11 +120,15 @@ class Evolution(Estimator):
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
-            return Response(self._mean(carry, [tree.dot(alpha, tree.sub(pair.plus.w, pair.minus.w)) for pair in carry.pairs], lam))
+            return Response(
+                self._mean(carry, [tree.dot(alpha, tree.sub(pair.plus.w, pair.minus.w)) for pair in carry.pairs], lam)
+            )
 
         return state.w, pullback
 
-    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: EvolutionCarry) -> Terms:
+    def differentiate(
+        self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: EvolutionCarry
+    ) -> Terms:
         """From values of the outer loss, at ``(w±, λ ± σε)``."""
         loss, rng, differences = outer.value(state.w, lam), replay.snapshot(state), []
         with replay.preserved(state):
@@ -127,7 +141,8 @@ class Evolution(Estimator):
             raise FloatingPointError(f"outer_loss is {loss.item()} after {state.t} inner steps ({type(self).__name__})")
         if all(bool(difference == 0) for difference in differences):
             warnings.warn(
-                f"{type(self).__name__}: the outer loss is the same on both sides of every pair, so the hypergradient is zero: lam does not "
+                f"{type(self).__name__}: the outer loss is the same on both sides of every pair, so the "
+                "hypergradient is zero: lam does not "
                 f"influence it, or not on the scale sigma = {self.sigma}",
                 ZeroHypergradientWarning,
                 stacklevel=3,
@@ -148,11 +163,13 @@ class Evolution(Estimator):
 class NRES(Evolution):
     """Noise-reuse: each pair keeps its ε for the whole run, while λ may move.
 
-    Bias: none but the smoothing for fixed λ, and less variance than :class:`PES` where the losses of different windows agree; offline it
-    is :class:`AntitheticES`.
+    Bias: none but the smoothing for fixed λ, and less variance than :class:`PES` where the losses
+    of different windows agree; offline it is :class:`AntitheticES`.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing (λ fixed); noise grows with the size of λ")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="smoothing (λ fixed); noise grows with the size of λ"
+    )
 
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return pair._replace(epsilon=noise, xi=noise) if t == 0 else pair
@@ -162,7 +179,9 @@ class NRES(Evolution):
 class AntitheticES(NRES):
     """One perturbation of λ per pair for the whole run. Bias: none but the smoothing. Offline: moving λ is an error."""
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the size of λ")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the size of λ"
+    )
 
     @property
     def online(self) -> bool:
@@ -175,7 +194,8 @@ class Windowed(Evolution):
     """Noise that is renewed every ``window`` steps.
 
     Args:
-        window: K ≥ 1; online, take hyper-steps at multiples of it (``HyperSteps(every=K)``) or more often.
+        window: K ≥ 1; online, take hyper-steps at multiples of it (``HyperSteps(every=K)``) or more
+            often.
     """
 
     window: int = 1
@@ -188,9 +208,14 @@ class Windowed(Evolution):
 
 @dataclass(frozen=True)
 class TruncatedES(Windowed):
-    """Pairs restart from the nominal run every window. Bias: what happened before the window is dropped (short-horizon bias)."""
+    """Pairs restart from the nominal run every window. Bias.
 
-    traits: ClassVar[Traits] = Traits(sees="the last K steps", high_dimensional=False, bias="as truncated; smoothing; noise grows with the size of λ")
+    What happened before the window is dropped (short-horizon bias).
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        sees="the last K steps", high_dimensional=False, bias="as truncated; smoothing; noise grows with the size of λ"
+    )
 
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return Pair(state, state, noise, noise) if t % self.window == 0 else pair
@@ -200,11 +225,13 @@ class TruncatedES(Windowed):
 class PES(Windowed):
     """Persistent evolution strategies: pairs never restart, and ξ sums the noise of all windows.
 
-    Bias: none but the smoothing (for a λ that moves slowly); the variance grows with the number of windows, and there is
-    least where one window is the whole run (:class:`AntitheticES`).
+    Bias: none but the smoothing (for a λ that moves slowly); the variance grows with the number of
+    windows, and there is least where one window is the whole run (:class:`AntitheticES`).
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the sizes of λ and T")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the sizes of λ and T"
+    )
 
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
         return pair._replace(epsilon=noise, xi=tree.add(pair.xi, noise)) if t % self.window == 0 else pair

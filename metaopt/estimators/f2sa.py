@@ -4,9 +4,9 @@ r"""F2SA: the bilevel problem as a penalty on the lower level's value function, 
     \frac{dL_{val}}{d\lambda} \approx \nabla_\lambda L_{val}(y, \lambda)
       + \kappa\, \bigl(\nabla_\lambda L(y, \lambda) - \nabla_\lambda L(w, \lambda)\bigr)
 
-which is the gradient of :math:`L_{val}(y, \lambda) + \kappa\, (L(y, \lambda) - \min_w L(w, \lambda))`,
-with w the ordinary inner run and y a second one on :math:`L + L_{val}/\kappa`. Kwon et al. 2023, "A fully first-order method for stochastic bilevel
-optimization", arXiv 2301.10945.
+which is the gradient of :math:`L_{val}(y, \lambda) + \kappa\, (L(y, \lambda) - \min_w L(w,
+\lambda))`, with w the ordinary inner run and y a second one on :math:`L + L_{val}/\kappa`. Kwon et
+al. 2023, "A fully first-order method for stochastic bilevel optimization", arXiv 2301.10945.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators._second_run import SecondRun
-from metaopt.estimators.base import OuterObjective, Terms, Traits, outer_gradient
+from metaopt.estimators.base import Terms, Traits
 from metaopt.estimators.implicit import LastBatch
-from metaopt.inner import SGD, InnerState, Step, inner_step
-from metaopt.trajectory import replay
+from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.inner import InnerState, Step, inner_step
+from metaopt.optim import SGD
 from metaopt.tree import Tree
 
 
@@ -36,9 +37,10 @@ class F2SACarry(NamedTuple):
 class F2SA(SecondRun):
     r"""A difference of two first-order gradients, for problems whose lower level is solved along the run.
 
-    Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two gradients with respect to λ. Memory: one more
-    copy of the weights. Bias: :math:`O(1/\kappa)` where both runs have converged; elsewhere κ times the error of either. Sees no
-    hyperparameter that enters through the optimiser alone.
+    Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two
+    gradients with respect to λ. Memory: one more copy of the weights. Bias: :math:`O(1/\kappa)`
+    where both runs have converged; elsewhere κ times the error of either. Sees no hyperparameter
+    that enters through the optimiser alone.
 
     Args:
         rate: of the second run's gradient descent.
@@ -81,4 +83,8 @@ class F2SA(SecondRun):
         loss, _, direct = outer_gradient(outer.loss, carry.y, lam, outer.batch)
         at_y = lam_gradient(step, carry.y, lam, batch, rng)
         at_w = lam_gradient(step, state.w, lam, batch, rng)
-        return Terms(loss, direct, tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w))
+        return Terms(
+            loss,
+            direct,
+            tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w),
+        )

@@ -3,9 +3,10 @@ r"""FDS: forward mode with hyperparameters that contiguous steps share, averaged
 .. math::
     \frac{1}{W} \sum_{t \in \text{window}} \frac{d L_{val}}{d\lambda_t} = \frac1W\, \alpha_T Z_T
 
-The hypergradients of neighbouring steps are noisy measurements of nearly the same thing; sharing averages them, for the price of what
-changes within a window (:func:`shared_window_error`), and makes forward mode cheap enough for :math:`10^4` steps. Micaelli & Storkey 2021,
-"Gradient-based hyperparameter optimization over long horizons", arXiv 2007.07869.
+The hypergradients of neighbouring steps are noisy measurements of nearly the same thing; sharing
+averages them, for the price of what changes within a window (:func:`shared_window_error`), and
+makes forward mode cheap enough for :math:`10^4` steps. Micaelli & Storkey 2021, "Gradient-based
+hyperparameter optimization over long horizons", arXiv 2007.07869.
 """
 
 from __future__ import annotations
@@ -14,35 +15,41 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from metaopt import tree
-from metaopt.estimators.base import OuterObjective, Pullback, Response, Terms, Traits
+from metaopt.estimators.base import Pullback, Response, Terms, Traits
 from metaopt.estimators.forward import ForwardCarry, ForwardMode, check_chunk_size
+from metaopt.estimators.outer import OuterObjective
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class FDS(ForwardMode):
-    """Forward mode over windows of steps, e.g. for schedules from :func:`metaopt.inner.schedules.piecewise`.
+    """Forward mode over windows of steps, e.g. for schedules from :func:`metaopt.optim.schedules.piecewise`.
 
-    Which entry of λ acts in which step is the inner step's own business: ``SGD(lr=piecewise(lambda lam: lam["lr"], T))`` uses entry
-    ``⌊n (t-1) / T⌋`` of n. An entry whose window has not begun has a zero column, which takes no product: in window i (from 0) at most i + 1
-    of a schedule's columns do.
+    Which entry of λ acts in which step is the inner step's own business: ``SGD(lr=piecewise(lambda
+    lam: lam["lr"], T))`` uses entry ``⌊n (t-1) / T⌋`` of n. An entry whose window has not begun has
+    a zero column, which takes no product: in window i (from 0) at most i + 1 of a schedule's
+    columns do.
 
-    Cost: as :class:`~metaopt.estimators.forward.FMD`, about half of its products for a schedule. Memory: as FMD. Bias: none but the factor 1/W
-    (of the direct term as well), as long as there is no bound; with one, whatever it cuts off. Online as FMD.
+    Cost: as :class:`~metaopt.estimators.forward.FMD`, about half of its products for a schedule.
+    Memory: as FMD. Bias: none but the factor 1/W (of the direct term as well), as long as there is
+    no bound; with one, whatever it cuts off. Online as FMD.
 
     Args:
-        window: W, the steps that share an entry: one number for all of λ, or a pytree like λ of numbers.
-        bound: elementwise bound on the tangents of the inner gradient (``H Z``, and what λ adds inside the loss), against columns that grow
-            without limit over long runs; the paper's is 1. Inner gradients are clamped by :class:`metaopt.inner.ClipValue` (the paper's: 3).
+        window: W, the steps that share an entry: one number for all of λ, or a pytree like λ of
+            numbers.
+        bound: elementwise bound on the tangents of the inner gradient (``H Z``, and what λ adds
+            inside the loss), against columns that grow without limit over long runs; the paper's is
+            1. Inner gradients are clamped by :class:`metaopt.optim.ClipValue` (the paper's: 3).
         chunk_size: see FMD.
 
     Raises:
-        ValueError: for a window that is no number of steps or not like λ, a bound that is not positive, a chunk size below 1.
+        ValueError: for a window that is no number of steps or not like λ, a bound that is not
+            positive, a chunk size below 1.
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.inner.SGD(lr=mo.inner.schedules.piecewise(lambda lam: lam, 4)))
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam, 4)))
     >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.tensor([0.5, 0.5]), [None] * 4, None, FDS(window=2)).total
     tensor([0.1250, 0.1250])
     """
@@ -58,7 +65,10 @@ class FDS(ForwardMode):
         check_chunk_size(self.chunk_size, "FDS")
         for size in tree.leaves(self.window):
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"FDS: window is a number of steps of at least 1, or a pytree like lam of such numbers; got {size!r}")
+                raise ValueError(
+                    "FDS: window is a number of steps of at least 1, or a pytree like lam of such numbers; got "
+                    f"{size!r}"
+                )
         if self.bound is not None and not self.bound > 0:
             raise ValueError(f"FDS: bound must be positive, got {self.bound}")
 
@@ -75,7 +85,10 @@ class FDS(ForwardMode):
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardCarry:
         """``Z_0 = 0``."""
         if not isinstance(self.window, int) and tree.flatten(self.window)[1] != tree.flatten(lam)[1]:
-            raise ValueError(f"FDS: window has leaves {tree.names(self.window)}, lam {tree.names(lam)}; give one number, or a pytree like lam")
+            raise ValueError(
+                f"FDS: window has leaves {tree.names(self.window)}, lam {tree.names(lam)}; give one number, or a "
+                "pytree like lam"
+            )
         return super().init(step, state, lam)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: ForwardCarry) -> tuple[Tree, Pullback]:
@@ -87,7 +100,9 @@ class FDS(ForwardMode):
 
         return point, pullback
 
-    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: ForwardCarry) -> Terms:
+    def differentiate(
+        self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: ForwardCarry
+    ) -> Terms:
         """Both terms divided by W."""
         terms = super().differentiate(step, outer, state, lam, carry)
         return terms._replace(direct=self._averaged(terms.direct))
@@ -100,9 +115,10 @@ class FDS(ForwardMode):
 def shared_window_error(error: float, drift: float, window: int) -> float:
     r"""FDS's bound :math:`MSE_W \le MSE_1/W + \epsilon^2 (W^2-1)/12` on the mean of W neighbouring hypergradients.
 
-    The mean of W independent estimates has variance :math:`MSE_1/W`; values that change by at most :math:`\epsilon` per step have a mean
-    square distance from their mean of at most that of W equally spaced points, :math:`\epsilon^2 (W^2-1)/12`: equality for linear drift. So
-    sharing does not always help: see :func:`best_window`.
+    The mean of W independent estimates has variance :math:`MSE_1/W`; values that change by at most
+    :math:`\epsilon` per step have a mean square distance from their mean of at most that of W
+    equally spaced points, :math:`\epsilon^2 (W^2-1)/12`: equality for linear drift. So sharing does
+    not always help: see :func:`best_window`.
 
     Args:
         error: ``MSE_1``, of the hypergradient of a single step.

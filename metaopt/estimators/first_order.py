@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from metaopt import tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.tree import Tree
 
 
@@ -16,8 +16,8 @@ from metaopt.tree import Tree
 class FirstOrder(Estimator):
     """``dL_val/dλ ≈ ∂L_val/∂λ``: the pullback is 0.
 
-    Cost: no product. Memory: nothing. Bias: the whole indirect term is dropped; where the outer loss does not see λ (learning rates,
-    data weights), the result is zero.
+    Cost: no product. Memory: nothing. Bias: the whole indirect term is dropped; where the outer
+    loss does not see λ (learning rates, data weights), the result is zero.
     """
 
     traits: ClassVar[Traits] = Traits(sees="nothing", high_dimensional=True, bias="the whole indirect term")

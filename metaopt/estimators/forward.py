@@ -4,7 +4,8 @@ r"""Forward mode: the response itself, rolled forward beside the state.
     Z_t = A_t Z_{t-1} + B_t, \qquad Z_t = \frac{d s_t}{d\lambda}, \qquad
     \frac{d L_{val}}{d\lambda} = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T
 
-Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", arXiv 1703.01785.
+Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", arXiv
+1703.01785.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -28,7 +28,8 @@ class ForwardCarry(NamedTuple):
     """What forward mode carries along.
 
     Attributes:
-        Z: ``ds_t/dλ``, a state whose floating-point leaves are ``[|λ|, *leaf.shape]``: one column per entry of λ.
+        Z: ``ds_t/dλ``, a state whose floating-point leaves are ``[|λ|, *leaf.shape]``: one column
+            per entry of λ.
         basis: the columns in λ itself, a pytree like λ with leaves ``[|λ|, *leaf.shape]``.
         used: for every leaf of λ, whether Φ has been seen to depend on it.
         chunk_size: columns per batched product; ``None`` until the first step has been seen.
@@ -59,7 +60,9 @@ class ForwardMode(Estimator):
         Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
         return ForwardCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)), self.columns_at_once)
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardCarry) -> tuple[InnerState, ForwardCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardCarry
+    ) -> tuple[InnerState, ForwardCarry]:
         """A step, and ``Z ← A Z + B`` from its graph."""
         point = step.tangents(state, lam, batch)
         chunk_size = point.columns_at_once if carry.chunk_size is None else carry.chunk_size
@@ -81,28 +84,33 @@ class ForwardMode(Estimator):
 class FMD(ForwardMode):
     """Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
 
-    Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one second-order product of that graph per column of Z
-    that needs one: a hyperparameter of the optimiser alone needs none until it has moved the weights, and before any has (at the first step)
-    products are of first order. Memory: ``|λ|`` states (weights and slots), ``|λ|²`` numbers, the graph of one gradient; constant in the horizon.
-    Bias: exact. There is no cotangent of the initial weights.
+    Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one
+    second-order product of that graph per column of Z that needs one: a hyperparameter of the
+    optimiser alone needs none until it has moved the weights, and before any has (at the first
+    step) products are of first order. Memory: ``|λ|`` states (weights and slots), ``|λ|²`` numbers,
+    the graph of one gradient; constant in the horizon. Bias: exact. There is no cotangent of the
+    initial weights.
 
-    Online, λ may move: then ``α Z_t`` is the exact derivative with respect to a shift that all λ of the run have in common,
-    ``Σ_i α A_t … A_{i+1} B_i`` with each Jacobian at the λ of its own step.
+    Online, λ may move: then ``α Z_t`` is the exact derivative with respect to a shift that all λ of
+    the run have in common, ``Σ_i α A_t … A_{i+1} B_i`` with each Jacobian at the λ of its own step.
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
     >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, FMD()).total
     tensor([0.7500])
 
     Args:
-        chunk_size: columns per batched product: 1 takes them one after the other (least memory), more save calls; default: as many as keep a
-            batch small, by the size of the graph (see :mod:`metaopt.inner.tangents`). The result is the same up to rounding.
+        chunk_size: columns per batched product: 1 takes them one after the other (least memory),
+            more save calls; default: as many as keep a batch small, by the size of the graph (see
+            :mod:`metaopt.inner.tangents`). The result is the same up to rounding.
 
     Raises:
         ValueError: for a chunk size below 1.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none (online: the past λ's Jacobians)")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="none (online: the past λ's Jacobians)"
+    )
 
     chunk_size: int | None = None
 
@@ -141,7 +149,10 @@ def basis_of(lam: Tree) -> Tree:
 
 def _times(alpha: Tree, Z: Tree) -> Tensor:
     """``α Z``, one number per column."""
-    parts = [columns.unsqueeze(-1).flatten(1) @ a.flatten() for a, columns in zip(tree.leaves(alpha), tree.leaves(Z), strict=True)]
+    parts = [
+        columns.unsqueeze(-1).flatten(1) @ a.flatten()
+        for a, columns in zip(tree.leaves(alpha), tree.leaves(Z), strict=True)
+    ]
     return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
 
@@ -149,13 +160,25 @@ def _entries(columns: Tensor, lam: Tree, used: tuple[bool, ...]) -> Tree:
     """One number per column as a pytree like λ; ``None`` where Φ does not depend on the leaf."""
     flat, spec = tree.flatten(lam)
     parts = columns.split([leaf.numel() for leaf in flat])
-    return tree.unflatten([part.reshape(leaf.shape).to(leaf) if seen else None for part, leaf, seen in zip(parts, flat, used, strict=True)], spec)
+    return tree.unflatten(
+        [
+            part.reshape(leaf.shape).to(leaf) if seen else None
+            for part, leaf, seen in zip(parts, flat, used, strict=True)
+        ],
+        spec,
+    )
 
 
-def _seen(used: tuple[bool, ...], Z: InnerState, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[bool, ...]:
+def _seen(
+    used: tuple[bool, ...], Z: InnerState, step: Step, state: InnerState, lam: Tree, batch: Any
+) -> tuple[bool, ...]:
     """``used``, brought up to date: a leaf is used if it has moved the state, or else if Φ's own pullback knows it."""
     flat = tree.leaves(lam)
-    moved = torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)]).any(0).split([leaf.numel() for leaf in flat])
+    moved = (
+        torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)])
+        .any(0)
+        .split([leaf.numel() for leaf in flat])
+    )
     now = tuple(before or bool(column.any()) for before, column in zip(used, moved, strict=True))
     if all(now):
         return now

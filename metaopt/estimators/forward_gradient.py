@@ -4,8 +4,8 @@ r"""The forward gradient: the response along random directions of λ, rolled for
     \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
     \qquad \mathbb{E}\, v v^\top = I
 
-Baydin et al. 2022, "Gradients without backpropagation", arXiv 2202.08587; Silver et al. 2021, "Learning by directional gradient
-descent" (ICLR 2022).
+Baydin et al. 2022, "Gradients without backpropagation", arXiv 2202.08587; Silver et al. 2021,
+"Learning by directional gradient descent" (ICLR 2022).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -33,9 +32,10 @@ class ForwardGradientCarry(NamedTuple):
 class ForwardGradient(Estimator):
     """Unbiased hypergradients over the whole horizon in constant memory, from random directional derivatives.
 
-    Cost: ``directions`` tangents per inner step. Memory: as many states. Bias: none (online: that of forward mode, the Jacobians of the
-    λ they were taken at); the variance grows with the number of hyperparameters and falls with ``directions``. The pullback is linear
-    in α. Directions are drawn once per run.
+    Cost: ``directions`` tangents per inner step. Memory: as many states. Bias: none (online: that
+    of forward mode, the Jacobians of the λ they were taken at); the variance grows with the number
+    of hyperparameters and falls with ``directions``. The pullback is linear in α. Directions are
+    drawn once per run.
 
     Args:
         directions: n ≥ 1.
@@ -46,7 +46,9 @@ class ForwardGradient(Estimator):
         ValueError: for bad settings.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none; noise grows with the size of λ")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="none; noise grows with the size of λ"
+    )
 
     directions: int = 1
     noise: _noise.Law = "sign"
@@ -65,7 +67,9 @@ class ForwardGradient(Estimator):
             directions.append(direction)
         return ForwardGradientCarry(directions, [tree.zeros_like(state)] * self.directions)
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardGradientCarry) -> tuple[InnerState, ForwardGradientCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardGradientCarry
+    ) -> tuple[InnerState, ForwardGradientCarry]:
         """A step, and every tangent's."""
         rng = replay.snapshot(state)
         new, tangents = step(state, lam, batch), []

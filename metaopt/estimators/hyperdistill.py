@@ -4,8 +4,9 @@ r"""HyperDistill: the whole indirect term distilled into one product.
     g^{SO}_t \approx \theta\, S_t\, v_t, \qquad v_t = \alpha_t \frac{\partial \Phi(w^*_t, \lambda; D^*_t)}{\partial \lambda},
     \qquad S_t = \sum_{i \le t} \gamma^{t-i}
 
-Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", ICLR, arXiv 2110.02508: algorithms 3 and 4,
-equations 13-18. The norms in :math:`\pi_t f_t` cancel (eq. 15), so the pullback is linear in α.
+Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", ICLR, arXiv
+2110.02508: algorithms 3 and 4, equations 13-18. The norms in :math:`\pi_t f_t` cancel (eq. 15), so
+the pullback is linear in α.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response, Traits
 from metaopt.estimators.reverse import sweep
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import Distillate, Distilled, Moment, replay
+from metaopt.replay import Rng
+from metaopt.trajectory import Distillate, Distilled, Moment
 from metaopt.trajectory.distilled import geometric_sum
 from metaopt.trajectory.interpolated import straight_line
-from metaopt.trajectory.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -53,22 +54,25 @@ class SizeSamples(NamedTuple):
 class HyperDistill(Estimator):
     """Online hypergradients over the whole horizon from one product at a distilled point.
 
-    Cost per hyper-step: one gradient at ``w*`` with its graph, one product; a calibration takes ``3T - 1`` products. Memory: one more
-    state and batch. Bias: the direction is that of ``Σ γ^{t-i} α_t B_i`` up to the distillation; the size is as good as θ. Exact for
-    isotropic quadratics with ``γ`` the contraction factor.
+    Cost per hyper-step: one gradient at ``w*`` with its graph, one product; a calibration takes
+    ``3T - 1`` products. Memory: one more state and batch. Bias: the direction is that of ``Σ
+    γ^{t-i} α_t B_i`` up to the distillation; the size is as good as θ. Exact for isotropic
+    quadratics with ``γ`` the contraction factor.
 
     Args:
         gamma: decay γ in [0, 1]; 0 is the 1-step method up to θ.
         theta: size θ; :meth:`calibrate` fits it.
-        pi: what multiplies the direction: ``"theta"`` the fitted size ``θ S_t v_t``; ``"plain"`` v itself (the paper's π = 1 as its
-            appendix I needs it); ``"unit"`` π = 1 read literally, ``v/‖v‖`` (not linear in α:
-            :func:`metaopt.unroll` refuses it).
+        pi: what multiplies the direction: ``"theta"`` the fitted size ``θ S_t v_t``; ``"plain"`` v
+            itself (the paper's π = 1 as its appendix I needs it); ``"unit"`` π = 1 read literally,
+            ``v/‖v‖`` (not linear in α: :func:`metaopt.unroll` refuses it).
         example_axis: axis of the batch tensors that runs over examples; 1 for a stacked meta-batch.
         stochastic_rounding: see :class:`metaopt.trajectory.Distilled`.
         seed: of the subsampling of ``D*``.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="direction distilled into one point, size fitted")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=True, bias="direction distilled into one point, size fitted"
+    )
 
     gamma: float = 0.99
     theta: float = 1.0
@@ -98,7 +102,9 @@ class HyperDistill(Estimator):
         """Nothing yet."""
         return HyperDistillCarry()
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: HyperDistillCarry) -> tuple[InnerState, HyperDistillCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: HyperDistillCarry
+    ) -> tuple[InnerState, HyperDistillCarry]:
         """Algorithm 3, lines 9 and 11: distil, then step."""
         old = carry.distillate
         distillate = self.memory.start(state, batch) if old is None else self.memory.append(old, state, batch)
@@ -138,12 +144,17 @@ class HyperDistill(Estimator):
             return self
         theta = self.size_samples(step, lam, run).theta
         if theta != theta:
-            warnings.warn("HyperDistill: every v_s is zero, so theta is undefined; using theta = 1", UserWarning, stacklevel=2)
+            warnings.warn(
+                "HyperDistill: every v_s is zero, so theta is undefined; using theta = 1", UserWarning, stacklevel=2
+            )
             theta = 1.0
         return replace(self, theta=theta)
 
     def size_samples(self, step: Step, lam: Tree, run: FinishedRun) -> SizeSamples:
-        """``(x_s, y_s)`` of algorithm 4: DrMAD's partial sweeps against the product at the distillate of the same horizon."""
+        """``(x_s, y_s)`` of algorithm 4.
+
+        DrMAD's partial sweeps against the product at the distillate of the same horizon.
+        """
         horizon, memory = len(run.batches), self.memory
         rng = replay.snapshot(run.first)
         states = straight_line(run.first, run.last, horizon)
@@ -154,7 +165,11 @@ class HyperDistill(Estimator):
         with replay.preserved(run.first):
             for moment, (g, _) in zip(moments, partial_sums, strict=True):
                 old = distillate
-                distillate = memory.start(moment.state, moment.batch) if old is None else memory.prepend(old, moment.state, moment.batch)
+                distillate = (
+                    memory.start(moment.state, moment.batch)
+                    if old is None
+                    else memory.prepend(old, moment.state, moment.batch)
+                )
                 _, v = Moment(distillate.state, lam, distillate.batch, rng).pullback(step, alpha, "lam")
                 size = tree.norm(v)
                 xs.append(size * geometric_sum(self.gamma, distillate.t))

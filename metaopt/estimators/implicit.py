@@ -15,18 +15,20 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Linearized, Stationary, Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Stationary, Step
 from metaopt.linsolve import Neumann, Solution, Solver, solve_from
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
 class NotConvergedWarning(UserWarning):
-    """Implicit differentiation where its assumption does not hold: away from a minimum, or with a linear system that is not solved."""
+    """Implicit differentiation where its assumption does not hold.
+
+    Away from a minimum, or with a linear system that is not solved.
+    """
 
 
 class LastBatch(NamedTuple):
@@ -41,26 +43,34 @@ class LastBatch(NamedTuple):
 class IFT(Estimator):
     """``α (I - A)^{-1} B`` at the last weights and the last batch, by a linear solver.
 
-    ``A`` and ``B`` are those of gradient descent on the inner loss, whatever optimiser ran (a custom Φ is taken as its own fixed-point
-    map), so the optimiser's memory plays no part. Cost: one gradient, the solver's products and one more. Memory: one graph, and the
-    solver's. Bias: right only at a stationary point of the inner loss; elsewhere it answers another question. May be used online near
-    convergence. The hypergradient's ``info`` is the solver's :class:`~metaopt.linsolve.Solution`.
+    ``A`` and ``B`` are those of gradient descent on the inner loss, whatever optimiser ran (a
+    custom Φ is taken as its own fixed-point map), so the optimiser's memory plays no part. Cost:
+    one gradient, the solver's products and one more. Memory: one graph, and the solver's. Bias:
+    right only at a stationary point of the inner loss; elsewhere it answers another question. May
+    be used online near convergence. The hypergradient's ``info`` is the solver's
+    :class:`~metaopt.linsolve.Solution`.
 
     Args:
         solver: from :mod:`metaopt.linsolve`.
-        converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger; ``None``: it is meant to be used there.
-        solved: warn where the solver's relative residual is larger. At 1 the answer is no better than none, and a series diverges.
-        warm_start: solve for the correction of the last hyper-step's solution; the pullback is then affine in α.
+        converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger;
+            ``None``: it is meant to be used there.
+        solved: warn where the solver's relative residual is larger. At 1 the answer is no better
+            than none, and a series diverges.
+        warm_start: solve for the correction of the last hyper-step's solution; the pullback is then
+            affine in α.
         start: ``info`` of an earlier hypergradient to start from.
 
     Raises:
-        ValueError: if a hyperparameter enters through the optimiser alone (a learning rate): the solution does not move with it.
+        ValueError: if a hyperparameter enters through the optimiser alone (a learning rate): the
+            solution does not move with it.
 
     Warns:
         NotConvergedWarning: see ``converged`` and ``solved``.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="away from a solution; the solver's residual")
+    traits: ClassVar[Traits] = Traits(
+        sees="a solution", high_dimensional=True, bias="away from a solution; the solver's residual"
+    )
 
     solver: Solver = Neumann()
     converged: float | None = 1e-2
@@ -72,7 +82,9 @@ class IFT(Estimator):
         """Nothing yet."""
         return LastBatch(start=self.start)
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch) -> tuple[InnerState, LastBatch]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch
+    ) -> tuple[InnerState, LastBatch]:
         """A plain step; its batch is kept."""
         rng = replay.snapshot(state)
         return step(state, lam, batch), LastBatch(batch, rng, carry.start)
@@ -120,8 +132,10 @@ class IFT(Estimator):
     def _check_converged(self, norm: Tensor, bound: float) -> None:
         if not bool(norm <= bound):
             warnings.warn(
-                f"IFT: the inner gradient's norm is {float(norm):.3g} on the last batch, above converged={bound:g}: this is no solution of the inner "
-                "problem, and the implicit function theorem does not hold there. Train longer, put weight decay into the loss instead of the "
+                f"IFT: the inner gradient's norm is {float(norm):.3g} on the last batch, above converged={bound:g}: "
+                "this is no solution of the inner "
+                "problem, and the implicit function theorem does not hold there. Train longer, put weight decay into "
+                "the loss instead of the "
                 "optimiser, use RMD or HyperDistill, or say that it is meant: IFT(..., converged=None)",
                 NotConvergedWarning,
                 stacklevel=5,
@@ -130,8 +144,10 @@ class IFT(Estimator):
     def _check_solved(self, residual: Tensor) -> None:
         if self.solved is not None and not bool(residual <= self.solved):
             warnings.warn(
-                f"IFT: the linear system is not solved: {type(self.solver).__name__}'s relative residual is {float(residual):.3g}, above "
-                f"solved={self.solved:g}. More iterations, a smaller rate, damping, or a solver for indefinite systems (MINRES); "
+                f"IFT: the linear system is not solved: {type(self.solver).__name__}'s relative residual is "
+                f"{float(residual):.3g}, above "
+                f"solved={self.solved:g}. More iterations, a smaller rate, damping, or a solver for indefinite "
+                "systems (MINRES); "
                 "IFT(..., solved=None) if it is meant",
                 NotConvergedWarning,
                 stacklevel=4,
@@ -144,7 +160,10 @@ def gradient_norm(stationary: Stationary, linearized: Linearized) -> Tensor:
 
 
 def _check_seen(step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng, alpha: Tree, product: Tree) -> None:
-    """Raise if the real Φ depends on a leaf of λ that its fixed points do not. Costs a product, and only where a leaf is missing."""
+    """Raise if the real Φ depends on a leaf of λ that its fixed points do not.
+
+    Costs a product, and only where a leaf is missing.
+    """
     missing = [i for i, leaf in enumerate(tree.leaves(product)) if leaf is None]
     if not missing:
         return
@@ -155,6 +174,8 @@ def _check_seen(step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng, 
     through_optimizer = [names[i] for i in missing if leaves[i] is not None]
     if through_optimizer:
         raise ValueError(
-            f"lam at {', '.join(through_optimizer)} enters only through the optimiser: the solution of the inner problem does not move with it, so "
-            "implicit differentiation has nothing to say about it. Use RMD, FMD, OneStep or HyperDistill, or take it out of lam"
+            f"lam at {', '.join(through_optimizer)} enters only through the optimiser: the solution of the inner "
+            "problem does not move with it, so "
+            "implicit differentiation has nothing to say about it. Use RMD, FMD, OneStep or HyperDistill, or take it "
+            "out of lam"
         )

@@ -4,9 +4,10 @@ r"""Reverse mode: one sweep of products with the step's Jacobians, over whatever
     g \leftarrow g + \alpha B_t, \quad \alpha \leftarrow \alpha A_t \qquad (t = T \dots 1), \qquad
     A_t = \frac{\partial \Phi}{\partial s_{t-1}}, \; B_t = \frac{\partial \Phi}{\partial \lambda}
 
-Algorithm 1 of the HyperDistill paper; Franceschi et al. 2017, arXiv 1703.01785. Over the full trajectory that is RMD, over the last K
-states truncated RMD (Shaban et al. 2019, arXiv 1810.10667), over the last one the 1-step method (Luketina et al. 2016, arXiv 1511.06727),
-over a straight line DrMAD (Fu et al. 2016, arXiv 1601.00917).
+Algorithm 1 of the HyperDistill paper; Franceschi et al. 2017, arXiv 1703.01785. Over the full
+trajectory that is RMD, over the last K states truncated RMD (Shaban et al. 2019, arXiv 1810.10667),
+over the last one the 1-step method (Luketina et al. 2016, arXiv 1511.06727), over a straight line
+DrMAD (Fu et al. 2016, arXiv 1601.00917).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import Full, Interpolated, Last, Place, Trajectory, replay
+from metaopt.trajectory import Full, Interpolated, Last, Place, Trajectory
 from metaopt.trajectory.base import Moment
 from metaopt.tree import Tree
 
@@ -66,7 +67,9 @@ class ReverseMode(Estimator):
         return state.w, pullback
 
 
-def sweep(step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tree, *, to_start: bool) -> Iterator[tuple[Tree, InnerState]]:
+def sweep(
+    step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tree, *, to_start: bool
+) -> Iterator[tuple[Tree, InnerState]]:
     """The sweep, one ``(g, α)`` after each step, newest step first.
 
     Args:
@@ -74,7 +77,8 @@ def sweep(step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tre
         moments: the remembered steps, newest first.
         cotangent: of the last state.
         lam: a pytree like λ.
-        to_start: whether the cotangent of the oldest state is wanted too; otherwise that last product is left out.
+        to_start: whether the cotangent of the oldest state is wanted too; otherwise that last
+            product is left out.
 
     What was yielded is overwritten by the next step.
     """
@@ -96,8 +100,8 @@ def sweep(step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tre
 class RMD(ReverseMode):
     """Reverse-mode differentiation: the exact hypergradient.
 
-    Cost: ``2T`` products (the last gives ``init``) and, over :class:`~metaopt.trajectory.Full`, ``T`` recomputed gradients. Memory: the
-    trajectory's. Bias: exact. Offline: λ must not move.
+    Cost: ``2T`` products (the last gives ``init``) and, over :class:`~metaopt.trajectory.Full`,
+    ``T`` recomputed gradients. Memory: the trajectory's. Bias: exact. Offline: λ must not move.
 
     Args:
         trajectory: how the run is remembered; default: every state.
@@ -117,14 +121,17 @@ class RMD(ReverseMode):
 class TruncatedRMD(ReverseMode):
     """The first K terms of the sweep.
 
-    Cost: ``2K - 1`` products and K recomputed gradients. Memory: K states. Bias: what happened more than K steps ago is dropped;
-    ``horizon ≥ T`` is :class:`RMD`, 1 is :class:`OneStep`, 0 is first-order.
+    Cost: ``2K - 1`` products and K recomputed gradients. Memory: K states. Bias: what happened more
+    than K steps ago is dropped; ``horizon ≥ T`` is :class:`RMD`, 1 is :class:`OneStep`, 0 is
+    first-order.
 
     Args:
         horizon: K.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the last K steps", high_dimensional=True, bias="the steps before the last K")
+    traits: ClassVar[Traits] = Traits(
+        sees="the last K steps", high_dimensional=True, bias="the steps before the last K"
+    )
 
     horizon: int
 
@@ -147,8 +154,8 @@ class TruncatedRMD(ReverseMode):
 class OneStep(ReverseMode):
     """One-step look-ahead: ``α_t B_t``, on the training step's own graph.
 
-    Cost: one product per hyper-step, no recomputation. Memory: one graph. Bias: the state before the last step is taken as constant
-    (short-horizon bias).
+    Cost: one product per hyper-step, no recomputation. Memory: one graph. Bias: the state before
+    the last step is taken as constant (short-horizon bias).
     """
 
     traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="the steps before the last")
@@ -163,15 +170,19 @@ class OneStep(ReverseMode):
 class DrMAD(ReverseMode):
     """RMD's sweep along the straight line between the first and the last state.
 
-    Cost: ``2T - 1`` products and T gradients, those of tiny nets sixteen in one call. Memory: that of
-    :class:`~metaopt.trajectory.Interpolated`. Bias: exact only where A and B do not depend on the state; there is no bound in general. Offline.
+    Cost: ``2T - 1`` products and T gradients, those of tiny nets sixteen in one call. Memory: that
+    of :class:`~metaopt.trajectory.Interpolated`. Bias: exact only where A and B do not depend on
+    the state; there is no bound in general. Offline.
 
-    Exact :class:`RMD` is as fast over every state (on tiny nets over every graph) and as small over checkpoints (measured:
-    ``benchmarks/README.md``). What is left to DrMAD are runs whose states do not fit and whose steps are too dear to be run again once to three
-    times, and published results that used it.
+    Exact :class:`RMD` is as fast over every state (on tiny nets over every graph) and as small over
+    checkpoints (measured: ``benchmarks/README.md``). What is left to DrMAD are runs whose states do
+    not fit and whose steps are too dear to be run again once to three times, and published results
+    that used it.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="the states, taken from a straight line")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=True, bias="the states, taken from a straight line"
+    )
 
     @property
     def remembered(self) -> Trajectory:

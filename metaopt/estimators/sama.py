@@ -5,8 +5,9 @@ r"""SAMA: implicit differentiation with the identity for the Hessian, preconditi
       - \frac{\nabla_\lambda L(w_t + \epsilon v) - \nabla_\lambda L(w_t - \epsilon v)}{2\epsilon}, \qquad
     v = \frac{\partial u}{\partial g}\, \alpha_t, \quad \epsilon = r / \|v\|
 
-with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et al. 2023, "Making scalable meta learning practical", arXiv
-2310.05674. (Its extra push of the base weights along v is a change of the inner run, not of the hypergradient, and is not made here.)
+with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et al. 2023, "Making
+scalable meta learning practical", arXiv 2310.05674. (Its extra push of the base weights along v is
+a change of the inner run, not of the hypergradient, and is not made here.)
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._mixed_difference import mixed_difference
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.estimators.implicit import LastBatch
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -29,9 +29,10 @@ from metaopt.tree import Tree
 class SAMA(Estimator):
     """One finite difference along the preconditioned cotangent, at the last weights.
 
-    Cost per hyper-step: one gradient and two gradients with respect to λ. Memory: nothing but the batch. Bias: the inverse Hessian is
-    replaced by (the diagonal of) the update's derivative, so the direction is right only where those are proportional; like every implicit
-    method it does not see hyperparameters that enter through the optimiser alone.
+    Cost per hyper-step: one gradient and two gradients with respect to λ. Memory: nothing but the
+    batch. Bias: the inverse Hessian is replaced by (the diagonal of) the update's derivative, so
+    the direction is right only where those are proportional; like every implicit method it does not
+    see hyperparameters that enter through the optimiser alone.
 
     Args:
         radius: r, the length of the step in weight space.
@@ -41,7 +42,9 @@ class SAMA(Estimator):
         TypeError: for a custom step, whose loss and optimiser are not known.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="a diagonal for the inverse Hessian; a finite difference")
+    traits: ClassVar[Traits] = Traits(
+        sees="a solution", high_dimensional=True, bias="a diagonal for the inverse Hessian; a finite difference"
+    )
 
     radius: float = 0.01
 
@@ -53,7 +56,9 @@ class SAMA(Estimator):
         """Nothing yet."""
         return LastBatch()
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch) -> tuple[InnerState, LastBatch]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch
+    ) -> tuple[InnerState, LastBatch]:
         """A plain step; its batch is kept."""
         rng = replay.snapshot(state)
         return step(state, lam, batch), LastBatch(batch, rng)

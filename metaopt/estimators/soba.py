@@ -4,9 +4,10 @@ r"""SOBA: weights, linear system and λ all move together, one step each.
     v_t = v_{t-1} - \rho\, (\nabla^2_{ww} L\, v_{t-1} + \nabla_w L_{val}), \qquad
     \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val} + v_t\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
 
-at the weights after step t and its batch, so that :math:`v_t` follows :math:`-H^{-1} \nabla_w L_{val}`. Dagréou et al. 2022, "A framework for bilevel
-optimization that enables stochastic and global variance reduction algorithms", arXiv 2201.13409 (there the three moves are simultaneous; here in
-this order).
+at the weights after step t and its batch, so that :math:`v_t` follows :math:`-H^{-1} \nabla_w
+L_{val}`. Dagréou et al. 2022, "A framework for bilevel optimization that enables stochastic and
+global variance reduction algorithms", arXiv 2201.13409 (there the three moves are simultaneous;
+here in this order).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, OuterObjective, Pullback, Terms, Traits, outer_gradient
+from metaopt.estimators.base import Estimator, Pullback, Terms, Traits
 from metaopt.estimators.implicit import LastBatch
+from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -35,9 +36,10 @@ class SOBACarry(NamedTuple):
 class SOBA(Estimator):
     """Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started by all before it.
 
-    Cost per inner step: one outer gradient, one gradient with its graph and one product; a hyper-step as much again. Memory: one vector
-    like the weights, one graph. Bias: that of v, which vanishes as the run and λ settle; needs ``ρ`` below 2 over H's largest eigenvalue. Sees
-    no hyperparameter that enters through the optimiser alone.
+    Cost per inner step: one outer gradient, one gradient with its graph and one product; a
+    hyper-step as much again. Memory: one vector like the weights, one graph. Bias: that of v, which
+    vanishes as the run and λ settle; needs ``ρ`` below 2 over H's largest eigenvalue. Sees no
+    hyperparameter that enters through the optimiser alone.
 
     Args:
         rate: ρ.
@@ -46,7 +48,9 @@ class SOBA(Estimator):
         ValueError: for a rate that is not positive, or a custom step (it has no Hessian).
     """
 
-    traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="until the run and its linear system have settled")
+    traits: ClassVar[Traits] = Traits(
+        sees="a solution", high_dimensional=True, bias="until the run and its linear system have settled"
+    )
 
     rate: float = 0.01
 
@@ -63,7 +67,9 @@ class SOBA(Estimator):
         """``v_0 = 0``."""
         return SOBACarry(tree.zeros_like(state.w), LastBatch())
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: SOBACarry) -> tuple[InnerState, SOBACarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: SOBACarry
+    ) -> tuple[InnerState, SOBACarry]:
         """A plain step; its batch is kept."""
         rng = replay.snapshot(state)
         return step(state, lam, batch), carry._replace(last=LastBatch(batch, rng))
@@ -80,7 +86,10 @@ class SOBA(Estimator):
         Raises:
             TypeError: always; v belongs to one outer loss.
         """
-        raise TypeError("SOBA follows one outer loss along the run and has no pullback for another: use mo.hypergradient or mo.online")
+        raise TypeError(
+            "SOBA follows one outer loss along the run and has no pullback for another: use mo.hypergradient or "
+            "mo.online"
+        )
 
     def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: SOBACarry) -> Terms:
         """The direct term, and ``v`` times the mixed derivative."""

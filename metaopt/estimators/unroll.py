@@ -1,4 +1,7 @@
-"""An inner run as one differentiable function: ``w_T = unroll(step, w0, lam, batches).w``, then any loss and ``.backward()``."""
+"""An inner run as one differentiable function.
+
+``w_T = unroll(step, w0, lam, batches).w``, then any loss and ``.backward()``.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metaopt import tree
-from metaopt.estimators.base import Batches, Estimator, Pullback, check_finite, check_lam, each
+from metaopt import replay, tree
+from metaopt.estimators.base import Estimator, Pullback
+from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, each
 from metaopt.estimators.reverse import RMD
 from metaopt.inner.closed import closed_over as with_closed_over
 from metaopt.inner.closed import undeclared
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -39,15 +42,19 @@ def unroll(
 ) -> InnerState:
     """Run the inner loop; autograd sees it as one node, whose backward pass is the estimator's pullback.
 
-    Gradients reach the leaves of ``lam``, ``w0`` and ``closed_over`` that require grad, whether they are leaves of autograd or computed
-    from something; the optimiser slots of the result are constants. With :class:`RMD` the gradients are exact; with another estimator they
-    are that estimator's, also for ``closed_over``, and ``w0`` gets one only where the estimator has it. Several losses on the result and
-    ``retain_graph=True`` work as on any node; its own second derivative (``create_graph=True``) does not exist and is an error.
+    Gradients reach the leaves of ``lam``, ``w0`` and ``closed_over`` that require grad, whether
+    they are leaves of autograd or computed from something; the optimiser slots of the result are
+    constants. With :class:`RMD` the gradients are exact; with another estimator they are that
+    estimator's, also for ``closed_over``, and ``w0`` gets one only where the estimator has it.
+    Several losses on the result and ``retain_graph=True`` work as on any node; its own second
+    derivative (``create_graph=True``) does not exist and is an error.
 
-    Under ``torch.no_grad()``, or if nothing requires grad, this is the plain run, and nothing is remembered. Under ``torch.autocast`` the
-    sweep runs under the same autocast. The sweep happens once per call of ``backward``.
+    Under ``torch.no_grad()``, or if nothing requires grad, this is the plain run, and nothing is
+    remembered. Under ``torch.autocast`` the sweep runs under the same autocast. The sweep happens
+    once per call of ``backward``.
 
-    **Hoisting.** What λ and the data alone make, and every inner step would make again (the features under ANIL's head, where the batch repeats), can
+    **Hoisting.** What λ and the data alone make, and every inner step would make again (the
+    features under ANIL's head, where the batch repeats), can
     be made once and given to the run as its hyperparameters; autograd does the rest::
 
         features = body(lam, x)  # lam requires grad
@@ -57,20 +64,23 @@ def unroll(
     Args:
         step: Φ.
         w0: initial weights.
-        lam: hyperparameters, any pytree of floating-point tensors; those with ``requires_grad=False`` are constants.
+        lam: hyperparameters, any pytree of floating-point tensors; those with
+            ``requires_grad=False`` are constants.
         batches: one per inner step, or ``t -> batch`` with ``horizon=T``.
         estimator: any estimator that gives a pullback.
         horizon: T.
-        closed_over: tensors that the inner loss uses without being given them (a teacher's parameters, …). One that requires grad and is not
-            declared gets no gradient, and a warning says so.
+        closed_over: tensors that the inner loss uses without being given them (a teacher's
+            parameters, …). One that requires grad and is not declared gets no gradient, and a
+            warning says so.
 
     Raises:
         ValueError: for an estimator without a pullback, or with one that is not linear.
-        RuntimeError: in the backward pass, if ``w0`` requires grad but the estimator has no cotangent for it.
+        RuntimeError: in the backward pass, if ``w0`` requires grad but the estimator has no
+            cotangent for it.
         FloatingPointError: in the backward pass, if the gradient is not finite.
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.5))
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
     >>> lam = torch.ones(1, requires_grad=True)
     >>> unroll(step, torch.zeros(1), lam, [None] * 2).w.sum().backward()
     >>> lam.grad
@@ -78,9 +88,15 @@ def unroll(
     """
     check_lam(lam)
     if estimator.needs_outer_loss:
-        raise ValueError(f"{type(estimator).__name__} needs to see the outer loss during the run, so there is no pullback to unroll with")
+        raise ValueError(
+            f"{type(estimator).__name__} needs to see the outer loss during the run, so there is no pullback to "
+            "unroll with"
+        )
     if not estimator.linear:
-        raise ValueError(f"{estimator!r} is not linear in its cotangent, so autograd cannot chain through it: use mo.hypergradient or mo.online")
+        raise ValueError(
+            f"{estimator!r} is not linear in its cotangent, so autograd cannot chain through it: use "
+            "mo.hypergradient or mo.online"
+        )
     for tensor in closed_over:
         if not tree.is_float(tensor):
             raise ValueError(f"closed_over holds floating-point tensors, got {tensor!r}")
@@ -136,7 +152,8 @@ class _Run:
         if found:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
             warnings.warn(
-                f"the inner loss depends on {len(found)} tensor(s) that require grad and are neither weights nor lam (shapes {shapes}): they get no "
+                f"the inner loss depends on {len(found)} tensor(s) that require grad and are neither weights nor lam "
+                f"(shapes {shapes}): they get no "
                 "gradient. Put them into lam, declare them with closed_over=[...], or detach them",
                 UndeclaredTensorWarning,
                 stacklevel=3,
@@ -153,7 +170,9 @@ class _Unrolled(torch.autograd.Function):
         assert run.last is not None
         ctx.state, ctx.estimator, ctx.closed = run.last, run.estimator, bool(run.closed)
         ctx.like, ctx.counts = run.last.w, (len(tree.leaves(w0)), len(tree.leaves(lam)), len(closed))
-        ctx.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in _device_types(flat) if torch.is_autocast_enabled(kind)]
+        ctx.autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in _device_types(flat) if torch.is_autocast_enabled(kind)
+        ]
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         return tuple(x.clone() for x in tree.leaves(run.last.w))
@@ -166,7 +185,10 @@ class _Unrolled(torch.autograd.Function):
         flat = tree.leaves(ctx.like)
         if all(bar is None for bar in bars):
             return (None,) * (2 + n_w + n_lam + n_closed)
-        alpha = tree.unflatten([torch.zeros_like(x) if b is None else b for b, x in zip(bars, flat, strict=True)], tree.flatten(ctx.like)[1])
+        alpha = tree.unflatten(
+            [torch.zeros_like(x) if b is None else b for b, x in zip(bars, flat, strict=True)],
+            tree.flatten(ctx.like)[1],
+        )
         with ExitStack() as contexts:
             for kind in ("cpu", "cuda"):
                 contexts.enter_context(torch.autocast(kind, enabled=False)) if torch.is_autocast_enabled(kind) else None
@@ -176,7 +198,8 @@ class _Unrolled(torch.autograd.Function):
         check_finite(response.lam, response.lam, ctx.state, ctx.estimator)
         if any(ctx.needs_input_grad[2 : 2 + n_w]) and response.init is None:
             raise RuntimeError(
-                f"w0 requires grad, but {type(ctx.estimator).__name__} has no cotangent for the initial weights: pass a detached w0, or use RMD"
+                f"w0 requires grad, but {type(ctx.estimator).__name__} has no cotangent for the initial weights: "
+                "pass a detached w0, or use RMD"
             )
         w_bars = tree.leaves(response.init) if response.init is not None else [None] * n_w
         return (None, None, *w_bars, *tree.leaves(response.lam))

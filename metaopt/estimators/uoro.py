@@ -5,8 +5,9 @@ r"""UORO: an unbiased rank-one sketch of forward mode's response.
     \tilde s_t = \rho_0 A_t \tilde s_{t-1} + \rho_1 \nu, \quad
     \tilde\theta_t = \tilde\theta_{t-1} / \rho_0 + (\nu^\top B_t) / \rho_1, \qquad \nu \in \{-1, 1\}^{|s|}
 
-The cross terms have mean zero, so :math:`\mathbb{E}\, \tilde s_t \tilde\theta_t^\top = Z_t`; the ρ balance the norms to keep the variance
-low. Tallec & Ollivier 2017, "Unbiased online recurrent optimization", arXiv 1702.05043.
+The cross terms have mean zero, so :math:`\mathbb{E}\, \tilde s_t \tilde\theta_t^\top = Z_t`; the ρ
+balance the norms to keep the variance low. Tallec & Ollivier 2017, "Unbiased online recurrent
+optimization", arXiv 1702.05043.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 
 
@@ -37,8 +37,9 @@ class UOROCarry(NamedTuple):
 class UORO(Estimator):
     """Unbiased online hypergradients over the whole horizon, in memory of one state and one λ per sketch.
 
-    Cost: per inner step and sketch one tangent, one gradient with its graph and one product. Bias: none (online: that of forward mode);
-    the variance is large and grows with the horizon's memory. The pullback is linear in α.
+    Cost: per inner step and sketch one tangent, one gradient with its graph and one product. Bias:
+    none (online: that of forward mode); the variance is large and grows with the horizon's memory.
+    The pullback is linear in α.
 
     Args:
         sketches: independent sketches to average.
@@ -48,7 +49,9 @@ class UORO(Estimator):
         ValueError: for bad settings.
     """
 
-    traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=False, bias="none; noise grows with the sizes of λ and T")
+    traits: ClassVar[Traits] = Traits(
+        sees="the whole run", high_dimensional=False, bias="none; noise grows with the sizes of λ and T"
+    )
 
     sketches: int = 1
     seed: int = 0
@@ -61,7 +64,9 @@ class UORO(Estimator):
         """Zero factors."""
         return UOROCarry([(tree.zeros_like(state), tree.zeros_like(lam))] * self.sketches, _noise.start(self.seed))
 
-    def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: UOROCarry) -> tuple[InnerState, UOROCarry]:
+    def advance(
+        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: UOROCarry
+    ) -> tuple[InnerState, UOROCarry]:
         """A step, and the recursion."""
         rng = replay.snapshot(state)
         new, generator, sketches = step(state, lam, batch), carry.generator, []

@@ -39,7 +39,9 @@ def select(methods: Sequence[Any], keys: Sequence[str] | None) -> list[Any]:
     return [method for method in methods if keys is None or method.key in keys]
 
 
-def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds: int, *, workers: int | None = None) -> list[Any]:
+def run_all(
+    run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds: int, *, workers: int | None = None
+) -> list[Any]:
     """``run(method, config, seed)`` for every method and seed, in parallel processes of one thread each, with a progress bar.
 
     Returns:
@@ -50,7 +52,9 @@ def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds:
     jobs = [(method, seed) for seed in range(seeds) for method in methods]
     workers = workers or os.cpu_count() or 1
     results = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         futures = {pool.submit(run, method, config, seed): (method.key, seed) for method, seed in jobs}
         with tqdm(total=len(jobs), desc="runs", unit="run") as bar:
             try:
@@ -65,7 +69,9 @@ def run_all(run: Callable[..., Any], methods: Sequence[Any], config: Any, seeds:
 
 
 def once(run: Callable[..., Run], kind: type[Run], folder: Path, method: Any, config: Any, seed: int) -> Run:
-    """``run(method, config, seed)``, or what an earlier call found: each run is kept in ``folder`` as soon as it has ended.
+    """``run(method, config, seed)``, or what an earlier call found.
+
+    Each run is kept in ``folder`` as soon as it has ended.
 
     Args:
         run: the experiment.
@@ -84,7 +90,9 @@ def once(run: Callable[..., Run], kind: type[Run], folder: Path, method: Any, co
         found = json.loads(path.read_text())
         different = [key for key, value in settings.items() if found["settings"].get(key) != value]
         if different:
-            raise ValueError(f"{path} holds a run with other settings ({', '.join(different)}); choose another --out, or remove it")
+            raise ValueError(
+                f"{path} holds a run with other settings ({', '.join(different)}); choose another --out, or remove it"
+            )
         return kind(**found["run"])
     result = run(method, config, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +103,14 @@ def once(run: Callable[..., Run], kind: type[Run], folder: Path, method: Any, co
 
 
 def table(methods: Sequence[Any], runs: Sequence[Any], failed_at: float, title: str) -> Table:
-    """One row per method: median, mean ± 95 % CI, failed seeds, products and seconds per inner run, the paper's figure."""
-    shown = Table(title=title, caption="median over all seeds (a failed one counts as infinite); mean ± 95 % CI over those that did not fail")
+    """One row per method.
+
+    Median, mean ± 95 % CI, failed seeds, products and seconds per inner run, the paper's figure.
+    """
+    shown = Table(
+        title=title,
+        caption="median over all seeds (a failed one counts as infinite); mean ± 95 % CI over those that did not fail",
+    )
     for column in ("method", "median", "mean ± 95 % CI", "failed", "products / run", "ms / run", "paper"):
         shown.add_column(column, justify="left" if column == "method" else "right")
     for method in methods:
@@ -128,7 +142,8 @@ def draw_curves(
     """Median over seeds of each method's curve, with the middle half of the seeds shaded.
 
     Args:
-        curves: title of a method -> a curve per seed; a curve that broke off counts as infinite from there.
+        curves: title of a method -> a curve per seed; a curve that broke off counts as infinite
+            from there.
         path: of the picture.
         ylabel: what the curves show.
         xlabel: what they are drawn over.
@@ -149,7 +164,9 @@ def draw_curves(
         axes.plot(m, middle, label=title, color=colour, linewidth=1.8, linestyle="--" if title in dashed else "-")
         axes.fill_between(m, low, np.minimum(high, 1e3), color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-    finite = [value for all_curves in curves.values() for curve in all_curves for value in curve if math.isfinite(value)]
+    finite = [
+        value for all_curves in curves.values() for curve in all_curves for value in curve if math.isfinite(value)
+    ]
     if finite and yscale == "log":
         axes.set_ylim(0.7 * min(finite), 1.3 * float(np.quantile(finite, 0.99)))
     axes.grid(alpha=0.25, which="both")

@@ -1,9 +1,11 @@
 """What each training example is worth: exact reverse mode through thousands of steps, with data weights as λ.
 
-λ holds one weight per training example, all 1. One sweep through a whole training run gives ``dL_val/dλ_i`` for every example at once: to first
-order, what leaving example i out does to the validation loss is ``-dL_val/dλ_i``. Checked against really leaving it out: every example's
-run is repeated with its weight at 0, all of them stacked into one problem. The recipe at scale (REPLAY: Engstrom et al. 2025, "Optimizing ML
-training with metagradient descent", arXiv 2503.13751) is the same call with binomial checkpoints, so that T steps need about log T states.
+λ holds one weight per training example, all 1. One sweep through a whole training run gives
+``dL_val/dλ_i`` for every example at once: to first order, what leaving example i out does to the
+validation loss is ``-dL_val/dλ_i``. Checked against really leaving it out: every example's run is
+repeated with its weight at 0, all of them stacked into one problem. The recipe at scale (REPLAY:
+Engstrom et al. 2025, "Optimizing ML training with metagradient descent", arXiv 2503.13751) is the
+same call with binomial checkpoints, so that T steps need about log T states.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.estimators import RMD, Hypergradient, hypergradient
 from metaopt.functional import FunctionalModel, functional
-from metaopt.inner import SGD, Step, inner_step
+from metaopt.inner import Step, inner_step
 from metaopt.meta import replicated
+from metaopt.optim import SGD
 from metaopt.trajectory import Checkpointed
 from metaopt.tree import Tree
 
@@ -102,7 +105,10 @@ class Problem(NamedTuple):
 
 
 def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult:
-    """Predict every example's effect by one sweep, then measure it; write ``data_weights.json`` and ``.png`` to ``out`` if given."""
+    """Predict every example's effect by one sweep, then measure it.
+
+    Write ``data_weights.json`` and ``.png`` to ``out`` if given.
+    """
     problem = build(config)
     started = time.perf_counter()
     estimate = predict(problem, config)
@@ -122,7 +128,9 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data_weights.json").write_text(json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n")
+        (out / "data_weights.json").write_text(
+            json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n"
+        )
         draw(result, out / "data_weights.png")
     return result
 
@@ -133,7 +141,9 @@ def build(config: DataWeightsConfig) -> Problem:
     x, y = _half_moons(config.examples, source)
     wrong = torch.zeros(config.examples, dtype=torch.bool)
     wrong[torch.randperm(config.examples, generator=source)[: round(config.flipped * config.examples)]] = True
-    order = torch.stack([torch.randperm(config.examples, generator=source)[: config.batch] for _ in range(config.steps)])
+    order = torch.stack(
+        [torch.randperm(config.examples, generator=source)[: config.batch] for _ in range(config.steps)]
+    )
     model = _network(config.hidden, source)
 
     def training_loss(w: Tree, weights: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -142,7 +152,13 @@ def build(config: DataWeightsConfig) -> Problem:
         return (weights[chosen] * losses).mean()
 
     return Problem(
-        inner_step(training_loss, _optimizer(config)), model, x, torch.where(wrong, -y, y), wrong, _half_moons(config.validation, source), order
+        inner_step(training_loss, _optimizer(config)),
+        model,
+        x,
+        torch.where(wrong, -y, y),
+        wrong,
+        _half_moons(config.validation, source),
+        order,
     )
 
 
@@ -151,12 +167,22 @@ def predict(problem: Problem, config: DataWeightsConfig) -> Hypergradient:
     estimator = RMD(Checkpointed(slots=config.slots, horizon=config.steps))
     lam = torch.ones(config.examples, dtype=torch.float64)
     return hypergradient(
-        problem.step, _validation_loss(problem), problem.model.params, lam, problem.batch, problem.validation, estimator, horizon=config.steps
+        problem.step,
+        _validation_loss(problem),
+        problem.model.params,
+        lam,
+        problem.batch,
+        problem.validation,
+        estimator,
+        horizon=config.steps,
     )
 
 
 def retrain(problem: Problem, config: DataWeightsConfig) -> tuple[Tensor, Tensor]:
-    """``(L_val, L_val without example i for every i)``: all runs at once, as one stacked problem with a row of weights for each."""
+    """``(L_val, L_val without example i for every i)``.
+
+    All runs at once, as one stacked problem with a row of weights for each.
+    """
     n = config.examples
     weights = torch.cat([torch.ones(1, n, dtype=torch.float64), 1 - torch.eye(n, dtype=torch.float64)])
     mapped = torch.vmap(problem.step.loss, in_dims=(0, 0, None))
@@ -175,9 +201,15 @@ def draw(result: DataWeightsResult, path: Path) -> None:
     axes = figure.subplots()
     for wrong, colour, label in ((False, "tab:blue", "right label"), (True, "tab:red", "flipped label")):
         chosen = [i for i, flipped in enumerate(result.flipped) if flipped == wrong]
-        axes.scatter([result.predicted[i] for i in chosen], [result.true[i] for i in chosen], s=12, color=colour, label=label)
+        axes.scatter(
+            [result.predicted[i] for i in chosen], [result.true[i] for i in chosen], s=12, color=colour, label=label
+        )
     axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    axes.set(xlabel="predicted by one sweep", ylabel="measured by retraining", title=f"rank correlation {result.spearman:.3f}")
+    axes.set(
+        xlabel="predicted by one sweep",
+        ylabel="measured by retraining",
+        title=f"rank correlation {result.spearman:.3f}",
+    )
     axes.legend()
     figure.savefig(path, dpi=150)
 

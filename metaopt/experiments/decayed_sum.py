@@ -2,8 +2,8 @@ r"""Equation 7 of the HyperDistill paper: the indirect term with every Jacobian 
 
 .. math:: g^{SO}_t \approx \sum_{i=1}^{t} \gamma^{t-i}\, \alpha_t B_i
 
-It is what HyperDistill distils, before any distillation: products at all t states instead of one at their average. Only its direction is of
-interest (figure 3b). Lee et al. 2022, arXiv 2110.02508.
+It is what HyperDistill distils, before any distillation: products at all t states instead of one at
+their average. Only its direction is of interest (figure 3b). Lee et al. 2022, arXiv 2110.02508.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import Estimator, Response
 from metaopt.estimators.base import Pullback
 from metaopt.inner import InnerState, Step
-from metaopt.trajectory import Full, replay
+from metaopt.trajectory import Full
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class DecayedSum(Estimator):
-    """``Σ γ^{t-i} α_t B_i``. Cost: t products and t gradients per answer. Memory: all states. Bias: A is no number. Offline.
+    """``Σ γ^{t-i} α_t B_i``. Cost: t products and t gradients per answer. Memory: all states. Bias.
+
+    A is no number. Offline.
 
     Args:
         gamma: γ in [0, 1]; 0 is the 1-step method.

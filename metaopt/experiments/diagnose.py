@@ -1,9 +1,13 @@
-r"""How good hypergradients are during meta-training: figures 3 and 4 of the HyperDistill paper, with exact RMD as the yardstick.
+r"""How good hypergradients are during meta-training.
 
-:func:`diagnose` takes prepared problems, so that it serves every experiment: a *stage* is a point of meta-training with some problems drawn
-there. Figure 3: cosine to exact along the inner run, of (a) the hypergradient, (b) equation 7 for several γ, (c) the indirect term. Figure 4: (a, b)
-the samples of algorithm 4 with the fitted θ, (c) that θ against the truth on problems it was not fitted to, (d) θ along meta-training, (e) error
-against the number of products. Lee et al. 2022, arXiv 2110.02508, section 5.1.
+Figures 3 and 4 of the HyperDistill paper, with exact RMD as the yardstick.
+
+:func:`diagnose` takes prepared problems, so that it serves every experiment: a *stage* is a point
+of meta-training with some problems drawn there. Figure 3: cosine to exact along the inner run, of
+(a) the hypergradient, (b) equation 7 for several γ, (c) the indirect term. Figure 4: (a, b) the
+samples of algorithm 4 with the fitted θ, (c) that θ against the truth on problems it was not fitted
+to, (d) θ along meta-training, (e) error against the number of products. Lee et al. 2022, arXiv
+2110.02508, section 5.1.
 """
 
 from __future__ import annotations
@@ -19,11 +23,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from metaopt.diagnose import Alignment, Costs, alignment, calibrated, costs, finished_run
+from metaopt.diagnose.results import shown
 from metaopt.estimators import Estimator, HyperDistill
 from metaopt.estimators.hyperdistill import SizeSamples
 from metaopt.experiments.decayed_sum import DecayedSum
-from metaopt.verify import Alignment, Costs, Problem, alignment, calibrated, costs, finished_run
-from metaopt.verify.results import shown
+from metaopt.verify import Problem
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def diagnose(
     """Measure, and write ``figure3.png``, ``figure4.png`` and ``diagnosis.json``.
 
     Args:
-        stages: name to problems; the first problem of a stage is set aside to calibrate on, the others are measured.
+        stages: name to problems; the first problem of a stage is set aside to calibrate on, the
+            others are measured.
         estimators: the methods besides HyperDistill.
         distill: HyperDistill, to be calibrated.
         out: folder, made if need be.
@@ -77,15 +83,24 @@ def diagnose(
     out.mkdir(parents=True, exist_ok=True)
     figure_3(measured).savefig(out / "figure3.png", dpi=140)
     figure_4(measured, thetas).savefig(out / "figure4.png", dpi=140)
-    (out / "diagnosis.json").write_text(json.dumps([_plain(stage) for stage in measured], indent=1, allow_nan=False) + "\n")
+    (out / "diagnosis.json").write_text(
+        json.dumps([_plain(stage) for stage in measured], indent=1, allow_nan=False) + "\n"
+    )
     return measured
 
 
 def _stage(
-    name: str, problems: Sequence[Problem], estimators: Mapping[str, Estimator], distill: HyperDistill, gammas: Sequence[float], at: Any
+    name: str,
+    problems: Sequence[Problem],
+    estimators: Mapping[str, Estimator],
+    distill: HyperDistill,
+    gammas: Sequence[float],
+    at: Any,
 ) -> Stage:
     if len(problems) < 2:
-        raise ValueError(f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed")
+        raise ValueError(
+            f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed"
+        )
     aside, rest = problems[0], problems[1:]
     samples = distill.size_samples(aside.step, aside.lam, finished_run(aside))
     fitted = calibrated({"HyperDistill": distill}, aside)["HyperDistill"]
@@ -174,7 +189,9 @@ def _against_truth(axes: Any, stage: Stage) -> None:
     for number, (x, y) in enumerate(stage.truth):
         axes.plot(x, y, ".", markersize=4, color="C0", alpha=0.6, label="exact, other tasks" if number == 0 else None)
     axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"fitted θ = {stage.theta:.3g}")
-    axes.set(xlabel="$S_t \\|v_t\\|$", ylabel="$v_t \\cdot g_t / \\|v_t\\|$", title=f"(c) θ against the truth, {stage.name}")
+    axes.set(
+        xlabel="$S_t \\|v_t\\|$", ylabel="$v_t \\cdot g_t / \\|v_t\\|$", title=f"(c) θ against the truth, {stage.name}"
+    )
     axes.legend(fontsize="small")
 
 
@@ -183,7 +200,14 @@ def _against_products(axes: Any, stage: Stage, value: str, label: str) -> None:
         last = [result.curve(expense.estimator, value=value)[1][-1] for result in stage.methods]
         low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
         products = expense.work.products
-        axes.errorbar([products], [middle], yerr=[[middle - low], [high - middle]], fmt="o", color=f"C{place}", label=expense.estimator)
+        axes.errorbar(
+            [products],
+            [middle],
+            yerr=[[middle - low], [high - middle]],
+            fmt="o",
+            color=f"C{place}",
+            label=expense.estimator,
+        )
     axes.set_xscale("symlog", linthresh=1)
     axes.set(xlabel="products for one hypergradient at t = T", ylabel=label, title=f"(e) {label}, {stage.name}")
     axes.grid(alpha=0.25)
@@ -204,7 +228,11 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 
 def summary(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Per stage and method: median cosine over problems at the last t, and its mean along the run, with the products it took."""
+    """Per stage and method.
+
+    Median cosine over problems at the last t, and its mean along the run, with the products it
+    took.
+    """
     rows = []
     for stage in stages:
         for expense in stage.expenses.expenses:

@@ -1,4 +1,7 @@
-"""Figures 3 and 4 of the HyperDistill paper on the image experiments: before meta-training, and at a finished run's end."""
+"""Figures 3 and 4 of the HyperDistill paper on the image experiments.
+
+Before meta-training, and at a finished run's end.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 
 from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
 from metaopt.experiments.diagnose import Stage, diagnose
-from metaopt.experiments.many_shot import RATE, ManyShotConfig, ManyShotRun, Setting, prepare
+from metaopt.experiments.many_shot import ManyShotRun, Setting, prepare
+from metaopt.experiments.many_shot_settings import RATE, ManyShotConfig
 from metaopt.linsolve import Neumann
 from metaopt.meta import Checkpoint, replicated
 from metaopt.tree import Tree
@@ -27,14 +31,22 @@ _NEW_TASKS = 1_000_000
 
 
 def run(
-    config: ManyShotConfig, out: Path, *, finished: Path | None = None, problems: int = 2, every: int = 25, gamma: float = 0.99, seed: int = 0
+    config: ManyShotConfig,
+    out: Path,
+    *,
+    finished: Path | None = None,
+    problems: int = 2,
+    every: int = 25,
+    gamma: float = 0.99,
+    seed: int = 0,
 ) -> list[Stage]:
     """Diagnose, and write the figures; deterministic in its arguments.
 
     Args:
         config: of the experiment.
         out: folder.
-        finished: the state file of a finished run, e.g. ``results/warpgrad/runs/hyperdistill-0.99-0.pt``, for a second stage at its end.
+        finished: the state file of a finished run, e.g.
+            ``results/warpgrad/runs/hyperdistill-0.99-0.pt``, for a second stage at its end.
         problems: meta-batches of new tasks at each stage, besides the one that θ is fitted to.
         every: inner steps between two looks; the first step and the last are always looked at.
         gamma: of HyperDistill.
@@ -50,11 +62,22 @@ def run(
         found = Checkpoint.load(finished)
         result = found.notes.get("result")
         if not isinstance(result, ManyShotRun) or found.notes["config"] != asdict(config):
-            raise ValueError(f"{finished} is no finished run of this configuration; give the options that the comparison was run with")
+            raise ValueError(
+                f"{finished} is no finished run of this configuration; give the options that the comparison was run "
+                "with"
+            )
         stages[f"after {found.run} runs"] = _problems(setting, found.phi, result.lam, problems)
         thetas = result.theta
     at = sorted({1, config.horizon, *range(every, config.horizon + 1, every)})
-    return diagnose(stages, METHODS, HyperDistill(gamma=gamma, example_axis=1), out, at=at, thetas=thetas, gammas=(0.0, 0.9, 0.99, 0.999))
+    return diagnose(
+        stages,
+        METHODS,
+        HyperDistill(gamma=gamma, example_axis=1),
+        out,
+        at=at,
+        thetas=thetas,
+        gammas=(0.0, 0.9, 0.99, 0.999),
+    )
 
 
 def _problems(setting: Setting, phi: Tree, lam: Tree, count: int) -> list[Problem]:
@@ -66,6 +89,14 @@ def _problems(setting: Setting, phi: Tree, lam: Tree, count: int) -> list[Proble
         horizon = setting.config.horizon
         batches = [task.batches(t) for t in range(1, horizon + 1)]
         found.append(
-            Problem(setting.config.model, setting.step, setting.outer_loss, replicated(phi, task.tasks), lam, batches, task.outer_batches(horizon))
+            Problem(
+                setting.config.model,
+                setting.step,
+                setting.outer_loss,
+                replicated(phi, task.tasks),
+                lam,
+                batches,
+                task.outer_batches(horizon),
+            )
         )
     return found

@@ -1,4 +1,7 @@
-"""Figures 3 and 4 of the HyperDistill paper on the sinusoid experiment: before meta-training, and after M inner runs of it."""
+"""Figures 3 and 4 of the HyperDistill paper on the sinusoid experiment.
+
+Before meta-training, and after M inner runs of it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ _NEW_TASKS = 20_000
 """Numbers of the runs whose tasks are diagnosed; meta-training draws others."""
 
 
-def run(config: SinusoidConfig, out: Path, *, problems: int = 4, every: int = 5, gamma: float = 0.9, seed: int = 0) -> list[Stage]:
+def run(
+    config: SinusoidConfig, out: Path, *, problems: int = 4, every: int = 5, gamma: float = 0.9, seed: int = 0
+) -> list[Stage]:
     """Meta-train with re-fitted HyperDistill, diagnose both ends, write the figures; deterministic in its arguments.
 
     Args:
@@ -44,8 +49,12 @@ def run(config: SinusoidConfig, out: Path, *, problems: int = 4, every: int = 5,
     start = setup(config, seed)
     phi, lam, thetas = train(start, config, distill, seed)
     stages = {
-        "before meta-training": [problem(start, config, seed, start.phi, start.lam, number) for number in range(problems + 1)],
-        f"after {config.meta_iterations} runs": [problem(start, config, seed, phi, lam, number) for number in range(problems + 1)],
+        "before meta-training": [
+            problem(start, config, seed, start.phi, start.lam, number) for number in range(problems + 1)
+        ],
+        f"after {config.meta_iterations} runs": [
+            problem(start, config, seed, phi, lam, number) for number in range(problems + 1)
+        ],
     }
     at = sorted({1, config.horizon, *range(every, config.horizon + 1, every)})
     return diagnose(stages, METHODS, distill, out, at=at, thetas=thetas)
@@ -55,7 +64,12 @@ def train(start: Setup, config: SinusoidConfig, distill: HyperDistill, seed: int
     """``(φ, λ)`` after M runs, and θ in each of them."""
     outer = Outer(start.lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
     training = MetaTraining(
-        start.step, start.outer_loss, distill, config.horizon, initialisation=Reptile(rate=1.0), calibration_period=config.calibration_period
+        start.step,
+        start.outer_loss,
+        distill,
+        config.horizon,
+        initialisation=Reptile(rate=1.0),
+        calibration_period=config.calibration_period,
     )
     phi, thetas = start.phi, []
     for report in training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations):

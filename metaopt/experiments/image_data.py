@@ -10,7 +10,17 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import interpolate
 
-from metaopt.tasks import LabelledImages, cifar10, cifar100, fashion_mnist, folder, glyphs, mnist, split_classes, tiny_imagenet
+from metaopt.tasks import (
+    LabelledImages,
+    cifar10,
+    cifar100,
+    fashion_mnist,
+    folder,
+    glyphs,
+    mnist,
+    split_classes,
+    tiny_imagenet,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,8 @@ class Source:
     """A data set by name.
 
     Attributes:
-        name: ``"glyphs"``, ``"cifar10"``, ``"cifar100"``, ``"tinyimagenet"``, ``"fashion-mnist"``, ``"mnist"`` or ``"folder"``.
+        name: ``"glyphs"``, ``"cifar10"``, ``"cifar100"``, ``"tinyimagenet"``, ``"fashion-mnist"``,
+            ``"mnist"`` or ``"folder"``.
         root: the folder that holds the files; glyphs are rendered and need none.
         size: height and width to work at; ``None``: the data's own.
         download: fetch the files where they are missing.
@@ -38,7 +49,8 @@ class Splits(NamedTuple):
         validation: of meta-validation.
         test: of meta-test.
         flip: whether a mirror image is of the same class.
-        by_class: whether the three share no class (else, with fewer than three times the ways, no image).
+        by_class: whether the three share no class (else, with fewer than three times the ways, no
+            image).
     """
 
     train: LabelledImages
@@ -101,5 +113,8 @@ def _resized(data: LabelledImages, size: int | None) -> LabelledImages:
     """At ``size`` × ``size``, averaged over the pixels that fall together."""
     if size is None or data.images.shape[-1] == size:
         return data
-    images = [interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True).round().byte() for part in data.images.split(4096)]
+    images = [
+        interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True).round().byte()
+        for part in data.images.split(4096)
+    ]
     return LabelledImages(torch.cat(images), data.labels, data.names)

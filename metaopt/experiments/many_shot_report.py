@@ -1,4 +1,7 @@
-"""What the many-shot experiments show: tables 2, 3, 6 and figures 2, 4-7, 11-13 of the HyperDistill paper, as far as the runs go."""
+"""What the many-shot experiments show.
+
+Tables 2, 3, 6 and figures 2, 4-7, 11-13 of the HyperDistill paper, as far as the runs go.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,18 @@ from rich.table import Table
 
 from metaopt.estimators import HyperDistill
 from metaopt.experiments import compare
-from metaopt.experiments.many_shot import PAPER_COLUMNS, ManyShotConfig, ManyShotRun, Method, build
+from metaopt.experiments.many_shot import ManyShotRun, build
+from metaopt.experiments.many_shot_settings import PAPER_COLUMNS, ManyShotConfig, Method
 from metaopt.experiments.statistics import summarise
 from metaopt.models import MetaWeightNet
 
 
 def table(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManyShotConfig, title: str) -> Table:
     """One row per method: meta-test accuracy over seeds, cost, the paper's accuracy (on its own data)."""
-    shown = Table(title=title, caption="mean ± 95 % CI over the seeds that did not fail; paper: TinyImageNet (ANIL), CIFAR100 (the others)")
+    shown = Table(
+        title=title,
+        caption="mean ± 95 % CI over the seeds that did not fail; paper: TinyImageNet (ANIL), CIFAR100 (the others)",
+    )
     for column in ("method", "accuracy, %", "failed", "products / run", "s / run", "paper"):
         shown.add_column(column, justify="left" if column == "method" else "right")
     for method in methods:
@@ -43,12 +50,18 @@ def draw(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySho
     of = {method.title: [run for run in runs if run.method == method.key] for method in methods}
     paths = [out / "convergence.png"]
     compare.draw_curves(
-        {title: [run.curve for run in mine] for title, mine in of.items()}, paths[-1], ylabel=f"outer loss after T = {config.horizon}"
+        {title: [run.curve for run in mine] for title, mine in of.items()},
+        paths[-1],
+        ylabel=f"outer loss after T = {config.horizon}",
     )
     if any(run.validation for run in runs):
         paths.append(out / "validation.png")
-        curves = {title: [[100 * accuracy for _, accuracy in run.validation] for run in mine] for title, mine in of.items()}
-        compare.draw_curves(curves, paths[-1], ylabel="meta-validation accuracy, %", every=config.validate_every, yscale="linear")
+        curves = {
+            title: [[100 * accuracy for _, accuracy in run.validation] for run in mine] for title, mine in of.items()
+        }
+        compare.draw_curves(
+            curves, paths[-1], ylabel="meta-validation accuracy, %", every=config.validate_every, yscale="linear"
+        )
     if any(run.theta for run in runs):
         paths.append(out / "theta.png")
         fitted = {title: [run.theta for run in mine] for title, mine in of.items() if any(run.theta for run in mine)}
@@ -71,7 +84,9 @@ def draw_cost(runs: dict[str, list[ManyShotRun]], path: Path) -> None:
     for title, mine in runs.items():
         summary = summarise([100 * run.accuracy for run in mine])
         error = 0.0 if math.isnan(summary.half_width) else summary.half_width
-        axes.errorbar(float(np.mean([run.products for run in mine])), summary.mean, yerr=error, fmt="o", capsize=4, label=title)
+        axes.errorbar(
+            float(np.mean([run.products for run in mine])), summary.mean, yerr=error, fmt="o", capsize=4, label=title
+        )
     axes.set(xlabel="products (αA, αB) per inner run", ylabel="meta-test accuracy, %")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=9)
@@ -87,7 +102,9 @@ def draw_gammas(methods: Sequence[Method], runs: Sequence[ManyShotRun], path: Pa
         summary = summarise([100 * run.accuracy for run in runs if run.method == method.key])
         error = 0.0 if math.isnan(summary.half_width) else summary.half_width
         if isinstance(method.estimator, HyperDistill):
-            swept.setdefault(method.title.split(", γ")[0], []).append((f"{method.estimator.gamma:g}", summary.mean, error))
+            swept.setdefault(method.title.split(", γ")[0], []).append(
+                (f"{method.estimator.gamma:g}", summary.mean, error)
+            )
         else:
             axes.axhline(summary.mean, linestyle="--", alpha=0.7, color=f"C{len(axes.lines) + 2}", label=method.title)
     for title, points in swept.items():

@@ -1,11 +1,15 @@
-r"""Learning to weight examples with wrong labels: MetaWeightNet on Fashion-MNIST, after Shu et al. 2019 and section 5.3 of EvoGrad's paper.
+r"""Learning to weight examples with wrong labels: MetaWeightNet on Fashion-MNIST, after Shu et al.
 
-A classifier is trained on 10,000 images of which 40 % have one of two wrong classes; λ, the weight net, moves at every step by the loss of
-1,000 clean images. Each method is held against the same weight net at its random initial values ("frozen"), because a net that never learned
-weights examples too. Then a second classifier is trained from scratch with the weight net as it was found, which no longer moves (two stages:
-the "standard learning" of table 5 in the HyperDistill paper).
+2019 and section 5.3 of EvoGrad's paper.
 
-Shu et al. 2019, arXiv 1902.07379; Bohdal et al. 2021, arXiv 2106.10575; Lee et al. 2022, arXiv 2110.02508.
+A classifier is trained on 10,000 images of which 40 % have one of two wrong classes; λ, the weight
+net, moves at every step by the loss of 1,000 clean images. Each method is held against the same
+weight net at its random initial values ("frozen"), because a net that never learned weights
+examples too. Then a second classifier is trained from scratch with the weight net as it was found,
+which no longer moves (two stages: the "standard learning" of table 5 in the HyperDistill paper).
+
+Shu et al. 2019, arXiv 1902.07379; Bohdal et al. 2021, arXiv 2106.10575; Lee et al. 2022, arXiv
+2110.02508.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from torch.nn.functional import cross_entropy
 from metaopt.estimators import Estimator, EvoGrad, HyperDistill, OneStep
 from metaopt.experiments.schedules import Data, Part, of_images
 from metaopt.experiments.supervised import Supervised
-from metaopt.inner import SGD, inner_step
+from metaopt.inner import inner_step
 from metaopt.models import MetaWeightNet, SigmoidAbove
 from metaopt.models.meta_weight_net import Squash, batch_normalised
+from metaopt.optim import SGD
 from metaopt.tasks import fashion_mnist, label_noise
 from metaopt.tree import Tree
 
@@ -110,8 +115,10 @@ class NoisyLabelsConfig:
         """The options common to all methods, in words."""
         clipping = "no clipping" if self.clip_norm is None else f"hypergradient norm at most {self.clip_norm:g}"
         return (
-            f"{self.examples} training images, {self.rate:.0%} flip2 noise, {self.clean} clean images, MLP 784-{self.hidden}-10, SGD {self.lr:g} "
-            f"momentum {self.momentum:g}, batches of {self.batch}, {self.steps} steps; weight net 1-{self.weight_net}-1, weights divided by their "
+            f"{self.examples} training images, {self.rate:.0%} flip2 noise, {self.clean} clean images, MLP "
+            f"784-{self.hidden}-10, SGD {self.lr:g} "
+            f"momentum {self.momentum:g}, batches of {self.batch}, {self.steps} steps; weight net "
+            f"1-{self.weight_net}-1, weights divided by their "
             f"sum over the batch, λ by Adam {self.outer_lr:g} at every step, {clipping}; accuracy after the last step"
         )
 
@@ -123,12 +130,15 @@ class NoisyLabelsRun(NamedTuple):
         method: key of the method.
         seed: of the images drawn, their noise, the initial weights and the batches.
         accuracy: on the test images after the last step, in per cent; NaN if the run broke off.
-        two_stage: the same of a second classifier, trained with the weight net as it was found; NaN where λ did not move.
-        ratio: mean weight of the training images with the right label / of those with a wrong one, after the last step.
+        two_stage: the same of a second classifier, trained with the weight net as it was found; NaN
+            where λ did not move.
+        ratio: mean weight of the training images with the right label / of those with a wrong one,
+            after the last step.
         curve: accuracy at every evaluation.
         ratios: ratio at every evaluation.
         weights: the weighting curve, for :data:`BINS` losses from 0 to :data:`HIGHEST_LOSS`.
-        right_losses: histogram of the losses of images with the right label, after the last step; the last bin holds all higher ones.
+        right_losses: histogram of the losses of images with the right label, after the last step;
+            the last bin holds all higher ones.
         wrong_losses: of those with a wrong one.
         seconds: of the first stage, evaluations included.
         failure: what went wrong, or "".
@@ -191,7 +201,9 @@ class Problem:
 
 
 def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Problem, Tree, Tree]:
-    """The problem, the classifier's initial weights, and λ; deterministic in ``(config, seed)``, the same for every method.
+    """The problem, the classifier's initial weights, and λ.
+
+    Deterministic in ``(config, seed)``, the same for every method.
 
     Raises:
         FileNotFoundError: if a file of Fashion-MNIST is missing.
@@ -204,9 +216,13 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
     given = label_noise.flip2(data.train.y, classes, config.rate, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(data.train.x.shape[1], config.hidden), nn.ReLU(), nn.Linear(config.hidden, classes))
+        net = nn.Sequential(
+            nn.Linear(data.train.x.shape[1], config.hidden), nn.ReLU(), nn.Linear(config.hidden, classes)
+        )
         loss = functools.partial(cross_entropy, reduction="none")
-        model = MetaWeightNet.of(net, loss, hidden=config.weight_net, squash=method.squash, coefficients=batch_normalised)
+        model = MetaWeightNet.of(
+            net, loss, hidden=config.weight_net, squash=method.squash, coefficients=batch_normalised
+        )
     problem = Problem(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
     return problem, *model.init()
 

@@ -1,4 +1,7 @@
-"""What the experiment with noisy labels shows: accuracies against the frozen weight net, and the learned weighting curves (figure 7)."""
+"""What the experiment with noisy labels shows.
+
+Accuracies against the frozen weight net, and the learned weighting curves (figure 7).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,15 @@ CONTROL = "frozen"
 
 
 def table(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], title: str) -> Table:
-    """One row per method: accuracy, its gain over the frozen net on the same seeds, the second stage, and the weights' ratio."""
-    shown = Table(title=title, caption="mean ± 95 % CI over the seeds that did not fail; gain: over the frozen random net, seed by seed")
+    """One row per method.
+
+    Accuracy, its gain over the frozen net on the same seeds, the second stage, and the weights'
+    ratio.
+    """
+    shown = Table(
+        title=title,
+        caption="mean ± 95 % CI over the seeds that did not fail; gain: over the frozen random net, seed by seed",
+    )
     for column in ("method", "accuracy, %", "gain", "two stages, %", "weight right / wrong", "failed", "s / run"):
         shown.add_column(column, justify="left" if column == "method" else "right")
     control = {run.seed: run.accuracy for run in runs if run.method == CONTROL}
@@ -45,13 +55,18 @@ def draw(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], config: Nois
     """Accuracy along training, and the weighting curves; returns the files."""
     paths = [out / "accuracy.png", out / "weights.png"]
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
-    compare.draw_curves(curves, paths[0], ylabel="test accuracy, %", xlabel="steps", every=config.evaluate_every, yscale="linear")
+    compare.draw_curves(
+        curves, paths[0], ylabel="test accuracy, %", xlabel="steps", every=config.evaluate_every, yscale="linear"
+    )
     draw_weights(methods, runs, paths[1])
     return paths
 
 
 def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path: Path) -> None:
-    """Figure 7, a column for each method: the weight of an example against its loss, one curve per seed; below, where the losses lie."""
+    """Figure 7, a column for each method.
+
+    The weight of an example against its loss, one curve per seed; below, where the losses lie.
+    """
     figure = Figure(figsize=(2.6 * len(methods), 4.2), layout="constrained")
     grid = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False)
     losses, edges = np.linspace(0, HIGHEST_LOSS, BINS), np.linspace(0, HIGHEST_LOSS, BINS + 1)
@@ -69,7 +84,9 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
         above.title.set_fontsize(9)
         below.set(xlabel="loss of an example", yscale="log")
         if math.isfinite(ratio):
-            above.text(0.97, 0.95, f"right / wrong {ratio:.2f}", transform=above.transAxes, ha="right", va="top", fontsize=8)
+            above.text(
+                0.97, 0.95, f"right / wrong {ratio:.2f}", transform=above.transAxes, ha="right", va="top", fontsize=8
+            )
     grid[0, 0].set_ylabel("its weight")
     grid[1, 0].set_ylabel("training images")
     grid[1, 0].legend(fontsize=8)

@@ -1,7 +1,8 @@
 """Learning how far images are turned: EvoGrad's experiment with rotated digits.
 
-The classifier is trained on upright digits and tested on turned ones. λ is one angle by which the training images are turned; it moves at every
-step by the loss of turned validation images. The angle that was never told should be found, and with it the accuracy.
+The classifier is trained on upright digits and tested on turned ones. λ is one angle by which the
+training images are turned; it moves at every step by the loss of turned validation images. The
+angle that was never told should be found, and with it the accuracy.
 
 Bohdal et al. 2021, arXiv 2106.10575, section 5.1.
 """
@@ -26,9 +27,10 @@ from metaopt.experiments.image_data import Source, read, split_images
 from metaopt.experiments.schedules import Data, Part
 from metaopt.experiments.statistics import summarise
 from metaopt.experiments.supervised import Supervised
-from metaopt.inner import Adam, inner_step
+from metaopt.inner import inner_step
 from metaopt.models import Rotation
 from metaopt.models.rotation import rotate
+from metaopt.optim import Adam
 from metaopt.tree import Tree
 
 
@@ -94,8 +96,10 @@ class RotationConfig:
     def options(self) -> str:
         """The options common to all methods, in words."""
         return (
-            f"{self.train} + {self.validation} + {self.test} images of {self.source.name}, LeNet, Adam {self.lr:g}, batches of {self.batch}, "
-            f"{self.epochs} epochs; one angle from 0 by Adam {self.outer_lr:g} at every step, no clipping; accuracy after the last step"
+            f"{self.train} + {self.validation} + {self.test} images of {self.source.name}, LeNet, Adam {self.lr:g}, "
+            f"batches of {self.batch}, "
+            f"{self.epochs} epochs; one angle from 0 by Adam {self.outer_lr:g} at every step, no clipping; accuracy "
+            "after the last step"
         )
 
 
@@ -105,7 +109,8 @@ class RotationRun(NamedTuple):
     Attributes:
         method: key of the method.
         seed: of the images drawn, the initial weights and the batches.
-        accuracy: on the turned test images after the last step, in per cent; NaN if the run broke off.
+        accuracy: on the turned test images after the last step, in per cent; NaN if the run broke
+            off.
         angle: after the last step, in degrees.
         curve: accuracy after every epoch.
         angles: angle after every epoch.
@@ -135,12 +140,24 @@ def lenet(channels: int, size: int, classes: int) -> nn.Sequential:
     if size < 16:
         raise ValueError(f"LeNet needs images of 16×16 or more, got {size}×{size}")
     left = ((size - 4) // 2 - 4) // 2
-    convolutions = (nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-    return nn.Sequential(*convolutions, nn.Linear(16 * left**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes))
+    convolutions = (
+        nn.Conv2d(channels, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )
+    return nn.Sequential(
+        *convolutions, nn.Linear(16 * left**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)
+    )
 
 
 def prepare(method: Method, config: RotationConfig, seed: int) -> tuple[Rotation, Data, Tree, Tree]:
-    """The model, images in [0, 1], the initial weights, and λ; deterministic in ``(config, seed)``, the same for every method but for ``told``.
+    """The model, images in [0, 1], the initial weights, and λ.
+
+    Deterministic in ``(config, seed)``, the same for every method but for ``told``.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -149,7 +166,9 @@ def prepare(method: Method, config: RotationConfig, seed: int) -> tuple[Rotation
     digits = read(config.source, per_class=0)
     counts = (config.train, config.validation, config.test)
     if sum(counts) > len(digits):
-        raise ValueError(f"{' + '.join(map(str, counts))} images were asked for, but {config.source.name} has {len(digits)}")
+        raise ValueError(
+            f"{' + '.join(map(str, counts))} images were asked for, but {config.source.name} has {len(digits)}"
+        )
     parts = split_images(digits, [count / len(digits) for count in counts], seed)
     train, validation, test = (Part(_grey(part.images.float() / 255), part.labels) for part in parts)
     angle = torch.tensor(math.radians(config.degrees))
@@ -197,14 +216,19 @@ def table(methods: list[Method], runs: list[RotationRun], title: str) -> Table:
         accuracy, angle = summarise([run.accuracy for run in mine]), summarise([run.angle for run in mine])
         angle_shown = f"{angle.mean:.2f}" if method.estimator is None else angle.interval()
         seconds = f"{summarise([run.seconds for run in mine]).median:.1f}"
-        shown.add_row(method.title, accuracy.interval(), angle_shown, f"{accuracy.failed}/{len(mine)}", seconds, method.paper)
+        shown.add_row(
+            method.title, accuracy.interval(), angle_shown, f"{accuracy.failed}/{len(mine)}", seconds, method.paper
+        )
     return shown
 
 
 def draw(methods: list[Method], runs: list[RotationRun], config: RotationConfig, out: Path) -> list[Path]:
     """Accuracy and angle by epoch; returns the files."""
     paths = [out / "accuracy.png", out / "angle.png"]
-    for path, pick, ylabel in ((paths[0], "curve", "accuracy on turned test images, %"), (paths[1], "angles", "angle, degrees")):
+    for path, pick, ylabel in (
+        (paths[0], "curve", "accuracy on turned test images, %"),
+        (paths[1], "angles", "angle, degrees"),
+    ):
         curves = {method.title: [getattr(run, pick) for run in runs if run.method == method.key] for method in methods}
         compare.draw_curves(curves, path, ylabel=ylabel, xlabel="epochs", yscale="linear")
     return paths

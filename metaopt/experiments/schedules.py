@@ -1,12 +1,18 @@
-"""Learned schedules: learning rates per window of steps, a momentum and a weight decay, by FDS through the whole training run.
+"""Learned schedules.
 
-All hyperparameters start at 0 and move by sign steps that halve where the sign flips. Beside it, with the same network, initial weights and
-minibatches: random search over the same hyperparameters, and the greedy way (horizon 1: every inner step is followed by a hyper-step with the
-1-step hypergradient, which sees no further than that step). Micaelli & Storkey 2021, arXiv 2007.07869, at a small scale.
+Learning rates per window of steps, a momentum and a weight decay, by FDS through the whole training
+run.
 
-Seen with the default settings on Fashion-MNIST (50,000 + 10,000 images, one seed): FDS 84.2 % test accuracy, the best of ten random searches
-83.3 %, greedy at most 79.1 %. The validation loss fell in 6 of 10 hyper-steps (2.35, .463, .413, .494, .421, .409, .403, .404, .408, .399,
-.406): from the seventh on it moves by less than .01 either way.
+All hyperparameters start at 0 and move by sign steps that halve where the sign flips. Beside it,
+with the same network, initial weights and minibatches: random search over the same hyperparameters,
+and the greedy way (horizon 1: every inner step is followed by a hyper-step with the 1-step
+hypergradient, which sees no further than that step). Micaelli & Storkey 2021, arXiv 2007.07869, at
+a small scale.
+
+Seen with the default settings on Fashion-MNIST (50,000 + 10,000 images, one seed): FDS 84.2 % test
+accuracy, the best of ten random searches 83.3 %, greedy at most 79.1 %. The validation loss fell in
+6 of 10 hyper-steps (2.35, .463, .413, .494, .421, .409, .403, .404, .408, .399, .406): from the
+seventh on it moves by less than .01 either way.
 """
 
 from __future__ import annotations
@@ -28,9 +34,10 @@ from metaopt import tree
 from metaopt.estimators import OneStep, hypergradient
 from metaopt.estimators.fds import FDS
 from metaopt.functional import FunctionalModel, functional
-from metaopt.inner import SGD, ClipValue, Step, inner_step
-from metaopt.inner.schedules import piecewise
+from metaopt.inner import Step, inner_step
 from metaopt.meta import Outer, SignStep, bounded, online
+from metaopt.optim import SGD, ClipValue
+from metaopt.optim.schedules import piecewise
 from metaopt.tasks import LabelledImages
 from metaopt.tree import Tree
 
@@ -167,7 +174,9 @@ def build(data: Data, config: SchedulesConfig) -> Problem:
         torch.manual_seed(config.seed)
         size, classes = flat.train.x.shape[1], 1 + int(flat.train.y.max())
         network = nn.Sequential(nn.Linear(size, config.hidden), nn.ReLU(), nn.Linear(config.hidden, classes))
-    order = torch.stack([torch.randperm(len(flat.train.y), generator=source)[: config.batch] for _ in range(config.steps)])
+    order = torch.stack(
+        [torch.randperm(len(flat.train.y), generator=source)[: config.batch] for _ in range(config.steps)]
+    )
     return Problem(config, functional(network.to(flat.train.x.dtype)), flat, order)
 
 
@@ -193,7 +202,16 @@ def learn(problem: Problem) -> Learned:
     step, started = _scheduled(problem), time.perf_counter()
     losses, schedules, products = [], [outer.lam], 0
     for _ in range(config.outer_steps):
-        hg = hypergradient(step, problem.loss, problem.model.params, outer.lam, problem.batch, problem.data.validation, estimator, horizon=T)
+        hg = hypergradient(
+            step,
+            problem.loss,
+            problem.model.params,
+            outer.lam,
+            problem.batch,
+            problem.data.validation,
+            estimator,
+            horizon=T,
+        )
         losses.append(float(hg.outer_loss))
         products = hg.cost.tangents
         schedules.append(outer.update(hg.total))
@@ -212,13 +230,21 @@ def train(problem: Problem, lam: Tree) -> Tree:
 
 
 def random_search(problem: Problem) -> list[float]:
-    """Accuracy of random schedules: rates log-uniform in [1e-3, 1], momentum uniform below its bound, weight decay log-uniform in [1e-6, 1e-2]."""
+    """Accuracy of random schedules.
+
+    Rates log-uniform in [1e-3, 1], momentum uniform below its bound, weight decay log-uniform in
+    [1e-6, 1e-2].
+    """
     config, dtype = problem.config, problem.data.train.x.dtype
     source = torch.Generator().manual_seed(1000 + config.seed)
     accuracies = []
     for _ in range(config.searches):
         u = torch.rand(config.windows + 2, generator=source, dtype=dtype)
-        lam = {"lr": 10 ** (3 * u[:-2] - 3), "momentum": config.highest_momentum * u[-2:-1], "weight_decay": 10 ** (4 * u[-1:] - 6)}
+        lam = {
+            "lr": 10 ** (3 * u[:-2] - 3),
+            "momentum": config.highest_momentum * u[-2:-1],
+            "weight_decay": 10 ** (4 * u[-1:] - 6),
+        }
         accuracies.append(problem.accuracy(train(problem, lam)))
     return accuracies
 
@@ -248,10 +274,15 @@ def greedy(problem: Problem, rate: float) -> float:
     return problem.accuracy(w)
 
 
-def of_images(train: LabelledImages, test: LabelledImages, *, examples: int = 10_000, validation: int = 10_000, seed: int = 0) -> Data:
+def of_images(
+    train: LabelledImages, test: LabelledImages, *, examples: int = 10_000, validation: int = 10_000, seed: int = 0
+) -> Data:
     """Standardised tensors: ``examples`` and ``validation`` images drawn from ``train``, all of ``test``."""
     if examples + validation > len(train.labels):
-        raise ValueError(f"{examples} training and {validation} validation examples were asked for, but there are {len(train.labels)} images")
+        raise ValueError(
+            f"{examples} training and {validation} validation examples were asked for, but there are "
+            f"{len(train.labels)} images"
+        )
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[: examples + validation]
     x = train.images.float() / 255
     mean, deviation = x.mean(), x.std()
@@ -264,7 +295,9 @@ def draw(result: SchedulesResult, path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(result.validation_losses, "o-")
-    left.set(xlabel="hyper-steps", ylabel="validation loss after T steps", title=f"test accuracy {result.accuracy:.1f} %")
+    left.set(
+        xlabel="hyper-steps", ylabel="validation loss after T steps", title=f"test accuracy {result.accuracy:.1f} %"
+    )
     for number, lam in enumerate(result.schedules):
         right.plot(lam["lr"], drawstyle="steps-mid", color=str(0.9 - 0.9 * number / max(1, len(result.schedules) - 1)))
     right.set(xlabel="window", ylabel="learning rate", title="light: first hyper-steps, black: last")

@@ -1,7 +1,8 @@
 """Online hyperparameter meta-learning on sinusoids: appendix G, table 4 and figure 8 of the HyperDistill paper.
 
-ANIL on a 1-100-100-100-1 ReLU network: the first three layers are hyperparameters, the last one adapts for T = 30 steps of momentum
-SGD on 10 points. λ follows Adam, the initial weights Reptile. Table 4 reports the test error after M = 30 inner runs.
+ANIL on a 1-100-100-100-1 ReLU network: the first three layers are hyperparameters, the last one
+adapts for T = 30 steps of momentum SGD on 10 points. λ follows Adam, the initial weights Reptile.
+Table 4 reports the test error after M = 30 inner runs.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from metaopt.estimators import IFT, RMD, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
-from metaopt.estimators.base import OuterLoss
-from metaopt.inner import SGD, ConstantSlots, Step, inner_step
+from metaopt.estimators.outer import OuterLoss
+from metaopt.inner import ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
 from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
 from metaopt.models import ANIL, sinusoid_net
+from metaopt.optim import SGD
 from metaopt.tasks import Sinusoid
 from metaopt.tree import Tree
 
@@ -56,13 +58,34 @@ METHODS = (
     Method("one-step", "1-step", OneStep(), paper=".670 ± .283"),
     Method("drmad", "DrMAD", DrMAD(), paper="1.086 ± .176"),
     Method("drmad-printed", "DrMAD, as printed", DrMAD(), paper="1.086 ± .176", overrides=PRINTED),
-    Method("ift-5-5", "N.IFT(5, 5)", IFT(Neumann(5, rate=0.01), converged=None, solved=None), HyperSteps(last=5), paper=".502 ± .146"),
-    Method("ift-2-10", "N.IFT(2, 10)", IFT(Neumann(2, rate=0.01), converged=None, solved=None), HyperSteps(last=10), paper=".502 ± .146"),
+    Method(
+        "ift-5-5",
+        "N.IFT(5, 5)",
+        IFT(Neumann(5, rate=0.01), converged=None, solved=None),
+        HyperSteps(last=5),
+        paper=".502 ± .146",
+    ),
+    Method(
+        "ift-2-10",
+        "N.IFT(2, 10)",
+        IFT(Neumann(2, rate=0.01), converged=None, solved=None),
+        HyperSteps(last=10),
+        paper=".502 ± .146",
+    ),
     Method("hyperdistill", "HyperDistill, γ=.9", HyperDistill(gamma=0.9, example_axis=1), paper=".327 ± .052"),
     Method(
-        "hyperdistill-printed", "HyperDistill, as printed, γ=.99", HyperDistill(gamma=0.99, example_axis=1), paper=".327 ± .052", overrides=PRINTED
+        "hyperdistill-printed",
+        "HyperDistill, as printed, γ=.99",
+        HyperDistill(gamma=0.99, example_axis=1),
+        paper=".327 ± .052",
+        overrides=PRINTED,
     ),
-    Method("hyperdistill-refitted", "HyperDistill, θ re-fitted", HyperDistill(gamma=0.9, example_axis=1), overrides=REFITTED),
+    Method(
+        "hyperdistill-refitted",
+        "HyperDistill, θ re-fitted",
+        HyperDistill(gamma=0.9, example_axis=1),
+        overrides=REFITTED,
+    ),
     Method("rmd", "RMD (exact), offline", RMD(), overrides=PRINTED),
 )
 
@@ -79,8 +102,10 @@ class SinusoidConfig:
         inner_lr: learning rate of the inner SGD.
         momentum: its momentum.
         outer_lr: Adam's learning rate for λ.
-        clip_norm: bound on the norm of each hypergradient (summed over the meta-batch); ``None``: no clipping.
-        constant_momentum: hold the momentum buffer constant in A (see :class:`metaopt.inner.ConstantSlots`).
+        clip_norm: bound on the norm of each hypergradient (summed over the meta-batch); ``None``:
+            no clipping.
+        constant_momentum: hold the momentum buffer constant in A (see
+            :class:`metaopt.inner.ConstantSlots`).
         calibration_period: runs between fits of HyperDistill's θ.
         test_tasks: tasks of the meta-test.
     """
@@ -131,7 +156,10 @@ class SinusoidRun(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The stacked bilevel problem without its tasks: the model, Φ, the outer loss, initial weights of one task, and λ."""
+    """The stacked bilevel problem without its tasks.
+
+    The model, Φ, the outer loss, initial weights of one task, and λ.
+    """
 
     anil: ANIL
     step: Step
@@ -158,7 +186,13 @@ def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     anil, step, outer_loss, phi, lam = setup(config, seed)
     outer = Outer(lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
     training = MetaTraining(
-        step, outer_loss, method.estimator, config.horizon, method.hyper_steps, Reptile(rate=1.0), calibration_period=config.calibration_period
+        step,
+        outer_loss,
+        method.estimator,
+        config.horizon,
+        method.hyper_steps,
+        Reptile(rate=1.0),
+        calibration_period=config.calibration_period,
     )
     curve, products, failure = [], 0, ""
     start = time.perf_counter()

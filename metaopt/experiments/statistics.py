@@ -35,7 +35,8 @@ def summarise(values: Sequence[float], failed_at: float = math.inf) -> Summary:
         values: one number per seed; NaN is a failure.
         failed_at: a value this large is a failure too.
 
-    A failed seed counts as infinitely bad in the median and is left out of the mean, whose interval is Student's t.
+    A failed seed counts as infinitely bad in the median and is left out of the mean, whose interval
+    is Student's t.
 
     >>> summarise([1.0, 2.0, 3.0, float("nan")]).median
     2.5
@@ -45,5 +46,9 @@ def summarise(values: Sequence[float], failed_at: float = math.inf) -> Summary:
     good = [v for v in values if v < failed_at]  # NaN compares false
     median = statistics.median([v if v < failed_at else math.inf for v in values])
     mean = statistics.fmean(good) if good else math.nan
-    half = float(stats.t.ppf(0.975, len(good) - 1) * statistics.stdev(good) / math.sqrt(len(good))) if len(good) > 1 else math.nan
+    half = (
+        float(stats.t.ppf(0.975, len(good) - 1) * statistics.stdev(good) / math.sqrt(len(good)))
+        if len(good) > 1
+        else math.nan
+    )
     return Summary(median, mean, half, len(values) - len(good))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from metaopt.estimators import Estimator, EvoGrad, HyperDistill
-from metaopt.estimators.base import OuterLoss
+from metaopt.estimators.outer import OuterLoss
 from metaopt.experiments.schedules import Part
 from metaopt.inner import Step
 from metaopt.meta import online
@@ -62,13 +62,25 @@ class Supervised:
                 state = self.step(state, lam, self.batches(t))
                 yield t, state.w, lam
             return
-        arguments = (self.step, self.outer_loss, w, lam, self.batches, self.outer_batches, seeded(estimator, self.seed), self.optimizer)
+        arguments = (
+            self.step,
+            self.outer_loss,
+            w,
+            lam,
+            self.batches,
+            self.outer_batches,
+            seeded(estimator, self.seed),
+            self.optimizer,
+        )
         for report in online(*arguments, horizon=self.steps, clip_norm=self.clip_norm):
             yield report.t, report.state.w, report.lam
 
 
 def shuffled(part: Part, t: int, size: int, stream: int) -> Part:
-    """Batch t = 1, 2, … of an endless walk through ``part``, in a new random order each time round; streams are independent."""
+    """Batch t = 1, 2, … of an endless walk through ``part``, in a new random order each time round.
+
+    Streams are independent.
+    """
     around = max(1, len(part.y) // size)
     number, place = divmod(t - 1, around)
     order = torch.randperm(len(part.y), generator=torch.Generator().manual_seed(1_000_003 * (stream + 1) + number))

@@ -16,10 +16,13 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def join(graph: Graph) -> None:
-    """Common subexpression elimination, in place, which inductor leaves to its callers: steps of a chunk may share features of a batch, for example.
+    """Common subexpression elimination, in place, which inductor leaves to its callers.
 
-    First come first kept; users of a removed node are rewritten at once, so that equal towers fall together in one walk. Random operations are never
-    joined, and a graph with an operation that mutates is left as it is: what was equal might be changed in between.
+    Steps of a chunk may share features of a batch, for example.
+
+    First come first kept; users of a removed node are rewritten at once, so that equal towers fall
+    together in one walk. Random operations are never joined, and a graph with an operation that
+    mutates is left as it is: what was equal might be changed in between.
     """
     operations = [(node, node.target) for node in graph.nodes if isinstance(node.target, OpOverload)]
     if _mutates(graph):
@@ -28,48 +31,68 @@ def join(graph: Graph) -> None:
     for node, target in operations:
         if torch.Tag.nondeterministic_seeded in target.tags:
             continue
-        first = kept.setdefault((target, str(node.args), str(node.kwargs)), node)  # as text: 1, 1.0 and True are different arguments
+        first = kept.setdefault(
+            (target, str(node.args), str(node.kwargs)), node
+        )  # as text: 1, 1.0 and True are different arguments
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
 
 def spell_out(graph: Graph) -> None:
-    """``a + alpha * b`` becomes a product and a sum: inductor (torch 2.13) takes a sum with a matrix product for one call, and drops ``alpha``."""
+    """``a + alpha * b`` becomes a product and a sum.
+
+    Inductor (torch 2.13) takes a sum with a matrix product for one call, and drops ``alpha``.
+    """
     for node in list(graph.nodes):
         if node.target is aten.add.Tensor and node.kwargs:
             with graph.inserting_before(node):
                 a, b = node.args
-                node.args = (a, _call(aten.mul.Tensor, b, node.kwargs["alpha"]) if isinstance(b, Node) else b * node.kwargs["alpha"])
+                node.args = (
+                    a,
+                    _call(aten.mul.Tensor, b, node.kwargs["alpha"])
+                    if isinstance(b, Node)
+                    else b * node.kwargs["alpha"],
+                )
             node.kwargs = {}
 
 
 def trim(graph: Graph) -> None:
-    """A convolution's backward computes those of its three gradients that are used; those by the weights cost as much as those by the images."""
+    """A convolution's backward computes those of its three gradients that are used.
+
+    Those by the weights cost as much as those by the images.
+    """
     for node in graph.nodes:
         if node.target is aten.convolution_backward.default and all(user.target is getitem for user in node.users):
             used = {user.args[1] for user in node.users}
             *rest, mask = node.args
             mask = [wanted and place in used for place, wanted in enumerate(mask)]
             node.args = (*rest, mask)
-            node.meta = {**node.meta, "val": tuple(value if wanted else None for value, wanted in zip(node.meta["val"], mask, strict=True))}
+            node.meta = {
+                **node.meta,
+                "val": tuple(value if wanted else None for value, wanted in zip(node.meta["val"], mask, strict=True)),
+            }
 
 
 def note(graph: Graph) -> None:
     """Max pooling writes down which number of a window it took, in a byte each.
 
-    Inductor would find it out anew wherever it is needed, and hold the images for it: at 2 × 2 windows sixteen times as much. Left to it where
-    shapes are symbols.
+    Inductor would find it out anew wherever it is needed, and hold the images for it: at 2 × 2
+    windows sixteen times as much. Left to it where shapes are symbols.
     """
     from torch._inductor import inductor_prims  # as below
 
-    pooling = getattr(inductor_prims, "_low_memory_max_pool_with_offsets", None)  # not every version of torch calls it that
+    pooling = getattr(
+        inductor_prims, "_low_memory_max_pool_with_offsets", None
+    )  # not every version of torch calls it that
     for node in list(graph.nodes):
         if node.target is getitem and node.args[0].target is pooling and node.args[1] == 1:
             strides = list(node.meta["val"].stride())
             if all(isinstance(stride, int) for stride in strides):
                 with graph.inserting_after(node):
-                    noted = graph.call_function(inductor_prims.force_stride_order, (node, strides))  # which needs the numbers in memory
+                    noted = graph.call_function(
+                        inductor_prims.force_stride_order, (node, strides)
+                    )  # which needs the numbers in memory
                 noted.meta = dict(node.meta)
                 node.replace_all_uses_with(noted, delete_user_cb=lambda user, noted=noted: user is not noted)
 
@@ -77,8 +100,9 @@ def note(graph: Graph) -> None:
 def recompute(graph: Graph) -> None:
     """What a convolution makes of far fewer numbers, as the first one of a net does, is computed again for those who wait for a gradient meanwhile.
 
-    Element-wise functions of it are, too. Its images then take a zero that is made of that gradient, without which a scheduler would compute it
-    early, and hold it as before. A graph with an operation that mutates is left as it is.
+    Element-wise functions of it are, too. Its images then take a zero that is made of that
+    gradient, without which a scheduler would compute it early, and hold it as before. A graph with
+    an operation that mutates is left as it is.
     """
     if _mutates(graph):
         return
@@ -109,7 +133,9 @@ def _again(convolution: Node, gradient: dict[Node, Node]) -> None:
 
     def copy(node: Node, late: Node) -> Node:
         if node not in copies and node is convolution:
-            copies[node] = _call(node.target, _call(aten.add.Tensor, node.args[0], _zero(late, node.meta["val"].dtype)), *node.args[1:])
+            copies[node] = _call(
+                node.target, _call(aten.add.Tensor, node.args[0], _zero(late, node.meta["val"].dtype)), *node.args[1:]
+            )
         elif node not in copies:
             made = {x: copy(x, late) for x in node.all_input_nodes if x in held}
             copies[node] = graph.node_copy(node, lambda x: made.get(x, x))

@@ -37,11 +37,15 @@ class Gradient(Protocol):
         """``∇_w L``, a pytree like w (it may carry a graph)."""
         ...
 
-    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
-        """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero; a part not asked for is empty.
+    def contract(
+        self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False
+    ) -> tuple[Products, Products]:
+        """``(uᵀ ∂²L/∂w², uᵀ ∂²L/∂w∂λ)``, per leaf of w and per float leaf of λ; ``None`` is zero.
 
-        ``u`` has one entry per leaf of w.
-        ``last`` promises that no further product is asked for: memory is then given back as the graph is swept.
+        A part not asked for is empty.
+
+        ``u`` has one entry per leaf of w. ``last`` promises that no further product is asked for:
+        memory is then given back as the graph is swept.
         """
         ...
 
@@ -61,8 +65,8 @@ class Adjoint(Protocol):
 def gradient_of(loss: Tensor, w: Tree, *, graph: bool) -> Tree:
     """``∇_w`` of a scalar, a pytree like w, with its own graph or without.
 
-    Under autocast, torch keeps the cast of every autograd leaf until the context ends, and each step has leaves of its own: that memory would
-    grow with the run, so the casts are let go here.
+    Under autocast, torch keeps the cast of every autograd leaf until the context ends, and each
+    step has leaves of its own: that memory would grow with the run, so the casts are let go here.
 
     Raises:
         ValueError: if the loss has no graph.
@@ -75,7 +79,10 @@ def _gradients(losses: list[Tensor], ws: list[Tensor], *, graph: bool) -> list[T
     """Of the losses, of which each has weights of its own, in one call of autograd."""
     for loss in losses:
         if not loss.requires_grad:
-            raise ValueError("inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an integer operation)")
+            raise ValueError(
+                "inner_loss does not depend on the weights, or its graph was cut (detach, no_grad, .item(), an "
+                "integer operation)"
+            )
     gradients = _engine.products(losses, ws, [torch.ones_like(loss) for loss in losses], create_graph=graph)
     torch.clear_autocast_cache()
     return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, ws, strict=True)]
@@ -84,8 +91,9 @@ def _gradients(losses: list[Tensor], ws: list[Tensor], *, graph: bool) -> list[T
 def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> None:
     """Walk the graph from gradients to the inputs (about a microsecond a node).
 
-    An operation whose backward is marked ``once_differentiable`` leaves a node there that is an error, and on no way to any input: autograd would
-    leave it out, and whatever passes through it would be missing from every second-order product.
+    An operation whose backward is marked ``once_differentiable`` leaves a node there that is an
+    error, and on no way to any input: autograd would leave it out, and whatever passes through it
+    would be missing from every second-order product.
 
     Raises:
         RuntimeError: if there is such a node.
@@ -99,19 +107,24 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Itera
         seen.add(node)
         if node.name().endswith("Error"):
             raise RuntimeError(
-                "an operation of the inner step is differentiable once only (its backward is marked once_differentiable): a hypergradient would miss "
-                "what passes through it. Write its backward in operations of torch, without that mark, or use another form of it"
+                "an operation of the inner step is differentiable once only (its backward is marked "
+                "once_differentiable): a hypergradient would miss "
+                "what passes through it. Write its backward in operations of torch, without that mark, or use "
+                "another form of it"
             )
         waiting.extend([parent for parent, _ in node.next_functions])
 
 
 @dataclass(frozen=True)
 class ReverseOverReverse:
-    """One contraction of the gradient's own graph: the default, faster and smaller on a CPU (see ``benchmarks/README.md``).
+    """One contraction of the gradient's own graph.
+
+    The default, faster and smaller on a CPU (see ``benchmarks/README.md``).
 
     Cost: a product is about two gradients. Memory: the graph of one gradient.
 
-    Where an operation has no second derivative, :class:`ForwardOverReverse` is tried, and a warning says so.
+    Where an operation has no second derivative, :class:`ForwardOverReverse` is tried, and a warning
+    says so.
     """
 
     def gradient(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> GradientGraph:
@@ -121,10 +134,13 @@ class ReverseOverReverse:
             g = _gradients([at.value(loss)], at.w_leaves, graph=True)
         return GradientGraph(loss, at, g)
 
-    def gradients(self, loss: Loss, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[tuple[InnerState, GradientGraph]]:
+    def gradients(
+        self, loss: Loss, points: Iterable[tuple[InnerState, Any]], lam: Tree
+    ) -> list[tuple[InnerState, GradientGraph]]:
         """The gradients at several ``(state, batch)``, beside the states, in one call of autograd.
 
-        The loss is evaluated at a point before the next is asked for. Cost: one gradient each. Memory: all their graphs, which share nothing.
+        The loss is evaluated at a point before the next is asked for. Cost: one gradient each.
+        Memory: all their graphs, which share nothing.
         """
         states: list[InnerState] = []
         ats: list[Point] = []
@@ -136,11 +152,17 @@ class ReverseOverReverse:
                 ats.append(at)
                 losses.append(at.value(loss))
             supply = iter(_gradients(losses, [x for at in ats for x in at.w_leaves], graph=True))
-        return [(state, GradientGraph(loss, at, [next(supply) for _ in at.w_leaves])) for state, at in zip(states, ats, strict=True)]
+        return [
+            (state, GradientGraph(loss, at, [next(supply) for _ in at.w_leaves]))
+            for state, at in zip(states, ats, strict=True)
+        ]
 
 
 class Point:
-    """``(w, λ; batch)`` with fresh autograd leaves, which are at hand: on a small net walking the trees again takes as long as an operation."""
+    """``(w, λ; batch)`` with fresh autograd leaves, which are at hand.
+
+    On a small net walking the trees again takes as long as an operation.
+    """
 
     __slots__ = ("batch", "lam", "lam_leaves", "w", "w_leaves")
 
@@ -169,7 +191,9 @@ class GradientGraph:
         """With its graph."""
         return tree.unflatten(self._g, tree.Spec(self._at.w, len(self._g)))
 
-    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+    def contract(
+        self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False
+    ) -> tuple[Products, Products]:
         """One backward pass through the gradient's graph, which stays unless this is the last."""
         w = self._at.w_leaves if with_w else []
         lam = self._at.lam_leaves if with_lam else []
@@ -177,7 +201,9 @@ class GradientGraph:
         products: Any = [None] * (len(w) + len(lam))
         if live and products:
             try:
-                products = _engine.products([g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=not last)
+                products = _engine.products(
+                    [g for g, _ in live], w + lam, [seed for _, seed in live], retain_graph=not last
+                )
             except RuntimeError as error:
                 return self._otherwise(error, u, with_w=with_w, with_lam=with_lam)
         return list(products[: len(w)]), list(products[len(w) :])
@@ -186,18 +212,24 @@ class GradientGraph:
         """Itself."""
         return self
 
-    def _otherwise(self, error: RuntimeError, u: list[Tensor], *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+    def _otherwise(
+        self, error: RuntimeError, u: list[Tensor], *, with_w: bool, with_lam: bool
+    ) -> tuple[Products, Products]:
         if "not implemented" not in str(error) and "double backward" not in str(error):
             raise error
         try:
-            products = tangent_of_gradient(self._loss, self._at.w, self._at.lam, self._at.batch, u, with_w=with_w, with_lam=with_lam)
+            products = tangent_of_gradient(
+                self._loss, self._at.w, self._at.lam, self._at.batch, u, with_w=with_w, with_lam=with_lam
+            )
         except (NotImplementedError, RuntimeError) as other:
             raise RuntimeError(
-                f"an operation of inner_loss has no second derivative in either mode (reverse: {_first_line(error)}; forward: {_first_line(other)}). "
-                + (_COMPILED if "torch.compile" in str(error) else _FUSED)
+                f"an operation of inner_loss has no second derivative in either mode (reverse: {_first_line(error)}; "
+                f"forward: {_first_line(other)}). " + (_COMPILED if "torch.compile" in str(error) else _FUSED)
             ) from error
         warnings.warn(
-            f"reverse over reverse is impossible here ({_first_line(error)}); using forward over reverse instead", UserWarning, stacklevel=2
+            f"reverse over reverse is impossible here ({_first_line(error)}); using forward over reverse instead",
+            UserWarning,
+            stacklevel=2,
         )
         return products
 
@@ -206,11 +238,13 @@ class GradientGraph:
 class ForwardOverReverse:
     """Mixed mode: the forward-mode derivative of the gradient along u.
 
-    Cost: a product is about two gradients, but nothing is shared with the gradient itself, so that a step adjoint takes one gradient more than
-    :class:`ReverseOverReverse`. Memory: activations and their tangents, and no graph of a backward pass.
+    Cost: a product is about two gradients, but nothing is shared with the gradient itself, so that
+    a step adjoint takes one gradient more than :class:`ReverseOverReverse`. Memory: activations and
+    their tangents, and no graph of a backward pass.
 
-    Where an operation has no forward derivative (GroupNorm, SiLU, Huber, attention, …), :class:`ReverseOverReverse` is used from then on, and
-    a warning says so once. What is random is drawn again as it was.
+    Where an operation has no forward derivative (GroupNorm, SiLU, Huber, attention, …),
+    :class:`ReverseOverReverse` is used from then on, and a warning says so once. What is random is
+    drawn again as it was.
     """
 
     refused: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -231,7 +265,9 @@ class GradientPoint:
 
     __slots__ = ("_at", "_g", "_loss", "_random", "_refused")
 
-    def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any, g: Tree, random: RandomState, refused: list[str]) -> None:
+    def __init__(
+        self, loss: Loss, w: Tree, lam: Tree, batch: Any, g: Tree, random: RandomState, refused: list[str]
+    ) -> None:
         """Keep the point; ``refused`` is told if forward mode turns out to be impossible."""
         self._loss, self._at, self._g, self._random, self._refused = loss, (w, lam, batch), g, random, refused
 
@@ -240,7 +276,9 @@ class GradientPoint:
         """Without a graph."""
         return self._g
 
-    def contract(self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False) -> tuple[Products, Products]:
+    def contract(
+        self, u: list[Tensor], *, with_w: bool, with_lam: bool, last: bool = False
+    ) -> tuple[Products, Products]:
         """One forward-mode derivative of one gradient."""
         if not self._refused:
             try:
@@ -249,7 +287,10 @@ class GradientPoint:
             except (NotImplementedError, RuntimeError) as error:
                 self._refused.append(str(error))
                 warnings.warn(
-                    f"forward over reverse is impossible here ({_first_line(error)}); using reverse over reverse instead", UserWarning, stacklevel=2
+                    f"forward over reverse is impossible here ({_first_line(error)}); using reverse over reverse "
+                    "instead",
+                    UserWarning,
+                    stacklevel=2,
                 )
         return self.graph().contract(u, with_w=with_w, with_lam=with_lam, last=True)
 
@@ -261,10 +302,13 @@ class GradientPoint:
         return graph
 
 
-def tangent_of_gradient(loss: Loss, w: Tree, lam: Tree, batch: Any, u: list[Tensor], *, with_w: bool, with_lam: bool) -> tuple[Products, Products]:
+def tangent_of_gradient(
+    loss: Loss, w: Tree, lam: Tree, batch: Any, u: list[Tensor], *, with_w: bool, with_lam: bool
+) -> tuple[Products, Products]:
     """The derivative of ``(∇_w L, ∇_λ L)`` along ``(u, 0)``, with dual numbers.
 
-    Batches get a zero tangent: with none, torch's in-place formulas for some losses (``mse_loss``) meet an immutable zero and fail.
+    Batches get a zero tangent: with none, torch's in-place formulas for some losses (``mse_loss``)
+    meet an immutable zero and fail.
     """
     with torch.enable_grad(), forward_ad.dual_level():
         w_, lam_ = tree.attach(w), tree.attach(lam)
@@ -286,19 +330,27 @@ def dots_of(dot: Tree, like: Tree) -> list[Tensor]:
 
 
 def transposed_twice(outputs: list[Tensor], inputs: list[Tensor], dots: list[Tensor]) -> list[Tensor]:
-    """The tangents of ``outputs`` along ``dots``, from their graph: the pullback is linear in its seeds, and its transpose is the tangent map.
+    """The tangents of ``outputs`` along ``dots``, from their graph.
 
-    Cost: two backward passes, the second through the graph of the first. Call it with gradients enabled.
+    The pullback is linear in its seeds, and its transpose is the tangent map.
+
+    Cost: two backward passes, the second through the graph of the first. Call it with gradients
+    enabled.
     """
     live = [x for x in outputs if x.requires_grad]
     seeds = [torch.zeros_like(x).requires_grad_() for x in live]
-    bars = torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+    bars = (
+        torch.autograd.grad(live, inputs, seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+    )
     check_twice_differentiable(bars)
     terms = [(bar * dot).sum() for bar, dot in zip(bars, dots, strict=True) if bar is not None and bar.requires_grad]
     slopes = torch.autograd.grad(torch.stack(terms).sum(), seeds, allow_unused=True) if terms else [None] * len(seeds)
     of_live = iter(slopes)
     tangents = [next(of_live) if x.requires_grad else None for x in outputs]
-    return [torch.zeros_like(x) if tangent is None else tangent.detach() for tangent, x in zip(tangents, outputs, strict=True)]
+    return [
+        torch.zeros_like(x) if tangent is None else tangent.detach()
+        for tangent, x in zip(tangents, outputs, strict=True)
+    ]
 
 
 _FUSED = "Use another form of it: for attention, run the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"

@@ -3,8 +3,9 @@ r"""Several inner steps as one.
 .. math::
     \Phi_{[k]}(s, \lambda; (D_1, \dots, D_k)) = \Phi(\cdots \Phi(s, \lambda; D_1) \cdots, \lambda; D_k)
 
-The chain rule does not care how a run is cut: an exact sweep over chunks is exact. What changes is the price. A trajectory remembers one state per
-chunk, the sweep holds the graphs of one chunk at a time, and a compiled chunk pays for being called once instead of k times.
+The chain rule does not care how a run is cut: an exact sweep over chunks is exact. What changes is
+the price. A trajectory remembers one state per chunk, the sweep holds the graphs of one chunk at a
+time, and a compiled chunk pays for being called once instead of k times.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.compiled import Compilation, CompiledPoint
+from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, Linearized, Stationary, Step, Wrt
+from metaopt.inner.step import InnerStep
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
@@ -53,11 +55,15 @@ class Chunk:
             return CompiledPoint(self.compilation, state, lam, _checked(batch), lambda: self._graphs(state, lam, batch))
         return self._graphs(state, lam, batch)
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Sequence[Any], cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Sequence[Any], cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
         """The chunk's adjoint. Cost: that of its steps, whose graphs are held together."""
         return self.linearize(state, lam, batch).pullback(cotangent, wrt)
 
-    def jvp(self, state: InnerState, lam: Tree, batch: Sequence[Any], state_dot: InnerState, lam_dot: Tree) -> InnerState:
+    def jvp(
+        self, state: InnerState, lam: Tree, batch: Sequence[Any], state_dot: InnerState, lam_dot: Tree
+    ) -> InnerState:
         """The tangent, rolled forward."""
         for part in _checked(batch):
             state_dot = self.step.jvp(state, lam, part, state_dot, lam_dot)
@@ -80,7 +86,9 @@ class Chunk:
         """Not of a chunk."""
         _refuse("an estimator that looks into the optimiser's update")
 
-    def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Sequence[Any], numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
+    def pure(
+        self, w: Tree, slots: Tree, lam: Tree, batch: Sequence[Any], numbers: tuple[int, ...]
+    ) -> tuple[Tree, Tree]:
         """All steps for a compiler to trace; ``numbers`` are theirs."""
         assert isinstance(self.step, InnerStep)
         for i, part in enumerate(batch):
@@ -98,13 +106,15 @@ class Chunk:
 def chunked(step: Step) -> Chunk:
     """Several of ``step``'s inner steps as one; its batch is a sequence of batches, one for each.
 
-    The run gets its batches in groups, too: ``mo.hypergradient(mo.inner.chunked(step), ..., mo.inner.in_chunks(batches, 10), ...)``. The result of
-    an exact estimator is the same. What an estimator counts in steps (the horizon of :class:`~metaopt.TruncatedRMD`, the slots of a trajectory, the
-    interpolation of :class:`~metaopt.DrMAD`) it then counts in chunks.
+    The run gets its batches in groups, too: ``mo.hypergradient(mo.inner.chunked(step), ...,
+    mo.inner.in_chunks(batches, 10), ...)``. The result of an exact estimator is the same. What an
+    estimator counts in steps (the horizon of :class:`~metaopt.TruncatedRMD`, the slots of a
+    trajectory, the interpolation of :class:`~metaopt.DrMAD`) it then counts in chunks.
 
-    Of a step built with ``inner_step(..., compile=True)`` a whole chunk is compiled: on a small net, where calls take the time and not arithmetic,
-    chunks of twenty made exact RMD three to six times as fast as compiled steps (``benchmarks/README.md``). The compiler takes a few seconds
-    per step of a chunk, once per length. Compiled or not, the sweep holds the activations of one chunk.
+    Of a step built with ``inner_step(..., compile=True)`` a whole chunk is compiled: on a small
+    net, where calls take the time and not arithmetic, chunks of twenty made exact RMD three to six
+    times as fast as compiled steps (``benchmarks/README.md``). The compiler takes a few seconds per
+    step of a chunk, once per length. Compiled or not, the sweep holds the activations of one chunk.
     """
     compiled = step.compilation if isinstance(step, InnerStep) else None
     whole = Chunk(step)
@@ -175,7 +185,9 @@ class ChunkTangents:
         """As the first step."""
         return self._parts[0].columns_at_once
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """Through one step after the other."""
         for part in self._parts:
             state_dots = part.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)
@@ -184,9 +196,14 @@ class ChunkTangents:
 
 def _checked(batch: Any) -> Sequence[Any]:
     if not isinstance(batch, (list, tuple)) or not batch:
-        raise TypeError(f"the batch of a chunk is a list with one batch per inner step, got {type(batch).__name__}: mo.inner.in_chunks makes them")
+        raise TypeError(
+            f"the batch of a chunk is a list with one batch per inner step, got {type(batch).__name__}: "
+            "mo.inner.in_chunks makes them"
+        )
     return batch
 
 
 def _refuse(what: str) -> NoReturn:
-    raise TypeError(f"{what} needs single inner steps, and this step is a chunk of them: use the step that the chunk was made of")
+    raise TypeError(
+        f"{what} needs single inner steps, and this step is a chunk of them: use the step that the chunk was made of"
+    )

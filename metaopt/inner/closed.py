@@ -12,15 +12,18 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt.inner.constant_slots import ConstantSlots
+from metaopt.inner.contract import Step
 from metaopt.inner.custom import CustomStep
-from metaopt.inner.optimizer import Optimizer
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, Step
+from metaopt.inner.step import InnerStep
+from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
 
 def closed_over(step: Step, tensors: Sequence[Tensor]) -> Step:
-    """The same Φ with hyperparameters ``(lam, tensors)``: wherever the step uses one of ``tensors`` itself, the given value is used instead.
+    """The same Φ with hyperparameters ``(lam, tensors)``.
+
+    Wherever the step uses one of ``tensors`` itself, the given value is used instead.
 
     Raises:
         TypeError: for a step that was not made by :func:`inner_step` or :func:`custom_step`.
@@ -33,7 +36,9 @@ def closed_over(step: Step, tensors: Sequence[Tensor]) -> Step:
     if isinstance(step, CustomStep):
         initial = step.initial
         return CustomStep(_substituted(step.fn, keys), None if initial is None else lambda w, lam: initial(w, lam[0]))
-    raise TypeError(f"closed-over tensors are found inside steps from inner_step and custom_step only, got {type(step).__name__}")
+    raise TypeError(
+        f"closed-over tensors are found inside steps from inner_step and custom_step only, got {type(step).__name__}"
+    )
 
 
 def _substituted(fn: Callable[[Any, Tree, Any], Any], keys: list[int]) -> Callable[[Any, Tree, Any], Any]:
@@ -79,7 +84,10 @@ class OfFirst(Optimizer):
 
 
 def undeclared(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
-    """Autograd leaves that the inner loss depends on and that are neither weights nor λ. Cost: one evaluation of the loss."""
+    """Autograd leaves that the inner loss depends on and that are neither weights nor λ. Cost.
+
+    One evaluation of the loss.
+    """
     if isinstance(step, ConstantSlots):
         return undeclared(step.step, state, lam, batch)
     if not isinstance(step, InnerStep):

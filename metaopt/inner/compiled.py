@@ -3,8 +3,9 @@ r"""Φ and its adjoint as whole compiled functions.
 .. math::
     (w, v, \lambda) \mapsto \Phi, \qquad (w, v, \lambda, \bar w, \bar v) \mapsto (\alpha A, \alpha B)
 
-Each is one graph with nothing but its values going out: a compiled forward pass under autograd's eager double backward would raise. The adjoint
-evaluates the gradient again, so a step with its pullback takes two gradients and one contraction, as :class:`metaopt.trajectory.Full` does.
+Each is one graph with nothing but its values going out: a compiled forward pass under autograd's
+eager double backward would raise. The adjoint evaluates the gradient again, so a step with its
+pullback takes two gradients and one contraction, as :class:`metaopt.trajectory.Full` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
 Phi: TypeAlias = Callable[[Tree, Tree, Tree, Any, tuple[int, ...]], tuple[Tree, Tree]]
-"""``(w, slots, lam, batch, numbers) -> (w', slots')``, pure; ``numbers`` are those of the steps it takes, 1 … T. An optimiser that does not look
+"""``(w, slots, lam, batch, numbers) -> (w', slots')``, pure.
+
+``numbers`` are those of the steps it takes, 1 … T. An optimiser that does not look
 at them is compiled once for all of them."""
 
 
@@ -42,8 +45,8 @@ class Compiled:
     def __init__(self, what: str, backend: str, *, dynamic: bool | None = None, join: bool = False) -> None:
         """Nothing is compiled yet; ``what`` stands in the warning if nothing can be.
 
-        ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general from the second on; ``join``: what
-        is computed more than once is computed once.
+        ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general
+        from the second on; ``join``: what is computed more than once is computed once.
         """
         self.backend, self.seconds = backend, 0.0
         self.refused: str | None = None
@@ -52,48 +55,76 @@ class Compiled:
         self._made: dict[str, Callable[..., Any]] = {}
 
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any, lean: bool = False) -> Any:
-        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be. ``lean`` computes again rather than hold."""
+        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be.
+
+        ``lean`` computes again rather than hold.
+        """
         if self.refused is not None:
             return None
         first = name not in self._made
         if first:
-            self._made[name] = self._compiled(method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)), lean=lean)
+            self._made[name] = self._compiled(
+                method, on_cpu=all(x.device.type == "cpu" for x in tree.floats(arguments)), lean=lean
+            )
         start = time.perf_counter()
         try:
             with torch.no_grad():
                 return self._made[name](*tree.map(_cut, arguments))
-        except Exception as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager function
+        except (
+            Exception
+        ) as error:  # whatever the compiler cannot do; the user's own mistakes are raised again by the eager function
             self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            warnings.warn(f"{self._what} cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4)
+            warnings.warn(
+                f"{self._what} cannot be compiled and runs eagerly instead ({self.refused})", UserWarning, stacklevel=4
+            )
             return None
         finally:
             if first:
                 self.seconds += time.perf_counter() - start
 
     def _compiled(self, method: Callable[..., Any], *, on_cpu: bool, lean: bool) -> Callable[..., Any]:
-        # The compiler keeps its results, and counts them, per code object: one of our own keeps the functions of a program apart.
+        # The compiler keeps its results, and counts them, per code object: one of our own keeps the
+        # functions of a program apart.
         function = method.__func__  # pyright: ignore[reportFunctionMemberAccess]
-        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        own = types.FunctionType(
+            function.__code__.replace(),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
         options: dict[str, Any] = {"guard_filter_fn": _worth_checking}
         if self.backend == "inductor":
             options["fallback_random"] = True  # draws what the eager function draws
-            used = {_passes.spell_out: True, _passes.join: self._join, _passes.trim: True, _passes.recompute: lean, _passes.note: True}
-            options["joint_custom_pre_pass"] = _passes.passes(*(function for function, wanted in used.items() if wanted))
+            used = {
+                _passes.spell_out: True,
+                _passes.join: self._join,
+                _passes.trim: True,
+                _passes.recompute: lean,
+                _passes.note: True,
+            }
+            options["joint_custom_pre_pass"] = _passes.passes(
+                *(function for function, wanted in used.items() if wanted)
+            )
             if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
                 options |= {"cpp_wrapper": True, "layout_optimization": False}
-        return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options)
+        return torch.compile(
+            types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options
+        )
 
 
 class Compilation(Compiled):
     """The compiled functions of one Φ.
 
     Attributes:
-        unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first pullback.
+        unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first
+            pullback.
     """
 
     def __init__(self, phi: Phi, backend: str, steps: Callable[[Any], int] | None = None) -> None:
         """``steps(batch)`` says how many steps Φ takes, if it is not one."""
-        # within one step nothing is computed twice, and what is found equal elsewhere would only be held longer
+        # within one step nothing is computed twice, and what is found equal elsewhere would only be
+        # held longer
         super().__init__("the inner step", backend, join=steps is not None)
         self._phi, self._many = phi, steps
         self.unused: list[bool] | None = None
@@ -103,12 +134,28 @@ class Compilation(Compiled):
         out = self._run("step", self._step, state.w, state.slots, lam, batch, self._numbers(state, batch))
         return None if out is None else InnerState(out[0], out[1], state.t + self._steps(batch))
 
-    def pullback(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, wrt: str) -> tuple[InnerState | None, list[Tensor]] | None:
-        """``αA`` (unless only λ is asked for) and ``αB`` per float leaf of λ, zeros included; ``None`` if it cannot be compiled."""
+    def pullback(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, wrt: str
+    ) -> tuple[InnerState | None, list[Tensor]] | None:
+        """``αA`` (unless only λ is asked for) and ``αB`` per float leaf of λ, zeros included.
+
+        ``None`` if it cannot be compiled.
+        """
         slots = tree.zeros_like(state.slots) if cotangent.slots is None else cotangent.slots
         seeds = tree.floats(cotangent.w) + tree.floats(slots)
         moving = "lam" if wrt == "lam" else "both"
-        out = self._run(moving, self._adjoint, state.w, state.slots, lam, batch, self._numbers(state, batch), seeds, moving == "both", lean=True)
+        out = self._run(
+            moving,
+            self._adjoint,
+            state.w,
+            state.slots,
+            lam,
+            batch,
+            self._numbers(state, batch),
+            seeds,
+            moving == "both",
+            lean=True,
+        )
         if out is None:
             return None
         supply = iter(out)
@@ -120,7 +167,14 @@ class Compilation(Compiled):
         return self._phi(w, slots, lam, batch, numbers)
 
     def _adjoint(
-        self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...], seeds: list[Tensor], with_state: bool
+        self,
+        w: Tree,
+        slots: Tree,
+        lam: Tree,
+        batch: Any,
+        numbers: tuple[int, ...],
+        seeds: list[Tensor],
+        with_state: bool,
     ) -> tuple[Tensor, ...]:
         moving = (w, slots, lam) if with_state else (lam,)
         fixed = () if with_state else (w, slots)
@@ -142,14 +196,19 @@ class Compilation(Compiled):
 
 
 class CompiledPoint:
-    """Φ at one point; see :class:`metaopt.inner.step.Linearized`. No graph is kept: the pullback evaluates the gradient again.
+    """Φ at one point; see :class:`metaopt.inner.contract.Linearized`. No graph is kept.
 
-    What is random is drawn by whichever of the two is asked for first, and drawn again as it was by the other.
+    The pullback evaluates the gradient again.
+
+    What is random is drawn by whichever of the two is asked for first, and drawn again as it was by
+    the other.
     """
 
     __slots__ = ("_at", "_batch", "_compilation", "_eager", "_lam", "_random", "_state")
 
-    def __init__(self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Any]) -> None:
+    def __init__(
+        self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Any]
+    ) -> None:
         """``eager`` linearises without compiling, for when it has to be."""
         self._compilation, self._at, self._lam, self._batch, self._eager = compilation, state, lam, batch, eager
         self._random: RandomState | None = None
@@ -169,7 +228,9 @@ class CompiledPoint:
         """``(αA, αB)``; which leaves of λ play no part is found out eagerly, once."""
         with self._drawn():
             unused = self._compilation.unused
-            out = None if unused is None else self._compilation.pullback(self._at, self._lam, self._batch, cotangent, wrt)
+            out = (
+                None if unused is None else self._compilation.pullback(self._at, self._lam, self._batch, cotangent, wrt)
+            )
             if out is None:
                 both = self._eager().pullback(cotangent, "both" if unused is None and wrt == "state" else wrt)
                 if unused is None:
@@ -194,7 +255,9 @@ class CompiledPoint:
 
 
 def _worth_checking(guards: Sequence[Any]) -> list[bool]:
-    """Which of the compiler's assumptions are checked at every call: all but those on the code of torch and of this library, which stays what it is.
+    """Which of the compiler's assumptions are checked at every call.
+
+    All but those on the code of torch and of this library, which stays what it is.
 
     On a small net those are most, and checking them takes a quarter of an online step.
     """

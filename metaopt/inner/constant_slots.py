@@ -1,8 +1,10 @@
 r"""An explicit approximation: the optimiser's slots held constant in the step's derivative.
 
-With momentum SGD, :math:`w_t = w_{t-1} - \eta(\mu v_{t-1} + g)`, reading :math:`v_{t-1}` as a constant gives
+With momentum SGD, :math:`w_t = w_{t-1} - \eta(\mu v_{t-1} + g)`, reading :math:`v_{t-1}` as a
+constant gives
 :math:`A_t = I - \eta H_t` in place of the true Jacobian of :math:`(w, v)`. That drops how λ acts through the momentum, and is
-**not** the exact gradient (norm ratio 0.51 on a quadratic), but it damps the growth of the sweep; published code often does it.
+**not** the exact gradient (norm ratio 0.51 on a quadratic), but it damps the growth of the sweep;
+published code often does it.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Stationary, Step, Wrt
 from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class ConstantSlots:
-    """The same Φ as ``step``, with a derivative that treats the slots as constants (biased; off unless you wrap the step).
+    """The same Φ as ``step``, with a derivative that treats the slots as constants (biased.
+
+    Off unless you wrap the step).
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.inner.SGD(lr=0.1, momentum=0.9)))
+    >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9)))
     >>> step(step.init(torch.zeros(1), torch.ones(1)), torch.ones(1), None).w
     tensor([0.2000])
     """
@@ -43,7 +47,9 @@ class ConstantSlots:
         """Φ with the approximate derivative."""
         return LinearizedConstantSlots(self.step.linearize(state, lam, batch))
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
         """``(αA, αB)`` with the slots' rows and columns of A dropped."""
         return _without_slots(self.step.vjp(state, lam, batch, cotangent._replace(slots=None), wrt=wrt))
 
@@ -112,7 +118,9 @@ class ConstantSlotsTangents:
         """As the wrapped step's."""
         return self._inner.columns_at_once
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """With the slots' tangents dropped on the way in and on the way out."""
         still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
         dots = self._inner.push(still, lam_dots, chunk_size=chunk_size, bound=bound)

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.adjoint import check_twice_differentiable, dots_of, transposed_twice
+from metaopt.inner.contract import Stationary, Wrt, check_weights
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Stationary, Wrt, check_weights
 from metaopt.inner.tangents import FunctionTangents
 from metaopt.tree import Tree
 
 
-def custom_step(fn: Callable[[InnerState, Tree, Any], InnerState], init: Callable[[Tree, Tree], InnerState] | None = None) -> CustomStep:
+def custom_step(
+    fn: Callable[[InnerState, Tree, Any], InnerState], init: Callable[[Tree, Tree], InnerState] | None = None
+) -> CustomStep:
     """A step from any pure function ``fn(state, lam, batch) -> state``.
 
     Args:
-        fn: the step. It sees tensors that require grad, so it may call ``torch.autograd.grad(loss, ..., create_graph=True)``;
-            it returns an :class:`InnerState` (or anything with the same fields) and must not change its arguments.
+        fn: the step. It sees tensors that require grad, so it may call ``torch.autograd.grad(loss,
+            ..., create_graph=True)``; it returns an :class:`InnerState` (or anything with the same
+            fields) and must not change its arguments.
         init: ``(w, lam) -> InnerState``; default: no slots.
 
     :func:`metaopt.verify.check` tests whether a function keeps this contract.
@@ -57,7 +60,9 @@ class CustomStep:
             state_, lam_ = tree.attach(state), tree.attach(lam)
             return LinearizedCustomStep(state_, lam_, self._run(state_, lam_, batch))
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
         """The step adjoint ``(αA, αB)``."""
         return self.linearize(state, lam, batch).pullback(cotangent, wrt)
 
@@ -67,7 +72,9 @@ class CustomStep:
             state_, lam_ = tree.attach(state), tree.attach(lam)
             new = self._run(state_, lam_, batch)
             inputs = tree.floats(state_) + tree.floats(lam_)
-            tangents = iter(transposed_twice(tree.floats(new), inputs, dots_of(state_dot, state_) + dots_of(lam_dot, lam_)))
+            tangents = iter(
+                transposed_twice(tree.floats(new), inputs, dots_of(state_dot, state_) + dots_of(lam_dot, lam_))
+            )
         return tree.map(lambda leaf: next(tangents) if tree.is_float(leaf) else leaf, new)
 
     def tangents(self, state: InnerState, lam: Tree, batch: Any) -> FunctionTangents:
@@ -93,7 +100,8 @@ class CustomStep:
             TypeError: always; only Φ is known here.
         """
         raise TypeError(
-            "a custom step has no inner loss that this estimator could use: build the step with mo.inner_step, or use OneStep, RMD or PES"
+            "a custom step has no inner loss that this estimator could use: build the step with mo.inner_step, or "
+            "use OneStep, RMD or PES"
         )
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
@@ -102,7 +110,10 @@ class CustomStep:
         Raises:
             TypeError: always; only Φ is known here.
         """
-        raise TypeError("a custom step has no optimiser that this estimator could use: build the step with mo.inner_step, or use OneStep or RMD")
+        raise TypeError(
+            "a custom step has no optimiser that this estimator could use: build the step with mo.inner_step, or use "
+            "OneStep or RMD"
+        )
 
     def _run(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         new = self.fn(state, lam, batch)
@@ -115,7 +126,7 @@ class CustomStep:
 
 
 class LinearizedCustomStep:
-    """:class:`CustomStep` at one point; see :class:`metaopt.inner.step.Linearized`."""
+    """:class:`CustomStep` at one point; see :class:`metaopt.inner.contract.Linearized`."""
 
     __slots__ = ("_lam", "_new", "_state")
 
@@ -139,7 +150,9 @@ class LinearizedCustomStep:
         inputs = state_floats + lam_floats
         bars: Any = [None] * len(inputs)
         if live and inputs:
-            bars = torch.autograd.grad([o for o, _ in live], inputs, [s for _, s in live], retain_graph=True, allow_unused=True)
+            bars = torch.autograd.grad(
+                [o for o, _ in live], inputs, [s for _, s in live], retain_graph=True, allow_unused=True
+            )
         supply = iter(bars)
         state_bar = None
         if wrt != "lam":

@@ -1,13 +1,15 @@
 r"""Losses whose weights the update takes as constants, although they depend on the losses themselves.
 
-Reweighting methods compute the weights :math:`v_i = V_i(\ell; \lambda)` of a batch from its losses, and update with
+Reweighting methods compute the weights :math:`v_i = V_i(\ell; \lambda)` of a batch from its losses,
+and update with
 
 .. math::
     g(w, \lambda) = \sum_i v_i(\ell(w); \lambda)\, \nabla_w \ell_i(w), \qquad
     \frac{\partial g}{\partial w} = \sum_i v_i \nabla^2 \ell_i + \sum_{ij} \nabla \ell_i\, \frac{\partial v_i}{\partial \ell_j}\, \nabla \ell_j^\top
 
 :math:`g` is not the gradient of :math:`\sum_i v_i \ell_i`: that would have further terms. Detaching :math:`v` gives the right g, but loses the
-second sum from every hypergradient through the update, without any error. Here g is right and so is its derivative.
+second sum from every hypergradient through the update, without any error. Here g is right and so is
+its derivative.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ class AsymmetricUpdateError(RuntimeError):
 def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
     """``weigh(losses) * losses``, to be summed, with weights that are constants in the update and exact in its derivatives.
 
-    The gradient with respect to what ``weigh`` holds besides (λ) is that of the products at the given losses. Cost: ``weigh`` twice.
+    The gradient with respect to what ``weigh`` holds besides (λ) is that of the products at the
+    given losses. Cost: ``weigh`` twice.
 
-    Reverse products of the update (every estimator but the following) are exact. ``InnerStep.jvp`` takes its slower form; forward over reverse
-    is refused. Methods that difference ``∂L/∂λ`` between two points (``DARTS``, ``SAMA``) rely on symmetry, and see one term more. The
-    Jacobian is symmetric where ``v_i`` depends on its own loss only; where weights are normalised over the batch it is not, so that implicit
-    differentiation needs a solver that does without symmetry: not conjugate gradients.
+    Reverse products of the update (every estimator but the following) are exact. ``InnerStep.jvp``
+    takes its slower form; forward over reverse is refused. Methods that difference ``∂L/∂λ``
+    between two points (``DARTS``, ``SAMA``) rely on symmetry, and see one term more. The Jacobian
+    is symmetric where ``v_i`` depends on its own loss only; where weights are normalised over the
+    batch it is not, so that implicit differentiation needs a solver that does without symmetry: not
+    conjugate gradients.
 
     Args:
         losses: one per example, ``[n]``.
@@ -46,7 +51,11 @@ def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class _Reweighted(torch.autograd.Function):
-    """``held * losses``. First derivatives: ``held`` for the losses, none for ``held``, the losses for ``weights``; ``held`` keeps its graph."""
+    """``held * losses``. First derivatives.
+
+    ``held`` for the losses, none for ``held``, the losses for ``weights``; ``held`` keeps its
+    graph.
+    """
 
     generate_vmap_rule = True
 
@@ -81,6 +90,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise AsymmetricUpdateError(
-            "the gradient with respect to lam of a reweighted loss was differentiated again: its derivative is no transpose of the update's. "
+            "the gradient with respect to lam of a reweighted loss was differentiated again: its derivative is no "
+            "transpose of the update's. "
             "Take products with the update's own derivative, as InnerStep.vjp and InnerStep.jvp do"
         )

@@ -12,8 +12,8 @@ class InnerState(NamedTuple):
 
     Attributes:
         w: the weights, any pytree of floating-point tensors.
-        slots: the optimiser's memory (momentum, second moments, …), any pytree; ``{}`` where there is none. In a cotangent,
-            ``None`` stands for zero.
+        slots: the optimiser's memory (momentum, second moments, …), any pytree; ``{}`` where there
+            is none. In a cotangent, ``None`` stands for zero.
         t: steps taken so far; the step that leaves this state is number ``t + 1``.
     """
 

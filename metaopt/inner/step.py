@@ -1,21 +1,23 @@
 r"""The inner step Φ = optimiser ∘ gradient, and its adjoint.
 
-For a cotangent :math:`(\alpha_w, \alpha_v)` of the next state, the adjoint first pulls back through the optimiser (element-wise)
-to a cotangent :math:`u` of the inner gradient :math:`g = \nabla_w L(w, \lambda)`, and then needs one contraction of the
-gradient's own graph, :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`; how that one is taken
-is the choice of an object from :mod:`metaopt.inner.adjoint`.
+For a cotangent :math:`(\alpha_w, \alpha_v)` of the next state, the adjoint first pulls back through
+the optimiser (element-wise) to a cotangent :math:`u` of the inner gradient :math:`g = \nabla_w L(w,
+\lambda)`, and then needs one contraction of the gradient's own graph, :math:`(u^\top \partial^2
+L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`; how that one is taken is the
+choice of an object from :mod:`metaopt.inner.adjoint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner._update import pull_back, push_forward
 from metaopt.inner.adjoint import (
     Adjoint,
     Gradient,
@@ -27,110 +29,31 @@ from metaopt.inner.adjoint import (
     transposed_twice,
 )
 from metaopt.inner.compiled import Compilation, CompiledPoint
-from metaopt.inner.optimizer import Optimizer, pull_back, push_forward
+from metaopt.inner.contract import InnerLoss, Linearized, Stationary, Wrt, check_weights, checked_scalar
 from metaopt.inner.reweighted import AsymmetricUpdateError
-from metaopt.inner.sgd import SGD
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import InnerTangents, Tangents
+from metaopt.inner.tangents import InnerTangents
+from metaopt.optim.optimizer import Optimizer
+from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
 
-InnerLoss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
-"""``inner_loss(w, lam, batch) -> scalar``."""
 
-Wrt: TypeAlias = Literal["both", "state", "lam"]
-"""Which products a pullback is asked for: ``αA`` ("state"), ``αB`` ("lam") or both. What is not asked for is not computed."""
-
-
-class Linearized(Protocol):
-    """Φ at one point, with the graph of its gradient kept."""
-
-    @property
-    def state(self) -> InnerState:
-        """Φ(state, λ; batch)."""
-        ...
-
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)``; a leaf of λ that Φ does not depend on is ``None`` in αB. Can be called any number of times."""
-        ...
-
-
-class Stationary(NamedTuple):
-    """What implicit differentiation sees of Φ.
-
-    Attributes:
-        step: a step whose fixed points solve the inner problem.
-        state: the state as that step sees it.
-        rate: how far it goes along the gradient: ``w - step(w) = rate · ∇_w L`` (1 for a custom Φ).
-    """
-
-    step: Step
-    state: InnerState
-    rate: float
-
-
-class Step(Protocol):
-    """What estimators see of Φ."""
-
-    def init(self, w: Tree, lam: Tree) -> InnerState:
-        """The state before the first step."""
-        ...
-
-    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ."""
-        ...
-
-    def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
-        """Φ with its derivative at hand."""
-        ...
-
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """The step adjoint."""
-        ...
-
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """The step's tangent map."""
-        ...
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> Tangents:
-        """Φ with its tangent map at hand, for many tangents at one point."""
-        ...
-
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """A step whose fixed points solve the inner problem (for implicit differentiation)."""
-        ...
-
-    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
-        ...
-
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """The optimiser's half of the adjoint: the cotangent ``u = alpha · ∂w'/∂g`` of the inner gradient, and λ's own part or ``None``."""
-        ...
-
-
-@runtime_checkable
-class StepAtSeveral(Protocol):
-    """A step that may be linearised at several points in one call of autograd: on tiny nets the calls are what it costs."""
-
-    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> Sequence[Linearized] | None:
-        """Φ at each ``(state, batch)``, for one pullback each, which gives its graph's memory back; ``None`` if there is nothing to win by it.
-
-        The inner loss is evaluated at a point before the next is asked for.
-        """
-        ...
-
-
-def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse(), compile: bool | str = False) -> InnerStep:
+def inner_step(
+    inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse(), compile: bool | str = False
+) -> InnerStep:
     """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
 
     Args:
         inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
-        optimizer: an inner optimiser, e.g. ``mo.inner.SGD(lr=0.1)``. A ``torch.optim`` one is in-place and cannot be differentiated:
-            convert it with :mod:`metaopt.interop`.
-        adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or ``mo.inner.ForwardOverReverse()``.
-        compile: whether Φ and its adjoint are compiled (``True``: inductor, or the name of a backend of :func:`torch.compile`). What cannot be
-            compiled runs eagerly, and a warning says why. The first calls take seconds: ``step.compilation.seconds``. Values agree to rounding;
-            the adjoint is always reverse over reverse. :func:`metaopt.compiled_loss` does the same for the outer loss.
+        optimizer: an inner optimiser, e.g. ``mo.optim.SGD(lr=0.1)``. A ``torch.optim`` one is
+            in-place and cannot be differentiated: convert it with :mod:`metaopt.interop`.
+        adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or
+            ``mo.inner.ForwardOverReverse()``.
+        compile: whether Φ and its adjoint are compiled (``True``: inductor, or the name of a
+            backend of :func:`torch.compile`). What cannot be compiled runs eagerly, and a warning
+            says why. The first calls take seconds: ``step.compilation.seconds``. Values agree to
+            rounding; the adjoint is always reverse over reverse. :func:`metaopt.compiled_loss` does
+            the same for the outer loss.
 
     Raises:
         TypeError: if one of the two is not what it should be.
@@ -138,7 +61,9 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be a function (w, lam, batch) -> scalar, got {type(inner_loss).__name__}")
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must come from metaopt.inner, e.g. mo.inner.SGD(lr=0.1); got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must come from metaopt.optim, e.g. mo.optim.SGD(lr=0.1); got {type(optimizer).__name__}"
+        )
     step = InnerStep(inner_loss, optimizer, adjoint)
     if compile is False:
         return step
@@ -149,8 +74,9 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
 class InnerStep:
     r"""Φ: one optimiser step on ``inner_loss``; pure.
 
-    ``step(state, lam, batch)`` is differentiable by plain autograd where its inputs require grad, and keeps no graph where they do
-    not. :meth:`vjp` and :meth:`jvp` are the cheap way to its derivatives.
+    ``step(state, lam, batch)`` is differentiable by plain autograd where its inputs require grad,
+    and keeps no graph where they do not. :meth:`vjp` and :meth:`jvp` are the cheap way to its
+    derivatives.
 
     Attributes:
         inner_loss: ``(w, lam, batch) -> scalar``.
@@ -163,7 +89,9 @@ class InnerStep:
     optimizer: Optimizer
     adjoint: Adjoint = ReverseOverReverse()
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
-    _twice: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)  # not empty: a gradient's graph has been checked
+    _twice: list[bool] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # not empty: a gradient's graph has been checked
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights (detached) and fresh slots.
@@ -192,7 +120,9 @@ class InnerStep:
             return self._next(g, state, lam)
 
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
-        """Φ at this point with the graph of its gradient kept. Cost: one gradient; the graph lives as long as the result.
+        """Φ at this point with the graph of its gradient kept. Cost: one gradient.
+
+        The graph lives as long as the result.
 
         Compiled, no graph is kept, and each pullback evaluates the gradient again.
         """
@@ -201,7 +131,10 @@ class InnerStep:
         return self._graph(state, lam, batch)
 
     def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[LinearizedOnce] | None:
-        """See :class:`StepAtSeveral`. Cost: one gradient each; ``None`` where the step is compiled or not reverse over reverse."""
+        """See :class:`StepAtSeveral`. Cost: one gradient each.
+
+        ``None`` where the step is compiled or not reverse over reverse.
+        """
         compiled = self.compilation is not None and self.compilation.refused is None
         if compiled or not isinstance(self.adjoint, ReverseOverReverse):
             return None
@@ -217,18 +150,28 @@ class InnerStep:
             self._check(gradient.g, state.w)
         return LinearizedInnerStep(self, state, lam, gradient)
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """The step adjoint ``(αA, αB)``. Cost: one gradient and one contraction of its graph (about three plain steps)."""
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
+        """The step adjoint ``(αA, αB)``. Cost.
+
+        One gradient and one contraction of its graph (about three plain steps).
+        """
         linearized = self.linearize(state, lam, batch)
-        return linearized.last_pullback(cotangent, wrt) if isinstance(linearized, LinearizedInnerStep) else linearized.pullback(cotangent, wrt)
+        return (
+            linearized.last_pullback(cotangent, wrt)
+            if isinstance(linearized, LinearizedInnerStep)
+            else linearized.pullback(cotangent, wrt)
+        )
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
         r"""The tangent ``A·state_dot + B·lam_dot``.
 
         By symmetry of second derivatives the inner gradient's tangent is
         :math:`\nabla_w\,(\nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda)`: reverse mode twice, so it works wherever a
-        double backward does. Where that symmetry is missing (:func:`metaopt.inner.reweighted`), the step adjoint is transposed instead,
-        at about twice the cost. The optimiser's part is forward mode.
+        double backward does. Where that symmetry is missing (:func:`metaopt.inner.reweighted`), the
+        step adjoint is transposed instead, at about twice the cost. The optimiser's part is forward
+        mode.
         """
         random = RandomState(state.w)
         with torch.enable_grad():
@@ -246,36 +189,49 @@ class InnerStep:
         return InnerState(w_dot, slots_dot, state.t + 1)
 
     def tangents(self, state: InnerState, lam: Tree, batch: Any) -> InnerTangents:
-        """Φ and its tangent map. Cost: one gradient with respect to ``(w, λ)``; its graph lives as long as the result."""
+        """Φ and its tangent map. Cost: one gradient with respect to ``(w, λ)``.
+
+        Its graph lives as long as the result.
+        """
         return InnerTangents(self._loss, self.optimizer, state, lam, batch)
 
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
 
-        The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is symmetric. Weight decay inside the
-        optimiser and frozen weights are not seen: a decay that is part of the problem belongs into the loss.
+        The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is
+        symmetric. Weight decay inside the optimiser and frozen weights are not seen: a decay that
+        is part of the problem belongs into the loss.
 
         Raises:
-            ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is no plain number that could serve.
+            ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is no plain number
+                that could serve.
         """
         if rate is None:
             rate = getattr(self.optimizer, "lr", None)
             if not isinstance(rate, (int, float)):
                 raise ValueError(
-                    "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: give it, Neumann(terms, rate=0.01)"
+                    "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: "
+                    "give it, Neumann(terms, rate=0.01)"
                 )
-        return Stationary(InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t), float(rate))
+        return Stationary(
+            InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t), float(rate)
+        )
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss."""
         return self._loss(w, lam, batch)
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """``alpha · ∂w'/∂g``, element-wise (gradient descent: ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g. Cost: one gradient."""
+        """``alpha · ∂w'/∂g``, element-wise (gradient descent.
+
+        ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g. Cost: one gradient.
+        """
         with torch.enable_grad():
             w = tree.attach(state.w)
             g = gradient_of(self._loss(w, lam, batch), w, graph=False)
-        u, _, _, lam_bar = pull_back(self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam")
+        u, _, _, lam_bar = pull_back(
+            self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam"
+        )
         return tree.unflatten(u, tree.flatten(state.w)[1]), lam_bar
 
     def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
@@ -285,7 +241,10 @@ class InnerStep:
 
     # -- parts -----------------------------------------------------------------------------------
     def _check(self, g: Tree, w: Tree) -> None:
-        """Whether the first gradient that has a graph can be differentiated again: once, since on a small net it takes as long as an operation."""
+        """Whether the first gradient that has a graph can be differentiated again.
+
+        Once, since on a small net it takes as long as an operation.
+        """
         if tree.requires_grad(g):
             check_twice_differentiable(tree.leaves(g), tree.leaves(w))
             self._twice.append(True)
@@ -293,7 +252,9 @@ class InnerStep:
     def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
 
-    def _by_symmetry(self, w: Tree, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> tuple[list[Tensor], list[Tensor]]:
+    def _by_symmetry(
+        self, w: Tree, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The inner gradient and its tangent, as leaves: ``∇_w (∇_w L · ẇ + ∇_λ L · λ̇)``."""
         loss = self._loss(w, lam, batch)
         w_flat, lam_flat = tree.leaves(w), tree.floats(lam)
@@ -301,7 +262,9 @@ class InnerStep:
         check_twice_differentiable(gradients)
         dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam)
         terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
-        slopes = torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
+        slopes = (
+            torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
+        )
         g = [_zero_if_none(g, x) for g, x in zip(gradients[: len(w_flat)], w_flat, strict=True)]
         return g, [_zero_if_none(s, x) for s, x in zip(slopes, w_flat, strict=True)]
 
@@ -337,13 +300,17 @@ class LinearizedInnerStep:
         return self._pullback(cotangent, wrt, last=True)
 
     def _pullback(self, cotangent: InnerState, wrt: Wrt, *, last: bool) -> tuple[InnerState | None, Tree]:
-        u, w_bar, slots_bar, lam_bar = pull_back(self._step.optimizer, self._gradient.g, self._at, self._lam, cotangent, wrt)
+        u, w_bar, slots_bar, lam_bar = pull_back(
+            self._step.optimizer, self._gradient.g, self._at, self._lam, cotangent, wrt
+        )
         hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state", last=last)
         state_bar = None
         if wrt != "lam":
             w, spec = tree.flatten(self._at.w)
             parts = zip(w_bar, hessian_part, w, strict=True)
-            state_bar = InnerState(tree.unflatten([_sum(a, b, like) for a, b, like in parts], spec), slots_bar, self._at.t)
+            state_bar = InnerState(
+                tree.unflatten([_sum(a, b, like) for a, b, like in parts], spec), slots_bar, self._at.t
+            )
         if wrt == "state":
             return state_bar, None
         supply = iter(mixed_part)
@@ -359,31 +326,6 @@ class LinearizedOnce(LinearizedInnerStep):
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``, giving the graph's memory back as it is swept."""
         return self.last_pullback(cotangent, wrt)
-
-
-def checked_scalar(loss: Any, what: str) -> Tensor:
-    """``loss`` if it is a scalar tensor.
-
-    Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it is no scalar.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{what} must return a scalar tensor, got {type(loss).__name__}")
-    if loss.ndim != 0:
-        raise ValueError(f"{what} must return a scalar, got a tensor of shape {tuple(loss.shape)}: reduce it with .mean() or .sum()")
-    return loss
-
-
-def check_weights(w: Tree) -> None:
-    """Raise a ``ValueError`` that names the first weight which is no floating-point tensor."""
-    flat = tree.leaves(w)
-    if not flat:
-        raise ValueError("w has no leaves: there are no weights to train")
-    for name, leaf in zip(tree.names(w), flat, strict=True):
-        if not tree.is_float(leaf):
-            kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"the weight {name} is {kind}; weights are floating-point tensors (pass anything else through the batch)")
 
 
 def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 r"""Many tangents through one step: the graph of one gradient is kept, and every column is one reverse product of it.
 
-With :math:`g = \nabla_w L(w, \lambda)`, symmetry of second derivatives makes the tangent of g along :math:`(\dot w, \dot\lambda)`
+With :math:`g = \nabla_w L(w, \lambda)`, symmetry of second derivatives makes the tangent of g along
+:math:`(\dot w, \dot\lambda)`
 
 .. math::
     \dot g = H \dot w + \frac{\partial^2 L}{\partial w\, \partial\lambda}\, \dot\lambda
            = \nabla_w \left( \nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda \right),
 
-a vector-Jacobian product of :math:`(\nabla_w L, \nabla_\lambda L)`, whose graph all columns share. Where the update is no gradient
-(:func:`metaopt.inner.reweighted`), and for a step that is any function, the graph of the pullback is transposed instead.
+a vector-Jacobian product of :math:`(\nabla_w L, \nabla_\lambda L)`, whose graph all columns share.
+Where the update is no gradient (:func:`metaopt.inner.reweighted`), and for a step that is any
+function, the graph of the pullback is transposed instead.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.inner._update import split_state, update_of_floats
 from metaopt.inner.adjoint import Loss, check_twice_differentiable
-from metaopt.inner.optimizer import Optimizer, split_state, update_of_floats
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.state import InnerState
+from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
-# A batched product saves the cost of calls and pays in memory traffic: batches of about this many numbers were fastest on a CPU,
-# from a 20,000-weight net (all columns at once, 1.9 times as fast as one by one) to convolutions on large batches (one by one).
+# A batched product saves the cost of calls and pays in memory traffic: batches of about this many
+# numbers were fastest on a CPU, from a 20,000-weight net (all columns at once, 1.9 times as fast as
+# one by one) to convolutions on large batches (one by one).
 NUMBERS_IN_A_BATCH = 1 << 22
 # What an optimiser's graph saves, for each number that goes into it, about.
 NUMBERS_PER_ENTRY = 4
@@ -47,23 +51,33 @@ class Tangents(Protocol):
 
     @property
     def columns_at_once(self) -> int:
-        """How many columns to take in one batched product, by the size of the graph. Walks the graph: ask once per run."""
+        """How many columns to take in one batched product, by the size of the graph. Walks the graph.
+
+        Ask once per run.
+        """
         ...
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """``A·state_dot + B·lam_dot`` for every column; any number of times.
 
         Args:
             state_dots: floating-point leaves ``[columns, *leaf.shape]``.
             lam_dots: a pytree like λ, with the same leading axis.
             chunk_size: columns per batched product; 1: one product after the other.
-            bound: elementwise bound on the tangents of the inner gradient (a biased safeguard), or ``None``.
+            bound: elementwise bound on the tangents of the inner gradient (a biased safeguard), or
+                ``None``.
         """
         ...
 
 
 class InnerTangents:
-    """Of optimiser ∘ gradient. Columns whose product is known to be zero (no tangent in w, none in the λ of the loss) take none."""
+    """Of optimiser ∘ gradient.
+
+    Columns whose product is known to be zero (no tangent in w, none in the λ of the loss) take
+    none.
+    """
 
     __slots__ = ("_at", "_gradients", "_inputs", "_lam", "_optimizer", "_products", "_transposed", "_update")
 
@@ -78,8 +92,13 @@ class InnerTangents:
             value = loss(w, lam_, batch)
             self._inputs: tuple[list[Tensor], list[Tensor]] = tree.leaves(w), tree.floats(lam_)
             if not value.requires_grad:
-                raise ValueError("inner_loss depends neither on the weights nor on lam, or its graph was cut (detach, no_grad, .item(), argmax)")
-            gradients = torch.autograd.grad(value, self._inputs[0] + self._inputs[1], create_graph=True, allow_unused=True)
+                raise ValueError(
+                    "inner_loss depends neither on the weights nor on lam, or its graph was cut (detach, no_grad, "
+                    ".item(), argmax)"
+                )
+            gradients = torch.autograd.grad(
+                value, self._inputs[0] + self._inputs[1], create_graph=True, allow_unused=True
+            )
         self._gradients: list[Tensor | None] = list(gradients)
 
     @property
@@ -99,7 +118,9 @@ class InnerTangents:
         """By what the graph of the gradient has saved."""
         return columns_per_batch([g for g in self._gradients if g is not None and g.requires_grad])
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """The gradient's tangents, then the optimiser's."""
         dots = tree.leaves(state_dots.w) + _dots_of(lam_dots, self._lam)
         g_dots = self._gradient_tangents(dots, chunk_size)
@@ -111,12 +132,21 @@ class InnerTangents:
     # -- parts -----------------------------------------------------------------------------------
     def _g(self) -> Tree:
         flat, spec = tree.flatten(self._at.w)
-        return tree.unflatten([torch.zeros_like(x) if g is None else g.detach() for g, x in zip(self._gradients, flat, strict=False)], spec)
+        return tree.unflatten(
+            [torch.zeros_like(x) if g is None else g.detach() for g, x in zip(self._gradients, flat, strict=False)],
+            spec,
+        )
 
     def _gradient_tangents(self, dots: list[Tensor], chunk_size: int) -> list[Tensor]:
         w, lam = self._inputs
-        first = 0 if len(_moving(dots[: len(w)], len(dots[0]))) else len(w)  # weights that stand still need ∇_λ L alone: a graph of first order
-        live = [(g, dot) for g, dot in zip(self._gradients[first:], dots[first:], strict=True) if g is not None and g.requires_grad]
+        first = (
+            0 if len(_moving(dots[: len(w)], len(dots[0]))) else len(w)
+        )  # weights that stand still need ∇_λ L alone: a graph of first order
+        live = [
+            (g, dot)
+            for g, dot in zip(self._gradients[first:], dots[first:], strict=True)
+            if g is not None and g.requires_grad
+        ]
         check_twice_differentiable(g for g, _ in live)
         rows = _moving([dot for _, dot in live], len(dots[0]))
         self._products += len(rows)
@@ -134,7 +164,10 @@ class InnerTangents:
         return [_spread(product, rows, len(dots[0]), x) for product, x in zip(products, w, strict=True)]
 
     def _through_optimizer(self, dots: tuple[Tree, Tree, Tree, Tree]) -> tuple[Tree, Tree]:
-        """Tangents of ``(g, w, slots, λ)`` to those of ``(w', slots')``. An update that is linear is its own tangent map."""
+        """Tangents of ``(g, w, slots, λ)`` to those of ``(w', slots')``.
+
+        An update that is linear is its own tangent map.
+        """
         optimizer, at = self._optimizer, self._at
         if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
             return optimizer.update(*dots[:3], self._lam, at.t + 1)
@@ -143,12 +176,22 @@ class InnerTangents:
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in primals]
                 self._update = Transposed(update(*inputs), inputs)
-        columns = [dot for dot, x in zip(tree.leaves(dots), tree.leaves((at.w, at.w, at.slots, self._lam)), strict=True) if tree.is_float(x)]
-        return split_state(self._update.push(columns, _columns_of_numbers(NUMBERS_PER_ENTRY * sum(dot[0].numel() for dot in columns))), at)
+        columns = [
+            dot
+            for dot, x in zip(tree.leaves(dots), tree.leaves((at.w, at.w, at.slots, self._lam)), strict=True)
+            if tree.is_float(x)
+        ]
+        return split_state(
+            self._update.push(columns, _columns_of_numbers(NUMBERS_PER_ENTRY * sum(dot[0].numel() for dot in columns))),
+            at,
+        )
 
 
 class Transposed:
-    """The tangent map of ``outputs`` from their graph: the pullback is linear in its seeds, and its transpose is the tangent map."""
+    """The tangent map of ``outputs`` from their graph.
+
+    The pullback is linear in its seeds, and its transpose is the tangent map.
+    """
 
     __slots__ = ("_bars", "_outputs", "_seeds")
 
@@ -157,7 +200,11 @@ class Transposed:
         self._outputs, live = outputs, [x for x in outputs if x.requires_grad]
         with torch.enable_grad():
             self._seeds = [torch.zeros_like(x).requires_grad_() for x in live]
-            bars = torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True) if live else [None] * len(inputs)
+            bars = (
+                torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True)
+                if live
+                else [None] * len(inputs)
+            )
         check_twice_differentiable(bars)
         self._bars: list[Tensor | None] = list(bars)
 
@@ -175,7 +222,10 @@ class Transposed:
             products = reverse_products([bar for bar, _ in live], self._seeds, [dot for _, dot in live], chunk_size)
         of_live = iter(products)
         tangents = [next(of_live) if x.requires_grad else None for x in self._outputs]
-        return [x.new_zeros(columns, *x.shape) if tangent is None else tangent for tangent, x in zip(tangents, self._outputs, strict=True)]
+        return [
+            x.new_zeros(columns, *x.shape) if tangent is None else tangent
+            for tangent, x in zip(tangents, self._outputs, strict=True)
+        ]
 
 
 class FunctionTangents:
@@ -203,7 +253,9 @@ class FunctionTangents:
         """By what the graph of the pullback has saved."""
         return self._transposed.columns_at_once
 
-    def push(self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None) -> InnerState:
+    def push(
+        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    ) -> InnerState:
         """As :meth:`Tangents.push`.
 
         Raises:
@@ -211,7 +263,8 @@ class FunctionTangents:
         """
         if bound is not None:
             raise ValueError(
-                "a custom step has no inner gradient whose tangents could be bounded: bound them inside the step, or build it with inner_step"
+                "a custom step has no inner gradient whose tangents could be bounded: bound them inside the step, or "
+                "build it with inner_step"
             )
         dots = _dots_of(state_dots, self._old) + _dots_of(lam_dots, self._lam)
         self._products += len(dots[0])
@@ -220,7 +273,9 @@ class FunctionTangents:
 
 
 # -- products ------------------------------------------------------------------------------------
-def reverse_products(outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor], chunk_size: int) -> list[Tensor | None]:
+def reverse_products(
+    outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor], chunk_size: int
+) -> list[Tensor | None]:
     """``Σ seedᵀ ∂output/∂input`` for every column of the seeds, ``[columns, *input.shape]``; ``None`` is zero.
 
     Raises:
@@ -247,7 +302,9 @@ def _at_once(outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor]) -
         raise
     except RuntimeError as error:
         first_line = str(error).split("\n")[0]
-        raise RuntimeError(f"the batched second-order products failed ({first_line}); chunk_size=1 takes them one by one") from error
+        raise RuntimeError(
+            f"the batched second-order products failed ({first_line}); chunk_size=1 takes them one by one"
+        ) from error
 
 
 def columns_per_batch(outputs: list[Tensor]) -> int:

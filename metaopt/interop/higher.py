@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.inner.optimizer import Optimizer
 from metaopt.interop.torch_optim import in_order, steps_of
+from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # compiling it warns about `is 1`
     from higher import optim as differentiable
 
-# numbers that an optimiser keeps in its state, all of them known from its settings and the steps taken so far
+# numbers that an optimiser keeps in its state, all of them known from its settings and the steps
+# taken so far
 _NUMBERS: dict[type, Callable[[dict[str, Any], int], dict[str, float]]] = {
     torch.optim.ASGD: lambda group, taken: {
         "eta": group["lr"] / (1 + group["lambd"] * group["lr"] * taken) ** group["alpha"],
@@ -66,10 +67,15 @@ class FromHigher(Optimizer):
         flat, spec = tree.flatten(w)
         held, given = [tuple(place.shape) for place in self.places], [tuple(leaf.shape) for leaf in flat]
         if len(held) != len(given) or any(one[len(one) - len(p) :] != p for one, p in zip(given, held, strict=True)):
-            raise ValueError(f"the optimiser holds parameters of shapes {held}, the weights have shapes {given}: they must come in the same order")
+            raise ValueError(
+                f"the optimiser holds parameters of shapes {held}, the weights have shapes {given}: they must come "
+                "in the same order"
+            )
         names = dict.fromkeys(name for place in self.places for name in place.slots)
         return {
-            name: tree.unflatten([_filled(place.initial.get(name), leaf) for place, leaf in zip(self.places, flat, strict=True)], spec)
+            name: tree.unflatten(
+                [_filled(place.initial.get(name), leaf) for place, leaf in zip(self.places, flat, strict=True)], spec
+            )
             for name in names
         }
 
@@ -84,12 +90,17 @@ class FromHigher(Optimizer):
         grouped = [[None] * len(group["params"]) for group in live.param_groups]
         for i, place in enumerate(self.places):
             live.param_groups[place.group]["params"][place.position] = flat[i]
-            live.state[place.group][place.position] = self._state(place, {name: before[name][i] for name in place.slots}, t - 1)
+            live.state[place.group][place.position] = self._state(
+                place, {name: before[name][i] for name in place.slots}, t - 1
+            )
             grouped[place.group][place.position] = gradients[i]
         live._update(grouped)
         states = [live.state[place.group][place.position] for place in self.places]
         new_w = [live.param_groups[place.group]["params"][place.position] for place in self.places]
-        after = {name: [state.get(name, old) for state, old in zip(states, leaves, strict=True)] for name, leaves in before.items()}
+        after = {
+            name: [state.get(name, old) for state, old in zip(states, leaves, strict=True)]
+            for name, leaves in before.items()
+        }
         return tree.unflatten(new_w, spec), {name: tree.unflatten(leaves, spec) for name, leaves in after.items()}
 
     def _state(self, place: Place, slots: dict[str, Tensor], taken: int) -> dict[str, Any]:
@@ -102,19 +113,26 @@ class FromHigher(Optimizer):
 
 
 def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = None) -> FromHigher:
-    """The inner optimiser that `higher` makes of a ``torch.optim`` one, which is not touched; λ acts through the inner loss.
+    """The inner optimiser that `higher` makes of a ``torch.optim`` one, which is not touched.
 
-    For learned rates and everything else use :func:`metaopt.interop.from_torch` or :mod:`metaopt.inner`. `higher`'s conventions are kept: its Adam
-    adds ``eps`` before the bias correction, and where a second moment is 0 its derivative is cut to 0.
+    Λ acts through the inner loss.
+
+    For learned rates and everything else use :func:`metaopt.interop.from_torch` or
+    :mod:`metaopt.inner`. `higher`'s conventions are kept: its Adam adds ``eps`` before the bias
+    correction, and where a second moment is 0 its derivative is cut to 0.
 
     Args:
-        optimizer: a configured optimiser of a type that `higher` knows: SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, ASGD, Rprop, and what
-            ``higher.register_optim`` has added. One that has taken steps goes on from there.
-        module: the module whose parameters it holds. With it the weights' leaves come in the module's order; without it, in the optimiser's.
+        optimizer: a configured optimiser of a type that `higher` knows: SGD, Adam, RMSprop,
+            Adagrad, Adadelta, Adamax, ASGD, Rprop, and what ``higher.register_optim`` has added.
+            One that has taken steps goes on from there.
+        module: the module whose parameters it holds. With it the weights' leaves come in the
+            module's order; without it, in the optimiser's.
 
     Raises:
-        TypeError: for an optimiser that `higher` does not know, or whose state has numbers that are not known from the settings.
-        ValueError: for settings that `higher` ignores, parameters of another module, or different numbers of steps.
+        TypeError: for an optimiser that `higher` does not know, or whose state has numbers that are
+            not known from the settings.
+        ValueError: for settings that `higher` ignores, parameters of another module, or different
+            numbers of steps.
 
     >>> import torch, metaopt as mo
     >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -142,7 +160,9 @@ def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = Non
     return FromHigher(prototype, kind, tuple(places), taken)
 
 
-def _place(prototype: Any, optimizer: torch.optim.Optimizer, kind: type, parameter: Tensor, position: int, taken: int) -> Place:
+def _place(
+    prototype: Any, optimizer: torch.optim.Optimizer, kind: type, parameter: Tensor, position: int, taken: int
+) -> Place:
     """Where a parameter is; its slots are found by one update with a zero gradient."""
     group, index = next(
         (g, mapping.index(position)) for g, mapping in enumerate(prototype._group_to_param_list) if position in mapping
@@ -150,7 +170,9 @@ def _place(prototype: Any, optimizer: torch.optim.Optimizer, kind: type, paramet
     settings = prototype.param_groups[group]
     own = {name: value for name, value in optimizer.state.get(parameter, {}).items() if value is not None}
     known = {"step": taken, **_NUMBERS.get(kind, lambda settings, taken: {})(settings, taken)}
-    initial = {name: value.detach().clone() for name, value in own.items() if name not in known and isinstance(value, Tensor)}
+    initial = {
+        name: value.detach().clone() for name, value in own.items() if name not in known and isinstance(value, Tensor)
+    }
     probe = copy.copy(prototype)
     probe.param_groups = [{**settings, "params": [parameter.detach()]}]
     start = {name: value for name, value in known.items() if name in own}
@@ -161,7 +183,10 @@ def _place(prototype: Any, optimizer: torch.optim.Optimizer, kind: type, paramet
     numbers = tuple(name for name in found if name not in slots)
     unknown = [name for name in numbers if name not in known]
     if unknown:
-        raise TypeError(f"higher's {kind.__name__} keeps {', '.join(unknown)} in its state, which is no tensor: that cannot be replayed")
+        raise TypeError(
+            f"higher's {kind.__name__} keeps {', '.join(unknown)} in its state, which is no tensor: that cannot be "
+            "replayed"
+        )
     return Place(group, index, parameter.shape, slots, numbers, initial)
 
 

@@ -20,7 +20,8 @@ class Solution(NamedTuple):
 
     Attributes:
         x: with ``x K ≈ alpha``, a pytree like ``alpha``.
-        residual: ``‖alpha - x K‖ / ‖alpha‖`` (0-dimensional; 0 where ``alpha`` is zero). K includes the solver's damping.
+        residual: ``‖alpha - x K‖ / ‖alpha‖`` (0-dimensional; 0 where ``alpha`` is zero). K includes
+            the solver's damping.
         products: products with K that were taken.
         memory: what a next solve may use (a sketch of K), or ``None``.
     """
@@ -38,7 +39,8 @@ class Solver(Protocol):
     def descent_rate(self) -> float | None:
         """The a of gradient descent's ``K = a · H``; ``None``: the inner learning rate.
 
-        1 unless the method needs another: the operator is then the Hessian itself (or ``I - A`` of a custom Φ).
+        1 unless the method needs another: the operator is then the Hessian itself (or ``I - A`` of
+        a custom Φ).
         """
         return 1.0
 

@@ -2,7 +2,8 @@ r"""Conjugate gradients.
 
 .. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \tfrac12 x K x - \alpha x
 
-Hestenes & Stiefel 1952; for hypergradients Pedregosa 2016, arXiv 1602.02355, and Rajeswaran et al. 2019 (iMAML), arXiv 1909.04630.
+Hestenes & Stiefel 1952; for hypergradients Pedregosa 2016, arXiv 1602.02355, and Rajeswaran et al.
+2019 (iMAML), arXiv 1909.04630.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class ConjugateGradient(Solver):
             curvature = tree.dot(p, product)
             if not bool(curvature > 0):
                 raise ArithmeticError(
-                    f"ConjugateGradient: the curvature p·Kp is {float(curvature):.3g} in iteration {products}: the inner loss has no minimum here. "
+                    f"ConjugateGradient: the curvature p·Kp is {float(curvature):.3g} in iteration {products}: the "
+                    "inner loss has no minimum here. "
                     "Train longer, add damping, or use MINRES (indefinite) or GMRES (not symmetric)"
                 )
             length = squared / curvature

@@ -42,12 +42,16 @@ class Exact(Solver):
         """
         n = tree.vector(alpha).numel()
         if n > self.limit:
-            raise ValueError(f"Exact: {n:,} weights are more than limit={self.limit:,}; use ConjugateGradient, Neumann or Nystrom")
+            raise ValueError(
+                f"Exact: {n:,} weights are more than limit={self.limit:,}; use ConjugateGradient, Neumann or Nystrom"
+            )
         unit = torch.eye(n, dtype=tree.vector(alpha).dtype, device=tree.vector(alpha).device)
         K = torch.stack([tree.vector(operator(tree.unvector(row, alpha))) for row in unit]) + self.damping * unit
         try:
             x = torch.linalg.solve(K.T, tree.vector(alpha))
         except RuntimeError as error:
-            raise ArithmeticError("Exact: the matrix is singular (a flat direction of the inner loss): add damping, or use MINRES") from error
+            raise ArithmeticError(
+                "Exact: the matrix is singular (a flat direction of the inner loss): add damping, or use MINRES"
+            ) from error
         found = tree.unvector(x, alpha)
         return Solution(found, relative_residual(lambda v: tree.unvector(tree.vector(v) @ K, v), found, alpha), n)

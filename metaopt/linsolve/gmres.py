@@ -19,8 +19,8 @@ from metaopt.linsolve._scipy import SciPySolver
 class GMRES(SciPySolver):
     """SciPy's ``gmres``, without restarts: for a custom Φ, whose ``I - A`` is not symmetric.
 
-    Cost: ``iterations`` products and one for the residual. Memory: as many vectors, on the CPU in float64. Not linear in ``alpha`` before it has
-    converged.
+    Cost: ``iterations`` products and one for the residual. Memory: as many vectors, on the CPU in
+    float64. Not linear in ``alpha`` before it has converged.
 
     Args:
         iterations: at most so many.

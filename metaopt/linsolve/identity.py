@@ -18,10 +18,12 @@ from metaopt.tree import Tree
 class Identity(Solver):
     """``x = alpha``: the Neumann series' first term.
 
-    Cost: nothing but the product that measures the residual. Bias: right only where K is (close to) the identity. Linear in ``alpha``.
+    Cost: nothing but the product that measures the residual. Bias: right only where K is (close to)
+    the identity. Linear in ``alpha``.
 
     Args:
-        rate: a; 1 is T1-T2's choice, ``None`` the inner learning rate (then it is the 1-step term at the last weights).
+        rate: a; 1 is T1-T2's choice, ``None`` the inner learning rate (then it is the 1-step term
+            at the last weights).
     """
 
     rate: float | None = 1.0

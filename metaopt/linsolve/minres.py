@@ -19,8 +19,8 @@ from metaopt.linsolve._scipy import SciPySolver
 class MINRES(SciPySolver):
     """SciPy's ``minres``: where the inner loss has directions of negative or no curvature.
 
-    Cost: ``iterations`` products and one for the residual. Memory: a handful of vectors, which visit the CPU in float64. Not linear in
-    ``alpha`` before it has converged.
+    Cost: ``iterations`` products and one for the residual. Memory: a handful of vectors, which
+    visit the CPU in float64. Not linear in ``alpha`` before it has converged.
 
     Args:
         iterations: at most so many.

@@ -2,7 +2,8 @@ r"""The truncated Neumann series.
 
 .. math:: H^{-1} \approx a \sum_{j=0}^{N} (I - aH)^j
 
-Lorraine et al. 2020, "Optimizing millions of hyperparameters by implicit differentiation", arXiv 1911.02590.
+Lorraine et al. 2020, "Optimizing millions of hyperparameters by implicit differentiation", arXiv
+1911.02590.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from metaopt.tree import Tree
 class Neumann(Solver):
     r"""``x = Σ_{j=0}^{terms} alpha (I - K)^j`` with ``K = rate · (H + damping · I)``.
 
-    Cost: ``terms`` products, and one more for the mixed term afterwards; an estimated rate those of its estimation too, once (a warm start
-    remembers the spectrum). Bias: an eigenvalue :math:`\lambda_i` of H is inverted up to the factor :math:`1 - (1 - a\lambda_i)^{N+1}`,
-    so the relative error is at most :math:`\max_i |1 - a\lambda_i|^{N+1}` (:meth:`~metaopt.linsolve.Spectrum.bound`, of the solution's
-    ``memory``); the series diverges where :math:`|1 - a\lambda_i| > 1`. Linear in ``alpha``. The residual reported is that of one term less
-    (the true one would cost a product).
+    Cost: ``terms`` products, and one more for the mixed term afterwards; an estimated rate those of
+    its estimation too, once (a warm start remembers the spectrum). Bias: an eigenvalue
+    :math:`\lambda_i` of H is inverted up to the factor :math:`1 - (1 - a\lambda_i)^{N+1}`, so the
+    relative error is at most :math:`\max_i |1 - a\lambda_i|^{N+1}`
+    (:meth:`~metaopt.linsolve.Spectrum.bound`, of the solution's ``memory``); the series diverges
+    where :math:`|1 - a\lambda_i| > 1`. Linear in ``alpha``. The residual reported is that of one
+    term less (the true one would cost a product).
 
     Args:
         terms: N ≥ 0.
-        rate: a; default: the inner learning rate, for which the sum is that of gradient descent's own :math:`A^j B`.
-            ``PowerIteration()`` estimates :math:`1/\lambda_{max}` of a symmetric K (a custom Φ need not have one: use GMRES).
+        rate: a; default: the inner learning rate, for which the sum is that of gradient descent's
+            own :math:`A^j B`. ``PowerIteration()`` estimates :math:`1/\lambda_{max}` of a symmetric
+            K (a custom Φ need not have one: use GMRES).
         damping: added to the diagonal of H; needs a ``rate``.
     """
 

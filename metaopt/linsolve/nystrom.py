@@ -2,8 +2,8 @@ r"""A low-rank sketch of K, inverted by Woodbury's identity.
 
 .. math:: (C W^{-1} C^\top + \rho I)^{-1} = \tfrac1\rho I - \tfrac1\rho C\, (\rho W + C^\top C)^{-1} C^\top, \qquad C = K_{:,S},\; W = K_{S,S}
 
-with S a random set of k coordinates. Hataya & Yamada 2023, "Nyström method for accurate and scalable implicit differentiation", arXiv
-2302.09726.
+with S a random set of k coordinates. Hataya & Yamada 2023, "Nyström method for accurate and
+scalable implicit differentiation", arXiv 2302.09726.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class Sketch(NamedTuple):
 class Nystrom(Solver):
     """``x = alpha (K_k + ρI)^{-1}`` with ``K_k`` the rank-k Nyström approximation of a symmetric K.
 
-    Cost: ``rank`` products for the sketch (none where one is reused) and one for the residual. Memory: rank vectors. Bias: ρ, and what the
-    sketch does not see is inverted as ``1/ρ``. Linear in ``alpha``; no learning rate that could make it diverge.
+    Cost: ``rank`` products for the sketch (none where one is reused) and one for the residual.
+    Memory: rank vectors. Bias: ρ, and what the sketch does not see is inverted as ``1/ρ``. Linear
+    in ``alpha``; no learning rate that could make it diverge.
 
     Args:
         rank: k; a rank of n gives ``(K + ρI)^{-1}``.
         damping: ρ > 0.
-        uses: how many solves share a sketch (with ``IFT(warm_start=True)`` also across hyper-steps).
+        uses: how many solves share a sketch (with ``IFT(warm_start=True)`` also across
+            hyper-steps).
         seed: of the choice of coordinates.
     """
 
@@ -52,7 +54,9 @@ class Nystrom(Solver):
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """With the sketch in ``memory`` as long as it may be used."""
-        known = isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == tree.vector(alpha).numel()
+        known = (
+            isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == tree.vector(alpha).numel()
+        )
         sketch = memory if known else self.sketch(operator, alpha)
         x = self.apply(sketch, alpha)
         residual = relative_residual(damped(operator, self.damping), x, alpha)
@@ -62,7 +66,9 @@ class Nystrom(Solver):
         """K columns of K."""
         flat = tree.vector(like)
         n = flat.numel()
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: min(self.rank, n)].to(flat.device)
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: min(self.rank, n)].to(
+            flat.device
+        )
         columns = []
         for i in chosen:
             unit = torch.zeros_like(flat).index_fill(0, i, 1.0)

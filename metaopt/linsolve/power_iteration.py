@@ -2,7 +2,8 @@ r"""Both ends of a spectrum by power iteration, and with them a rate for Neumann
 
 .. math:: v \leftarrow \frac{Kv}{\|Kv\|}, \qquad \lambda \approx v \cdot K v
 
-Power iteration sees :math:`\lambda_{max}` from below; the rate :math:`1/\lambda_{max}` converges as long as it is not off by a factor of two.
+Power iteration sees :math:`\lambda_{max}` from below; the rate :math:`1/\lambda_{max}` converges as
+long as it is not off by a factor of two.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Spectrum(NamedTuple):
         return 1.0 / self.largest
 
     def bound(self, terms: int, rate: float | None = None) -> float:
-        """``max |1 - aλ|^{terms+1}`` over the spectrum: the relative error of the series; 1 and more where it need not converge."""
+        """``max |1 - aλ|^{terms+1}`` over the spectrum: the relative error of the series.
+
+        1 and more where it need not converge.
+        """
         a = self.rate if rate is None else rate
         return max(abs(1.0 - a * self.largest), abs(1.0 - a * self.smallest)) ** (terms + 1)
 
@@ -64,7 +68,8 @@ class PowerIteration:
         smallest, largest = min(first, second), max(first, second)
         if not largest > 0:
             raise ArithmeticError(
-                f"PowerIteration: the largest eigenvalue of K seems to be {largest:.3g}, so that no rate makes a Neumann series converge: this is "
+                f"PowerIteration: the largest eigenvalue of K seems to be {largest:.3g}, so that no rate makes a "
+                "Neumann series converge: this is "
                 "no minimum of the inner loss (train longer, or add damping)"
             )
         return Spectrum(smallest, largest)
@@ -72,7 +77,10 @@ class PowerIteration:
     def _extreme(self, operator: Operator, like: Tree) -> float:
         """The eigenvalue of largest modulus, as a Rayleigh quotient."""
         generator = torch.Generator().manual_seed(self.seed)
-        v = tree.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) if tree.is_float(x) else x, like)
+        v = tree.map(
+            lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) if tree.is_float(x) else x,
+            like,
+        )
         value: Tensor = torch.zeros(())
         for _ in range(self.iterations):
             v = tree.scale(1.0 / tree.norm(v).clamp_min(torch.finfo(torch.float32).tiny), v)

@@ -1,7 +1,7 @@
 """A meta-batch as one stacked problem: weights and batches with a leading task axis, losses mapped over it and summed.
 
-Tasks are independent, so the stacked problem's Jacobian is block-diagonal and every estimator works on it unchanged; the hypergradient
-with respect to the shared λ is the sum over tasks.
+Tasks are independent, so the stacked problem's Jacobian is block-diagonal and every estimator works
+on it unchanged; the hypergradient with respect to the shared λ is the sum over tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "dif
 
     Args:
         loss: ``(w, lam, batch) -> scalar`` of one task.
-        chunk_size: tasks computed at a time; default all. The graphs of all are kept none the less: to hold fewer, :func:`in_task_chunks`.
+        chunk_size: tasks computed at a time; default all. The graphs of all are kept none the less:
+            to hold fewer, :func:`in_task_chunks`.
         randomness: of dropout across tasks, as in :func:`torch.vmap`.
     """
 
@@ -40,7 +41,9 @@ def stacked(loss: Loss, *, chunk_size: int | None = None, randomness: str = "dif
 
 
 def looped(loss: Loss) -> Loss:
-    """As :func:`stacked`, one task after the other: the faster of the two for convolutions on a CPU, and for whatever cannot be vmapped.
+    """As :func:`stacked`, one task after the other.
+
+    The faster of the two for convolutions on a CPU, and for whatever cannot be vmapped.
 
     Memory: the graphs of all tasks, as in :func:`stacked`.
 
@@ -66,7 +69,10 @@ def _per_task(stacked_tree: Tree, tasks: int) -> list[Tree]:
     for i, leaf in enumerate(flat):
         if isinstance(leaf, Tensor) and leaf.shape[:1] != (tasks,):
             name = tree.names(stacked_tree)[i]
-            raise ValueError(f"a meta-batch of {tasks} tasks has them on the first axis of every tensor; {name} has shape {tuple(leaf.shape)}")
+            raise ValueError(
+                f"a meta-batch of {tasks} tasks has them on the first axis of every tensor; {name} has shape "
+                f"{tuple(leaf.shape)}"
+            )
     columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * tasks for leaf in flat]
     return [tree.unflatten([column[i] for column in columns], spec) for i in range(tasks)]
 

@@ -15,8 +15,9 @@ def bounded(limits: Tree) -> Callable[[Tree], Tree]:
     """``lam -> lam`` with every entry clamped to its bounds: the ``project`` of :class:`metaopt.meta.Outer` and :func:`metaopt.online`.
 
     Args:
-        limits: a pytree like λ with a pair ``(lowest, highest)`` for each leaf, or one pair for all leaves; ``None`` is no bound. Bounds are
-            inclusive: for a momentum below 1 give the largest that you would use, e.g. ``(0.0, 0.99)``.
+        limits: a pytree like λ with a pair ``(lowest, highest)`` for each leaf, or one pair for all
+            leaves; ``None`` is no bound. Bounds are inclusive: for a momentum below 1 give the
+            largest that you would use, e.g. ``(0.0, 0.99)``.
 
     Raises:
         ValueError: if a lowest is above its highest; on use, if the limits are not like λ.
@@ -34,13 +35,17 @@ def bounded(limits: Tree) -> Callable[[Tree], Tree]:
         try:
             return tree.map(_clamped, lam, limits)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"bounded: the limits {limits!r} are not like lam, whose leaves are {tree.names(lam)}") from error
+            raise ValueError(
+                f"bounded: the limits {limits!r} are not like lam, whose leaves are {tree.names(lam)}"
+            ) from error
 
     return project
 
 
 def _is_pair(value: Any) -> bool:
-    return type(value) is tuple and len(value) == 2 and all(end is None or isinstance(end, (int, float)) for end in value)
+    return (
+        type(value) is tuple and len(value) == 2 and all(end is None or isinstance(end, (int, float)) for end in value)
+    )
 
 
 def _clamped(x: Tensor, pair: Any) -> Tensor:

@@ -50,7 +50,11 @@ class Checkpoint:
         try:
             found = torch.load(path, weights_only=False)
         except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ModuleNotFoundError) as error:
-            raise ValueError(f"{path} is no readable checkpoint of meta-training ({error}); remove it to start anew") from error
+            raise ValueError(
+                f"{path} is no readable checkpoint of meta-training ({error}); remove it to start anew"
+            ) from error
         if not isinstance(found, cls):
-            raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint of meta-training; remove it to start anew")
+            raise ValueError(
+                f"{path} holds a {type(found).__name__}, not a checkpoint of meta-training; remove it to start anew"
+            )
         return found

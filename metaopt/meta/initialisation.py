@@ -14,7 +14,8 @@ from metaopt.tree import Tree
 class Initialisation(Protocol):
     """A rule ``(phi, w_T, alpha_T) -> phi``, with the tasks of a meta-batch on the leading axis of ``w_T`` and ``alpha_T``.
 
-    ``needs_alpha`` tells whether the outer gradient at ``w_T`` is needed; where it is not, ``alpha`` is ``None``.
+    ``needs_alpha`` tells whether the outer gradient at ``w_T`` is needed; where it is not,
+    ``alpha`` is ``None``.
     """
 
     @property
@@ -29,7 +30,9 @@ class Initialisation(Protocol):
 
 @dataclass(frozen=True)
 class Reptile:
-    r""":math:`\phi \leftarrow \phi - \eta\,(\phi - \overline{w_T})`, the mean over tasks; Nichol et al. 2018, arXiv 1803.02999.
+    r""":math:`\phi \leftarrow \phi - \eta\,(\phi - \overline{w_T})`, the mean over tasks.
+
+    Nichol et al. 2018, arXiv 1803.02999.
 
     Args:
         rate: η; 1 puts φ at the mean of the last weights.
@@ -49,9 +52,12 @@ class Reptile:
 
 @dataclass(frozen=True)
 class FOMAML:
-    r""":math:`\phi \leftarrow \phi - \eta\,\sum_i \alpha^{(i)}_T`: first-order MAML, Finn et al. 2017, arXiv 1703.03400.
+    r""":math:`\phi \leftarrow \phi - \eta\,\sum_i \alpha^{(i)}_T`: first-order MAML, Finn et al.
 
-    The sum over tasks is the derivative of the stacked outer loss; with the mean over tasks as outer loss it is the mean.
+    2017, arXiv 1703.03400.
+
+    The sum over tasks is the derivative of the stacked outer loss; with the mean over tasks as
+    outer loss it is the mean.
 
     Args:
         rate: η.

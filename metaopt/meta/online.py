@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metaopt.estimators.base import Batches, Estimator, Hypergradient, OuterLoss, OuterObjective, each, evaluate
+from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.estimators.hypergradient import Batches, Hypergradient, each, evaluate
+from metaopt.estimators.outer import OuterLoss, OuterObjective
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.meta.outer import Outer, OuterOptimizer, Scheduler
 from metaopt.tree import Tree
 
@@ -22,7 +24,8 @@ class OnlineReport(NamedTuple):
         t: number of the step, 1 … T.
         state: inner state after it.
         lam: hyperparameters after it.
-        hypergradient: what moved λ, taken at the new weights and the λ before the update; ``None`` where no hyper-step was due.
+        hypergradient: what moved λ, taken at the new weights and the λ before the update; ``None``
+            where no hyper-step was due.
     """
 
     t: int
@@ -67,8 +70,9 @@ def online(
 ) -> Iterator[OnlineReport]:
     """One inner run in which λ is updated as it goes.
 
-    Order inside step t: the estimator remembers, ``w_t = Φ(w_{t-1}, λ; D_t)``, the hypergradient at ``(w_t, λ)``, the update of λ. The user's
-    tensors are not touched; the last report holds the result.
+    Order inside step t: the estimator remembers, ``w_t = Φ(w_{t-1}, λ; D_t)``, the hypergradient at
+    ``(w_t, λ)``, the update of λ. The user's tensors are not touched; the last report holds the
+    result.
 
     Args:
         step: Φ.
@@ -78,7 +82,8 @@ def online(
         batches: one per inner step, or ``t -> batch`` with ``horizon``.
         outer_batches: the same for the outer loss; one is taken for every inner step.
         estimator: one with ``online``.
-        optimizer: ``params -> torch.optim optimiser`` or a configured one over the leaves of ``lam`` (a copy is used).
+        optimizer: ``params -> torch.optim optimiser`` or a configured one over the leaves of
+            ``lam`` (a copy is used).
         horizon: T.
         hyper_steps: when λ moves.
         scheduler: ``optimizer -> lr scheduler``, stepped after every hyper-step.
@@ -90,10 +95,13 @@ def online(
         FloatingPointError: if a loss or hypergradient is not finite.
 
     Warns:
-        SizeWarning: if the estimator's size is its own (EvoGrad without ``unit_rate``), and the outer optimiser not scale-free.
+        SizeWarning: if the estimator's size is its own (EvoGrad without ``unit_rate``), and the
+            outer optimiser not scale-free.
     """
     outer = Outer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
-    for report in run_online(step, outer_loss, w0, outer, batches, outer_batches, estimator, horizon=horizon, hyper_steps=hyper_steps):
+    for report in run_online(
+        step, outer_loss, w0, outer, batches, outer_batches, estimator, horizon=horizon, hyper_steps=hyper_steps
+    ):
         if report.hypergradient is not None:
             outer.end_run()
         yield report
@@ -114,7 +122,8 @@ def run_online(
     """The loop of :func:`online`, with an outer optimiser that may already have a past (meta-training keeps it between runs)."""
     if not estimator.online:
         raise ValueError(
-            f"{type(estimator).__name__} needs lam fixed during the inner run and cannot be used online; use mo.hypergradient or an offline loop"
+            f"{type(estimator).__name__} needs lam fixed during the inner run and cannot be used online; use "
+            "mo.hypergradient or an offline loop"
         )
     outer.check_size(estimator)
     if horizon is None and not callable(batches):
@@ -122,7 +131,9 @@ def run_online(
     counted = CountedStep(step, Cost())
     state = counted.init(w0, outer.lam)
     carry = estimator.init(counted, state, outer.lam)
-    for t, (batch, outer_batch) in enumerate(zip(each(batches, horizon), each(outer_batches, horizon), strict=True), start=1):
+    for t, (batch, outer_batch) in enumerate(
+        zip(each(batches, horizon), each(outer_batches, horizon), strict=True), start=1
+    ):
         state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
         carry = estimator.observe(counted, OuterObjective(outer_loss, outer_batch), state, outer.lam, carry)
         result = None

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator, check_lam
+from metaopt.estimators.base import Estimator
+from metaopt.estimators.hypergradient import check_lam
 from metaopt.tree import Tree
 
 OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | TorchOptimizer
-"""``params -> torch.optim optimiser``, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``; or a configured optimiser over the leaves of
+"""``params -> torch.optim optimiser``, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+
+Or a configured optimiser over the leaves of
 ``lam``, of which a copy is used."""
 
 Scheduler: TypeAlias = Callable[[TorchOptimizer], Any]
@@ -66,8 +69,10 @@ class Outer:
         if estimator.own_size and isinstance(self.optimizer, _PROPORTIONAL):
             name = type(estimator).__name__
             warnings.warn(
-                f"{name}'s hypergradient has a size of its own, and a step of {type(self.optimizer).__name__} is proportional to it: lam may hardly "
-                f"move. Use a scale-free outer optimiser (Adam), {name}(unit_rate=True), or {name}(check_size=False) if it is meant",
+                f"{name}'s hypergradient has a size of its own, and a step of {type(self.optimizer).__name__} is "
+                "proportional to it: lam may hardly "
+                f"move. Use a scale-free outer optimiser (Adam), {name}(unit_rate=True), or {name}(check_size=False) "
+                "if it is meant",
                 SizeWarning,
                 stacklevel=4,
             )
@@ -96,7 +101,9 @@ class Outer:
     def state_dict(self) -> dict[str, Any]:
         """λ, the optimiser's and the scheduler's state: a copy, which later updates do not change."""
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
-        return copy.deepcopy({"lam": tree.leaves(self.lam), "optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+        return copy.deepcopy(
+            {"lam": tree.leaves(self.lam), "optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put a :meth:`state_dict` back."""
@@ -118,17 +125,21 @@ def _bind(optimizer: OuterOptimizer, originals: list[Tensor], params: list[Tenso
         built = optimizer(params)
         if not isinstance(built, TorchOptimizer):
             raise TypeError(
-                f"optimizer must make a torch.optim optimiser from parameters, e.g. functools.partial(torch.optim.Adam, lr=1e-3); got {built!r}"
+                "optimizer must make a torch.optim optimiser from parameters, e.g. "
+                f"functools.partial(torch.optim.Adam, lr=1e-3); got {built!r}"
             )
         return built
     ours = {id(original): param for original, param in zip(originals, params, strict=True)}
     for group in optimizer.param_groups:
         if any(id(p) not in ours for p in group["params"]):
             raise ValueError(
-                "the outer optimiser holds tensors that are no leaves of lam; build it over the leaves of lam, or pass a function params -> optimiser"
+                "the outer optimiser holds tensors that are no leaves of lam; build it over the leaves of lam, or "
+                "pass a function params -> optimiser"
             )
     bound = copy.copy(optimizer)
-    bound.param_groups = [{**group, "params": [ours[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    bound.param_groups = [
+        {**group, "params": [ours[id(p)] for p in group["params"]]} for group in optimizer.param_groups
+    ]
     bound.state = type(optimizer.state)(dict)
     for p, slots in optimizer.state.items():
         bound.state[ours[id(p)]] = copy.deepcopy(slots)

@@ -4,8 +4,9 @@ r"""The sign step: steps whose size does not depend on the hypergradient's, halv
     s_k = \begin{cases} s_{k-1} / 2 & \text{if } \operatorname{sign} g_k = -\operatorname{sign} g_{k-1} \\ s_{k-1} & \text{otherwise} \end{cases},
     \qquad \lambda \leftarrow \lambda - s_k \operatorname{sign} g_k \qquad \text{per entry, } s_0 = \text{lr}
 
-Hypergradients through long runs have sizes that mean little (they explode and vanish), and signs that mean more. Used for FDS: Micaelli &
-Storkey 2021, arXiv 2007.07869. Without growing steps, Rprop (Riedmiller & Braun 1993).
+Hypergradients through long runs have sizes that mean little (they explode and vanish), and signs
+that mean more. Used for FDS: Micaelli & Storkey 2021, arXiv 2007.07869. Without growing steps,
+Rprop (Riedmiller & Braun 1993).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaopt import tree
 from metaopt.inner import InnerState, Linearized, Stationary, Step, Tangents
-from metaopt.inner.step import Wrt
+from metaopt.inner.contract import Wrt
 from metaopt.meta.batch import Loss
 from metaopt.tree import Tree
 
@@ -40,10 +40,11 @@ class InTaskChunks(NamedTuple):
 def in_task_chunks(step: Step, outer_loss: Loss, chunk_size: int) -> InTaskChunks:
     """The same Φ and outer loss of a stacked meta-batch, at most ``chunk_size`` tasks at a time.
 
-    Every estimator takes them in place of the originals, online and offline, and gets the same numbers to rounding; random draws come in another
-    order. Cost: one more evaluation of the outer loss. Memory: the graphs of ``chunk_size`` tasks; what keeps graphs on purpose
-    (:class:`~metaopt.trajectory.Graphs`, the 1-step method's training step, forward mode), or is built from the inner loss alone (EvoGrad, DARTS
-    and its kin), holds all tasks at once.
+    Every estimator takes them in place of the originals, online and offline, and gets the same
+    numbers to rounding; random draws come in another order. Cost: one more evaluation of the outer
+    loss. Memory: the graphs of ``chunk_size`` tasks; what keeps graphs on purpose
+    (:class:`~metaopt.trajectory.Graphs`, the 1-step method's training step, forward mode), or is
+    built from the inner loss alone (EvoGrad, DARTS and its kin), holds all tasks at once.
 
     Args:
         step: made of a loss from :func:`stacked` or :func:`looped`.
@@ -82,9 +83,14 @@ class TaskChunks:
 
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
         """The graphs of all parts."""
-        return LinearizedParts([self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)], self.chunk_size)
+        return LinearizedParts(
+            [self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)],
+            self.chunk_size,
+        )
 
-    def vjp(self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    def vjp(
+        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
+    ) -> tuple[InnerState | None, Tree]:
         """The adjoint, part by part: one part's graph at a time."""
         parts = self._parts(state, batch, cotangent)
         return _gathered(self.step.vjp(state_i, lam, batch_i, bar_i, wrt=wrt) for state_i, batch_i, bar_i in parts)
@@ -109,7 +115,10 @@ class TaskChunks:
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """Part by part."""
-        found = [self.step.adapt(state_i, lam, batch_i, alpha_i) for state_i, batch_i, alpha_i in self._parts(state, batch, alpha)]
+        found = [
+            self.step.adapt(state_i, lam, batch_i, alpha_i)
+            for state_i, batch_i, alpha_i in self._parts(state, batch, alpha)
+        ]
         return _joined([u for u, _ in found]), _sum([bar for _, bar in found])
 
     def _parts(self, *stacked: Tree) -> Iterator[tuple[Tree, ...]]:
@@ -148,7 +157,10 @@ def _cut(leaf: Any, rows: slice, tasks: int) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.shape[:1] != (tasks,):
-        raise ValueError(f"a meta-batch of {tasks} tasks has them on the first axis of every tensor, but one has shape {tuple(leaf.shape)}")
+        raise ValueError(
+            f"a meta-batch of {tasks} tasks has them on the first axis of every tensor, but one has shape "
+            f"{tuple(leaf.shape)}"
+        )
     return leaf[rows]
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from metaopt import tree
-from metaopt.estimators.base import Batches, Estimator, FinishedRun, OuterLoss, OuterObjective, each, evaluate, outer_gradient
+from metaopt.estimators.base import Estimator, FinishedRun
 from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.estimators.hypergradient import Batches, each, evaluate
+from metaopt.estimators.outer import OuterLoss, OuterObjective, outer_gradient
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.meta.batch import replicated
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import Fixed, Initialisation
@@ -71,7 +73,8 @@ class MetaTraining:
         estimator: the estimator.
         horizon: T.
         hyper_steps: when λ moves in an online run.
-        initialisation: how φ learns: :class:`~metaopt.meta.Reptile`, :class:`~metaopt.meta.FOMAML` or :class:`~metaopt.meta.Fixed`.
+        initialisation: how φ learns: :class:`~metaopt.meta.Reptile`, :class:`~metaopt.meta.FOMAML`
+            or :class:`~metaopt.meta.Fixed`.
         calibration_period: the estimator is calibrated before runs 1, 1 + period, 1 + 2·period, …
     """
 
@@ -91,10 +94,12 @@ class MetaTraining:
         Args:
             phi: initial weights of one task.
             outer: λ and its optimiser.
-            tasks: ``run -> MetaTask`` for runs 1 … count; run 0 is asked for the calibration's data of run 1, -50 of run 51, ….
+            tasks: ``run -> MetaTask`` for runs 1 … count; run 0 is asked for the calibration's data
+                of run 1, -50 of run 51, ….
             count: M.
-            resume: where an earlier, broken-off call had got to (:meth:`MetaReport.checkpoint`); its φ, λ and estimator take the place of ``phi``,
-                ``outer``'s and this object's, and the remaining runs give the numbers that they would have given.
+            resume: where an earlier, broken-off call had got to (:meth:`MetaReport.checkpoint`);
+                its φ, λ and estimator take the place of ``phi``, ``outer``'s and this object's, and
+                the remaining runs give the numbers that they would have given.
         """
         estimator, done = self.estimator, 0
         if resume is not None:
@@ -114,10 +119,20 @@ class MetaTraining:
             phi = self._learn_phi(phi, state, outer.lam, task)
             yield MetaReport(run, outer.lam, phi, state, losses, cost, estimator)
 
-    def _online(self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost) -> tuple[InnerState, list[float], Cost]:
+    def _online(
+        self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost
+    ) -> tuple[InnerState, list[float], Cost]:
         losses, state = [], None
         reports = run_online(
-            self.step, self.outer_loss, w0, outer, task.batches, task.outer_batches, estimator, horizon=self.horizon, hyper_steps=self.hyper_steps
+            self.step,
+            self.outer_loss,
+            w0,
+            outer,
+            task.batches,
+            task.outer_batches,
+            estimator,
+            horizon=self.horizon,
+            hyper_steps=self.hyper_steps,
         )
         for report in reports:
             state = report.state
@@ -127,7 +142,9 @@ class MetaTraining:
         assert state is not None  # the horizon is at least 1
         return state, [float(loss) for loss in losses], cost
 
-    def _offline(self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost) -> tuple[InnerState, list[float], Cost]:
+    def _offline(
+        self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost
+    ) -> tuple[InnerState, list[float], Cost]:
         counted = CountedStep(self.step, cost)
         state = counted.init(w0, outer.lam)
         carry = estimator.init(counted, state, outer.lam)
@@ -158,4 +175,6 @@ class MetaTraining:
         return tree.detach(self.initialisation.update(phi, state.w, alpha))
 
     def _last_outer_batch(self, task: MetaTask) -> Any:
-        return task.outer_batches(self.horizon) if callable(task.outer_batches) else task.outer_batches[self.horizon - 1]
+        return (
+            task.outer_batches(self.horizon) if callable(task.outer_batches) else task.outer_batches[self.horizon - 1]
+        )

@@ -25,8 +25,9 @@ class ANIL(MetaModel):
     Args:
         model: the wrapped module; a plain ``nn.Module`` is wrapped for you by :meth:`of`.
         loss: ``(prediction, target) -> scalar``.
-        weights: glob patterns of the parameters that adapt, or a predicate on names. The HyperDistill paper's image model is
-            ``conv_net(4, 32, ...)`` with ``["block4.*", "head.*"]``.
+        weights: glob patterns of the parameters that adapt, or a predicate on names. The
+            HyperDistill paper's image model is ``conv_net(4, 32, ...)`` with ``["block4.*",
+            "head.*"]``.
 
     >>> import torch
     >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), weights=["2.*"], loss=nn.functional.mse_loss)
@@ -55,4 +56,12 @@ class ANIL(MetaModel):
 
 def sinusoid_net(width: int = 100) -> nn.Sequential:
     """The sinusoid experiments' 1-100-100-100-1 ReLU network; its last layer is ``"6"``."""
-    return nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+    return nn.Sequential(
+        nn.Linear(1, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 1),
+    )

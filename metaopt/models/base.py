@@ -21,7 +21,8 @@ Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 class MetaModel(ABC):
     """A split of a model into weights ``w`` (adapted to a task) and hyperparameters ``lam`` (shared by all tasks). Subclasses add settings only.
 
-    The losses are functions of one task; :func:`metaopt.meta.stacked` makes those of a meta-batch out of them.
+    The losses are functions of one task; :func:`metaopt.meta.stacked` makes those of a meta-batch
+    out of them.
 
     Attributes:
         model: the wrapped module.
@@ -50,14 +51,19 @@ class MetaModel(ABC):
         return self.loss(self.predict(w, lam, x), y)
 
     def accuracy(self, w: Params, lam: Tree, batch: tuple[Any, Tensor]) -> Tensor:
-        """Share of right answers, a scalar in [0, 1]; predictions are scores ``[n, classes]``, targets are class numbers ``[n]``.
+        """Share of right answers, a scalar in [0, 1].
+
+        Predictions are scores ``[n, classes]``, targets are class numbers ``[n]``.
 
         Raises:
             TypeError: if the targets are no class numbers.
         """
         x, y = batch
         if y.is_floating_point():
-            raise TypeError(f"accuracy counts right classes and needs integer targets, got {y.dtype}; for a regression task take outer_loss")
+            raise TypeError(
+                f"accuracy counts right classes and needs integer targets, got {y.dtype}; for a regression task take "
+                "outer_loss"
+            )
         with torch.no_grad():
             scores = self.predict(w, lam, x)
             return (scores.argmax(1) == y).to(scores.dtype).mean()
@@ -71,7 +77,8 @@ def per_example(losses: Tensor, targets: Tensor) -> Tensor:
     """
     if losses.shape != targets.shape[:1]:
         raise ValueError(
-            f"the loss must return one number per example, [{targets.shape[0]}], got a tensor of shape {tuple(losses.shape)}: "
+            f"the loss must return one number per example, [{targets.shape[0]}], got a tensor of shape "
+            f"{tuple(losses.shape)}: "
             'give it reduction="none", and for several outputs sum over them'
         )
     return losses

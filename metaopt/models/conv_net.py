@@ -1,6 +1,9 @@
-"""The convolutional networks of the few-shot literature: blocks of conv 3×3, normalisation, ReLU, max-pooling, and a linear classifier.
+"""The convolutional networks of the few-shot literature.
 
-Vinyals et al. 2016, arXiv 1606.04080; with 3 or 4 blocks of 32 channels the backbones of the HyperDistill paper's image experiments.
+Blocks of conv 3×3, normalisation, ReLU, max-pooling, and a linear classifier.
+
+Vinyals et al. 2016, arXiv 1606.04080; with 3 or 4 blocks of 32 channels the backbones of the
+HyperDistill paper's image experiments.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ Norm: TypeAlias = Callable[[int], nn.Module]
 def batch_norm(channels: int) -> nn.Module:
     """Batch normalisation by the statistics of the batch at hand, in training and at test time ("transductive", as in the public ANIL codes).
 
-    There are no running statistics: under a stacked meta-batch they could not be written to, and they would mix tasks.
+    There are no running statistics: under a stacked meta-batch they could not be written to, and
+    they would mix tasks.
     """
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
@@ -34,10 +38,13 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def conv_net(blocks: int, channels: int, classes: int, in_channels: int, image_size: int, *, norm: Norm = batch_norm) -> nn.Sequential:
+def conv_net(
+    blocks: int, channels: int, classes: int, in_channels: int, image_size: int, *, norm: Norm = batch_norm
+) -> nn.Sequential:
     """``blocks`` blocks and a linear classifier.
 
-    Every block halves the image (rounding down) until it is one pixel, from where blocks have no pooling: 14×14 goes 7, 3, 1, 1.
+    Every block halves the image (rounding down) until it is one pixel, from where blocks have no
+    pooling: 14×14 goes 7, 3, 1, 1.
 
     Args:
         blocks: number of blocks, ≥ 1.
@@ -48,7 +55,8 @@ def conv_net(blocks: int, channels: int, classes: int, in_channels: int, image_s
         norm: the normalisation.
 
     Returns:
-        A sequential module with the children ``block1`` … ``blockN``, ``flatten``, ``head``; a block has ``conv``, ``norm``, ``relu``, ``pool``.
+        A sequential module with the children ``block1`` … ``blockN``, ``flatten``, ``head``; a
+        block has ``conv``, ``norm``, ``relu``, ``pool``.
 
     Raises:
         ValueError: if a number is not positive.
@@ -57,7 +65,13 @@ def conv_net(blocks: int, channels: int, classes: int, in_channels: int, image_s
     >>> sorted({name.split(".")[0] for name, _ in net.named_parameters()}), net.head.in_features
     (['block1', 'block2', 'block3', 'block4', 'head'], 8)
     """
-    for what, number in {"blocks": blocks, "channels": channels, "classes": classes, "in_channels": in_channels, "image_size": image_size}.items():
+    for what, number in {
+        "blocks": blocks,
+        "channels": channels,
+        "classes": classes,
+        "in_channels": in_channels,
+        "image_size": image_size,
+    }.items():
         if number < 1:
             raise ValueError(f"conv_net needs {what} >= 1, got {number}")
     children: OrderedDict[str, nn.Module] = OrderedDict()
@@ -71,7 +85,9 @@ def conv_net(blocks: int, channels: int, classes: int, in_channels: int, image_s
 
 
 def _block(in_channels: int, channels: int, norm: Norm, *, pool: bool) -> nn.Sequential:
-    layers = OrderedDict[str, nn.Module](conv=nn.Conv2d(in_channels, channels, 3, padding=1), norm=norm(channels), relu=nn.ReLU())
+    layers = OrderedDict[str, nn.Module](
+        conv=nn.Conv2d(in_channels, channels, 3, padding=1), norm=norm(channels), relu=nn.ReLU()
+    )
     if pool:
         layers["pool"] = nn.MaxPool2d(2)
     return nn.Sequential(layers)

@@ -3,8 +3,9 @@ r"""Data weights: one hyperparameter per training example.
 .. math::
     L(w, \lambda; (x, y, i)) = \frac{1}{n} \sum_{k=1}^{n} v_{i_k}(\lambda)\; \ell\big(f(x_k; w),\, y_k\big)
 
-with :math:`v = \lambda`, :math:`\sigma(\lambda)` or :math:`N\, \mathrm{softmax}(\lambda)` over all N examples. The outer loss is the plain mean over
-clean examples, so that there is no direct term. Data hyper-cleaning: Franceschi et al. 2017, arXiv 1703.01785; Ren et al. 2018, arXiv 1803.09050.
+with :math:`v = \lambda`, :math:`\sigma(\lambda)` or :math:`N\, \mathrm{softmax}(\lambda)` over all
+N examples. The outer loss is the plain mean over clean examples, so that there is no direct term.
+Data hyper-cleaning: Franceschi et al. 2017, arXiv 1703.01785; Ren et al. 2018, arXiv 1803.09050.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class SoftmaxWeights:
 class DataWeights(MetaModel):
     """All parameters of a module are weights; ``lam`` is a vector with a number for each of N training examples.
 
-    A batch of the inner loss is ``(x, y, which)``, with the examples' numbers 0 … N-1 as the third; one of the outer loss is ``(x, y)``.
+    A batch of the inner loss is ``(x, y, which)``, with the examples' numbers 0 … N-1 as the third;
+    one of the outer loss is ``(x, y)``.
 
     Args:
         model: the wrapped module; :meth:`of` wraps a plain one.
@@ -113,7 +115,9 @@ class DataWeights(MetaModel):
     def init(self) -> tuple[Params, Tensor]:
         """``(w, lam)``: the module's own initial values, and the weighting's start for every example."""
         like = next(iter(self.model.params.values()))
-        return self.model.params, torch.full((self.examples,), self.weighting.start, dtype=like.dtype, device=like.device)
+        return self.model.params, torch.full(
+            (self.examples,), self.weighting.start, dtype=like.dtype, device=like.device
+        )
 
     def predict(self, w: Params, lam: Tensor, x: Any) -> Any:
         """The module's output; ``lam`` acts through the inner loss alone."""
@@ -123,7 +127,8 @@ class DataWeights(MetaModel):
         """The weighted mean loss; ``batch = (x, y, which)``.
 
         Raises:
-            ValueError: if the batch does not say which examples it holds, or λ has not one number for each of N.
+            ValueError: if the batch does not say which examples it holds, or λ has not one number
+                for each of N.
         """
         if len(batch) != 3:
             raise ValueError(f"a batch of weighted examples is (x, y, which examples), got {len(batch)} parts")

@@ -1,11 +1,14 @@
-r"""Learned feature-wise transformation (LFT): noise of learned size on normalised features, so that a model learns to cross domains.
+r"""Learned feature-wise transformation (LFT).
+
+Noise of learned size on normalised features, so that a model learns to cross domains.
 
 .. math::
     y = \big(1 + \varepsilon_\gamma\, s(\gamma)\big) \odot \mathrm{BN}(x) + \varepsilon_\beta\, s(\beta), \qquad
     s(z) = \tfrac{1}{100} \log(1 + e^{100 z}), \quad \varepsilon \sim N(0, 1) \text{ per channel}
 
-The weights are the module's own parameters, λ is every γ and β. The inner loss (seen domain) is noisy, the outer loss (unseen domain) is that of the
-plain module, so that there is no direct term. Tseng et al. 2020, arXiv 2001.08735.
+The weights are the module's own parameters, λ is every γ and β. The inner loss (seen domain) is
+noisy, the outer loss (unseen domain) is that of the plain module, so that there is no direct term.
+Tseng et al. 2020, arXiv 2001.08735.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class FeatureTransform(MetaModel):
     """A module with feature-wise noise of learned size behind its normalisation layers.
 
-    The noise of a step comes from torch's global generator, whose state estimators record and replay, or from the batch:
-    ``(x, y, model.noise(generator))``.
+    The noise of a step comes from torch's global generator, whose state estimators record and
+    replay, or from the batch: ``(x, y, model.noise(generator))``.
 
     Args:
         model: the wrapped module with the transformations; :meth:`of` puts them in.
@@ -49,13 +52,17 @@ class FeatureTransform(MetaModel):
     plain: FunctionalModel
 
     @classmethod
-    def of(cls, module: nn.Module, loss: Loss, *, after: Sequence[str] | None = None, gamma: float = 0.3, beta: float = 0.5) -> FeatureTransform:
+    def of(
+        cls, module: nn.Module, loss: Loss, *, after: Sequence[str] | None = None, gamma: float = 0.3, beta: float = 0.5
+    ) -> FeatureTransform:
         """Feature-wise transformations put into a module of your own, which stays as it is.
 
         Args:
-            module: any module; under a stacked meta-batch its normalisation layers must not track running statistics.
+            module: any module; under a stacked meta-batch its normalisation layers must not track
+                running statistics.
             loss: ``(prediction, target) -> scalar``.
-            after: glob patterns of the layers to transform, which give ``[n, channels, ...]``; default: every batch normalisation.
+            after: glob patterns of the layers to transform, which give ``[n, channels, ...]``;
+                default: every batch normalisation.
             gamma: initial γ.
             beta: initial β.
 
@@ -63,7 +70,9 @@ class FeatureTransform(MetaModel):
             ValueError: if there is no such layer.
         """
         names = choose(module, after, _NORMS)
-        return cls(insert(module, names, lambda layer: _Transform(channels_of(layer), gamma, beta)), loss, functional(module))
+        return cls(
+            insert(module, names, lambda layer: _Transform(channels_of(layer), gamma, beta)), loss, functional(module)
+        )
 
     def init(self) -> tuple[Params, Params]:
         """``(w, lam)`` at their initial values."""
@@ -76,7 +85,9 @@ class FeatureTransform(MetaModel):
     def noise(self, generator: torch.Generator | None = None) -> Params:
         """One draw of every ε, for a batch (default: from torch's global generator)."""
         noisy = {name: b for name, b in self.model.buffers.items() if name.endswith(_NOISE)}
-        return {name: torch.randn(b.shape, generator=generator, dtype=b.dtype, device=b.device) for name, b in noisy.items()}
+        return {
+            name: torch.randn(b.shape, generator=generator, dtype=b.dtype, device=b.device) for name, b in noisy.items()
+        }
 
     def inner_loss(self, w: Params, lam: Params, batch: Any) -> Tensor:
         """Training loss under noise; ``batch`` is ``(x, y)`` or ``(x, y, noise)``."""
@@ -97,7 +108,8 @@ def _with_noise(buffers: Params, noise: Params) -> Params:
     wanted = {name for name in buffers if name.endswith(_NOISE)}
     if noise.keys() != wanted:
         raise ValueError(
-            f"the batch's noise does not fit the model: it has {sorted(noise)}, the model needs {sorted(wanted)}; draw it with model.noise()"
+            f"the batch's noise does not fit the model: it has {sorted(noise)}, the model needs {sorted(wanted)}; "
+            "draw it with model.noise()"
         )
     return {**buffers, **noise}
 

@@ -18,7 +18,9 @@ _SIZES = ("num_features", "out_features", "out_channels", "num_channels", "embed
 
 
 def insert(module: nn.Module, after: Sequence[str], make: Callable[[nn.Module], nn.Module]) -> FunctionalModel:
-    """A pure function of ``module`` in which ``make(layer)`` follows each of the named layers; ``module`` stays as it is.
+    """A pure function of ``module`` in which ``make(layer)`` follows each of the named layers.
+
+    ``module`` stays as it is.
 
     Parameters of what was inserted are called ``LAYER.inserted.…``; :func:`split` finds them.
     """
@@ -37,7 +39,9 @@ def split(params: Params) -> tuple[Params, Params]:
     return partition(params, lambda name: NAME not in name.split("."))
 
 
-def choose(module: nn.Module, after: Sequence[str] | None, default: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
+def choose(
+    module: nn.Module, after: Sequence[str] | None, default: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> list[str]:
     """Names of the layers that match one of the glob patterns ``after``, or (``None``) that are of the default kind.
 
     Raises:
@@ -52,7 +56,9 @@ def choose(module: nn.Module, after: Sequence[str] | None, default: type[nn.Modu
         found = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in after)]
         missing = [pattern for pattern in after if not any(fnmatchcase(name, pattern) for name in layers)]
     if missing or not found:
-        raise ValueError(f"the module has no layer {', '.join(missing) or 'chosen'}: name some in after=, of {list(layers)}")
+        raise ValueError(
+            f"the module has no layer {', '.join(missing) or 'chosen'}: name some in after=, of {list(layers)}"
+        )
     return found
 
 
@@ -68,7 +74,10 @@ def channels_of(layer: nn.Module) -> int:
         for size in _SIZES:
             if isinstance(getattr(part, size, None), int):
                 return getattr(part, size)
-    raise ValueError(f"the number of channels after {type(layer).__name__} cannot be read off it: choose a layer with {', '.join(_SIZES)}")
+    raise ValueError(
+        f"the number of channels after {type(layer).__name__} cannot be read off it: choose a layer with "
+        f"{', '.join(_SIZES)}"
+    )
 
 
 def _call_inserted(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -3,9 +3,11 @@ r"""MAML: the initial weights are what is learned.
 .. math::
     w_t = \phi + \delta_t, \quad \delta_0 = 0, \qquad L(\delta, \phi) = \ell\big(f(x;\, \phi + \delta),\, y\big) + \tfrac{\mu}{2} \|\delta\|^2
 
-The weights of the inner loop are the displacement :math:`w = \delta` and the hyperparameters are :math:`\lambda = \phi`, so that every estimator has
-its meaning: exact reverse mode is MAML, the direct term alone is first-order MAML, truncated reverse mode lies between the two, and implicit
-differentiation with :math:`\mu > 0` is iMAML. By the same steps :math:`dL/d\phi` is ``Hypergradient.init`` of the undisplaced problem.
+The weights of the inner loop are the displacement :math:`w = \delta` and the hyperparameters are
+:math:`\lambda = \phi`, so that every estimator has its meaning: exact reverse mode is MAML, the
+direct term alone is first-order MAML, truncated reverse mode lies between the two, and implicit
+differentiation with :math:`\mu > 0` is iMAML. By the same steps :math:`dL/d\phi` is
+``Hypergradient.init`` of the undisplaced problem.
 
 Finn et al. 2017, arXiv 1703.03400; iMAML: Rajeswaran et al. 2019, arXiv 1909.04630.
 """
@@ -25,14 +27,18 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class MAML(MetaModel):
-    """All parameters of a module adapt, from learned initial values ``lam``; ``w`` is the displacement from them, and starts at 0.
+    """All parameters of a module adapt, from learned initial values ``lam``.
 
-    Weight decay of the inner optimiser pulls towards the initial weights. To draw predictions from adapted weights use :meth:`adapted`.
+    ``w`` is the displacement from them, and starts at 0.
+
+    Weight decay of the inner optimiser pulls towards the initial weights. To draw predictions from
+    adapted weights use :meth:`adapted`.
 
     Args:
         model: the wrapped module; :meth:`of` wraps a plain one.
         loss: ``(prediction, target) -> scalar``.
-        proximity: μ ≥ 0, the pull of the inner loss (not the outer one) towards the initial weights.
+        proximity: μ ≥ 0, the pull of the inner loss (not the outer one) towards the initial
+            weights.
 
     >>> maml = MAML.of(nn.Linear(2, 1), nn.functional.mse_loss)
     >>> w, lam = maml.init()

@@ -3,7 +3,8 @@ r"""Meta-SGD: every weight has a learned learning rate of its own.
 .. math::
     w_t = w_{t-1} - \lambda \odot \nabla_w \ell\big(f(x;\, w_{t-1}),\, y\big), \qquad \lambda \text{ shaped like } w
 
-Li et al. 2017, arXiv 1707.09835. The initial weights, which Meta-SGD also learns, are ``Hypergradient.init``.
+Li et al. 2017, arXiv 1707.09835. The initial weights, which Meta-SGD also learns, are
+``Hypergradient.init``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 
 from metaopt import tree
 from metaopt.functional import Params, functional
-from metaopt.inner.sgd import SGD
 from metaopt.models.base import Loss, MetaModel
+from metaopt.optim.sgd import SGD
 
 Rates: TypeAlias = dict[str, Params]
 

@@ -4,9 +4,10 @@ r"""MetaWeightNet: a small network reads an example's loss and says how much the
     w_t = w_{t-1} - \eta \sum_i c_i\, \nabla_w \ell_i(w_{t-1}), \qquad
     c = \text{coefficients}(v), \quad v_i = \sigma_{\ge}\big(V_\lambda(\ell_i(w_{t-1}))\big)
 
-with :math:`c_i = v_i / n`, or :math:`v_i / \sum_j v_j`. λ is the weight net; the outer loss is the plain mean over clean examples, so that there is
-no direct term. The update takes the weights :math:`c_i` as constants: it is not the gradient of :math:`\sum c_i \ell_i`. Its derivative is
-exact all the same, the way the weights change with w included (:func:`metaopt.inner.reweighted`).
+with :math:`c_i = v_i / n`, or :math:`v_i / \sum_j v_j`. λ is the weight net; the outer loss is the
+plain mean over clean examples, so that there is no direct term. The update takes the weights
+:math:`c_i` as constants: it is not the gradient of :math:`\sum c_i \ell_i`. Its derivative is exact
+all the same, the way the weights change with w included (:func:`metaopt.inner.reweighted`).
 
 Shu et al. 2019, arXiv 1902.07379; with the lower bound Lee et al. 2022, arXiv 2110.02508.
 """
@@ -56,7 +57,9 @@ class SigmoidAbove(_Floor):
 
 @dataclass(frozen=True)
 class SigmoidClamped(_Floor):
-    r""":math:`v = \max(f, \sigma(x))`: no slope where the floor holds, so that such an example teaches the weight net nothing.
+    r""":math:`v = \max(f, \sigma(x))`.
+
+    No slope where the floor holds, so that such an example teaches the weight net nothing.
 
     Args:
         floor: f, in [0, 1).
@@ -85,7 +88,8 @@ class MetaWeightNet(MetaModel):
         model: the wrapped classifier; :meth:`of` wraps a plain one.
         loss: ``(prediction, target) -> one number per example``.
         weight_net: ``[n, 1] -> [n, 1]``.
-        squash: :class:`SigmoidAbove` (default; floor 0.1 is the HyperDistill paper's bound) or :class:`SigmoidClamped`.
+        squash: :class:`SigmoidAbove` (default; floor 0.1 is the HyperDistill paper's bound) or
+            :class:`SigmoidClamped`.
         coefficients: :func:`batch_mean` or :func:`batch_normalised`.
 
     >>> from functools import partial
@@ -104,9 +108,18 @@ class MetaWeightNet(MetaModel):
 
     @classmethod
     def of(
-        cls, module: nn.Module, loss: Loss, *, hidden: int = 100, squash: Squash = SigmoidAbove(), coefficients: Coefficients = batch_mean
+        cls,
+        module: nn.Module,
+        loss: Loss,
+        *,
+        hidden: int = 100,
+        squash: Squash = SigmoidAbove(),
+        coefficients: Coefficients = batch_mean,
     ) -> MetaWeightNet:
-        """A weight net of one hidden ReLU layer, 1-``hidden``-1, around a module of your own; its dtype and device are the module's."""
+        """A weight net of one hidden ReLU layer, 1-``hidden``-1, around a module of your own.
+
+        Its dtype and device are the module's.
+        """
         model = functional(module)
         like = next(iter(model.params.values()))
         weight_net = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1)).to(like.device, like.dtype)

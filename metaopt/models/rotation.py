@@ -3,8 +3,8 @@ r"""Learned augmentation: training images are turned by one learned angle.
 .. math::
     L(w, \lambda; (x, y)) = \ell\big(f(R_\lambda x;\, w),\, y\big), \qquad L_{val}(w; (x, y)) = \ell\big(f(x;\, w),\, y\big)
 
-The outer loss sees images as they are, so that there is no direct term: trained on upright digits and validated on turned ones, λ finds the angle.
-Bohdal et al. 2021 (EvoGrad), arXiv 2106.10575.
+The outer loss sees images as they are, so that there is no direct term: trained on upright digits
+and validated on turned ones, λ finds the angle. Bohdal et al. 2021 (EvoGrad), arXiv 2106.10575.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Rotation(MetaModel):
     """All parameters of a module are weights; ``lam["angle"]`` is one angle in radians, positive anticlockwise.
 
     Args:
-        model: the wrapped module, of images ``[n, channels, height, width]``; :meth:`of` wraps a plain one.
+        model: the wrapped module, of images ``[n, channels, height, width]``; :meth:`of` wraps a
+            plain one.
         loss: ``(prediction, target) -> scalar``.
         degrees: the initial angle.
 
@@ -44,7 +45,9 @@ class Rotation(MetaModel):
     def init(self) -> tuple[Params, Params]:
         """``(w, lam)``: the module's own initial values, and the initial angle."""
         like = next(iter(self.model.params.values()))
-        return self.model.params, {"angle": torch.tensor(math.radians(self.degrees), dtype=like.dtype, device=like.device)}
+        return self.model.params, {
+            "angle": torch.tensor(math.radians(self.degrees), dtype=like.dtype, device=like.device)
+        }
 
     def predict(self, w: Params, lam: Params, x: Tensor) -> Tensor:
         """The output for images as they are."""
@@ -59,8 +62,9 @@ class Rotation(MetaModel):
 def rotate(images: Tensor, angle: Tensor) -> Tensor:
     """Images turned anticlockwise about their centre, bilinear, black outside.
 
-    All images share the angle, so that each output pixel is a sum of four input pixels with weights that depend on the angle alone. Unlike
-    ``grid_sample`` this can be differentiated any number of times, in forward mode too.
+    All images share the angle, so that each output pixel is a sum of four input pixels with weights
+    that depend on the angle alone. Unlike ``grid_sample`` this can be differentiated any number of
+    times, in forward mode too.
 
     Args:
         images: ``[n, channels, height, width]``.

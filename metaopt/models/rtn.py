@@ -1,11 +1,14 @@
-r"""Representation transformation network (MetaXL): a learned, gated residual on the hidden representation of source examples.
+r"""Representation transformation network (MetaXL).
+
+A learned, gated residual on the hidden representation of source examples.
 
 .. math::
     h \leftarrow h + \sigma(s)\, r, \qquad (r, s) = W_2\, \mathrm{ReLU}(W_1 h + b_1) + b_2
 
-The weights are the module's own parameters, λ is the transformation. The inner loss (source domain) has it, the outer loss (target domain) is that of
-the plain module, so that there is no direct term. The gradient passes through both uses of h, so that the update is the gradient of a loss.
-Xia et al. 2021, arXiv 2104.07908.
+The weights are the module's own parameters, λ is the transformation. The inner loss (source domain)
+has it, the outer loss (target domain) is that of the plain module, so that there is no direct term.
+The gradient passes through both uses of h, so that the update is the gradient of a loss. Xia et al.
+2021, arXiv 2104.07908.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class RTN(MetaModel):
     plain: FunctionalModel
 
     @classmethod
-    def of(cls, module: nn.Module, loss: Loss, *, after: Sequence[str], bottleneck: int, features: int | None = None) -> RTN:
+    def of(
+        cls, module: nn.Module, loss: Loss, *, after: Sequence[str], bottleneck: int, features: int | None = None
+    ) -> RTN:
         """Representation transformations put into a module of your own, which stays as it is.
 
         Args:
@@ -51,7 +56,8 @@ class RTN(MetaModel):
             features: of the layers' outputs; default: read off each layer.
 
         Raises:
-            ValueError: if there is no such layer, or one whose width cannot be read off it, or if the bottleneck is empty.
+            ValueError: if there is no such layer, or one whose width cannot be read off it, or if
+                the bottleneck is empty.
         """
         if bottleneck < 1:
             raise ValueError(f"the transformation needs a bottleneck of at least 1, got {bottleneck}")

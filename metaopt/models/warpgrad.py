@@ -4,8 +4,8 @@ r"""WarpGrad: layers between the layers, which are not adapted, precondition the
     f(x;\, w, \lambda) = h^{(L)} \circ \omega^{(L-1)} \circ h^{(L-1)} \circ \dots \circ \omega^{(1)} \circ h^{(1)}(x), \qquad
     w = \text{task layers } h, \quad \lambda = \text{warp layers } \omega
 
-The inner loop sees :math:`\nabla_{h^{(i)}} L`, which has passed through the warp layers above: learned, they warp its geometry.
-Flennerhag et al. 2020, arXiv 1909.00025.
+The inner loop sees :math:`\nabla_{h^{(i)}} L`, which has passed through the warp layers above:
+learned, they warp its geometry. Flennerhag et al. 2020, arXiv 1909.00025.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _PREFIX = "warp_"
 
 @dataclass(frozen=True)
 class Warp:
-    """How a warp module is built: layers that keep the number of channels, 3×3 after a 2d convolution and dense after a linear layer.
+    """How a warp module is built.
+
+    Layers that keep the number of channels, 3×3 after a 2d convolution and dense after a linear
+    layer.
 
     Args:
         layers: how many, ≥ 1; the HyperDistill paper has two.
@@ -54,7 +57,10 @@ class Warp:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.layers < 1:
-            raise ValueError(f"a warp needs at least one layer, got {self.layers}; a network without warp layers has no hyperparameters")
+            raise ValueError(
+                f"a warp needs at least one layer, got {self.layers}; a network without warp layers has no "
+                "hyperparameters"
+            )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"a warp keeps the size of the image, so its kernel_size is odd, got {self.kernel_size}")
 
@@ -71,14 +77,23 @@ class Warp:
         if isinstance(below, nn.Linear):
             return nn.Linear(below.out_features, below.out_features), below.out_features
         if isinstance(below, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            kind = nn.Conv1d if isinstance(below, nn.Conv1d) else nn.Conv2d if isinstance(below, nn.Conv2d) else nn.Conv3d
-            return kind(below.out_channels, below.out_channels, self.kernel_size, padding=self.kernel_size // 2), below.out_channels
-        raise TypeError(f"Warp knows what follows convolutions and linear layers, not {type(below).__name__}: give warp=, a function of that layer")
+            kind = (
+                nn.Conv1d if isinstance(below, nn.Conv1d) else nn.Conv2d if isinstance(below, nn.Conv2d) else nn.Conv3d
+            )
+            return kind(
+                below.out_channels, below.out_channels, self.kernel_size, padding=self.kernel_size // 2
+            ), below.out_channels
+        raise TypeError(
+            f"Warp knows what follows convolutions and linear layers, not {type(below).__name__}: give warp=, a "
+            "function of that layer"
+        )
 
 
 @dataclass(frozen=True)
 class WarpGrad(MetaModel):
-    """A sequential net with warp layers between its children: ``lam`` is the warp layers, ``w`` all the rest, under its old names.
+    """A sequential net with warp layers between its children.
+
+    ``lam`` is the warp layers, ``w`` all the rest, under its old names.
 
     Args:
         model: the wrapped net, warp layers included; :meth:`of` puts them in.
@@ -93,31 +108,43 @@ class WarpGrad(MetaModel):
     """
 
     @classmethod
-    def of(cls, sequential: nn.Sequential, loss: Loss, *, warp: WarpFactory = Warp(), after: Sequence[str] | None = None) -> WarpGrad:
+    def of(
+        cls, sequential: nn.Sequential, loss: Loss, *, warp: WarpFactory = Warp(), after: Sequence[str] | None = None
+    ) -> WarpGrad:
         """Warp layers put into a net of your own, which stays as it is.
 
         Args:
             sequential: the net; its children are the layers or blocks.
             loss: ``(prediction, target) -> scalar``.
-            warp: a :class:`Warp`, or any function of the last convolution or linear layer of the child below.
-            after: names of the children that a warp module follows; default: every one that holds a convolution or linear layer, the last
-                such excepted.
+            warp: a :class:`Warp`, or any function of the last convolution or linear layer of the
+                child below.
+            after: names of the children that a warp module follows; default: every one that holds a
+                convolution or linear layer, the last such excepted.
 
         Raises:
             TypeError: if the net is not sequential.
-            ValueError: if ``after`` names no child, or one without a convolution or linear layer, if there is nowhere to put a warp layer, or
-                if a child is called ``warp_…``.
+            ValueError: if ``after`` names no child, or one without a convolution or linear layer,
+                if there is nowhere to put a warp layer, or if a child is called ``warp_…``.
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(f"warp layers go between the children of an nn.Sequential, got {type(sequential).__name__}")
         children = dict(sequential.named_children())
         if any(name.startswith(_PREFIX) for name in children):
-            raise ValueError(f"the prefix {_PREFIX!r} marks warp layers: rename the children of the net, {list(children)}")
-        below = {name: layers[-1] for name, child in children.items() if (layers := [m for m in child.modules() if isinstance(m, _LAYERS)])}
+            raise ValueError(
+                f"the prefix {_PREFIX!r} marks warp layers: rename the children of the net, {list(children)}"
+            )
+        below = {
+            name: layers[-1]
+            for name, child in children.items()
+            if (layers := [m for m in child.modules() if isinstance(m, _LAYERS)])
+        }
         chosen = list(below)[:-1] if after is None else list(after)
         wrong = [name for name in chosen if name not in below]
         if wrong or not chosen:
-            raise ValueError(f"warp layers can follow {list(below)[:-1]} (children with a convolution or linear layer), got after={chosen}")
+            raise ValueError(
+                f"warp layers can follow {list(below)[:-1]} (children with a convolution or linear layer), got "
+                f"after={chosen}"
+            )
         warped: OrderedDict[str, nn.Module] = OrderedDict()
         for name, child in children.items():
             warped[name] = child

@@ -35,7 +35,9 @@ def fetch(download: Callable[[], Any], place: Path, source: str) -> None:
     try:
         download()
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"download to {place} failed ({error}); get the files elsewhere and put them there: {source}") from error
+        raise RuntimeError(
+            f"download to {place} failed ({error}); get the files elsewhere and put them there: {source}"
+        ) from error
 
 
 def open_image(path: str | Path, size: int) -> Image.Image:

@@ -1,6 +1,7 @@
 """Readers of well-known data sets, and of a folder of images, through torchvision (``pip install 'metaopt[vision]'``).
 
-Each looks below ``root`` where torchvision does, checks the files, and says which one is missing or damaged and how to get it.
+Each looks below ``root`` where torchvision does, checks the files, and says which one is missing or
+damaged and how to get it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImage
         warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, about the published pickles
         read = [reader(root, train=train) for train in parts(part, True, False)]
     images = torch.from_numpy(np.concatenate([dataset.data for dataset in read])).movedim(3, 1).contiguous()
-    return LabelledImages(images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes))
+    return LabelledImages(
+        images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes)
+    )
 
 
 def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> LabelledImages:
@@ -101,14 +104,26 @@ def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> Labe
 def _idx_part(reader: Any, place: Path, name: str, source: str) -> tuple[Tensor, Tensor]:
     """Images and labels of one part."""
     contents = []
-    for file, read in ((f"{name}-images-idx3-ubyte", reader.read_image_file), (f"{name}-labels-idx1-ubyte", reader.read_label_file)):
-        packed = f"gunzip the {file}.gz that is there" if (place / f"{file}.gz").exists() else f"unpack the files of {source} there"
+    for file, read in (
+        (f"{name}-images-idx3-ubyte", reader.read_image_file),
+        (f"{name}-labels-idx1-ubyte", reader.read_label_file),
+    ):
+        packed = (
+            f"gunzip the {file}.gz that is there"
+            if (place / f"{file}.gz").exists()
+            else f"unpack the files of {source} there"
+        )
         check_file(place / file, f"{packed}, or pass download=True")
         try:
             contents.append(read(str(place / file)))
         except Exception as error:  # whatever a wrong header leads to
-            raise ValueError(f"{place / file} is damaged, it is no idx file of the expected kind; fetch it again") from error
+            raise ValueError(
+                f"{place / file} is damaged, it is no idx file of the expected kind; fetch it again"
+            ) from error
     images, labels = contents
     if len(images) != len(labels):
-        raise ValueError(f"{place}: {len(images)} {name} images but {len(labels)} labels, so one of the two files is damaged; fetch them again")
+        raise ValueError(
+            f"{place}: {len(images)} {name} images but {len(labels)} labels, so one of the two files is damaged; "
+            "fetch them again"
+        )
     return images, labels

@@ -1,8 +1,9 @@
 r"""Class episodes: each task is a many-shot classification problem over a few classes drawn from labelled images.
 
-What is random is recorded: the tasks depend on ``seed`` alone, and the minibatch, crops and flips of step t on ``(seed, t)`` alone, so that a
-sweep that recomputes a step sees the same data. Defaults are the setting of the HyperDistill paper (section 5): 10-way, 250 training and 250
-test examples per class, minibatches of 100, crop and flip.
+What is random is recorded: the tasks depend on ``seed`` alone, and the minibatch, crops and flips
+of step t on ``(seed, t)`` alone, so that a sweep that recomputes a step sees the same data.
+Defaults are the setting of the HyperDistill paper (section 5): 10-way, 250 training and 250 test
+examples per class, minibatches of 100, crop and flip.
 """
 
 from __future__ import annotations
@@ -43,9 +44,12 @@ class Episodes:
         shots: training examples per class.
         test_shots: test examples per class; none is also a training example.
         batch_size: examples per task in a minibatch.
-        crop: training images are padded with black by so many pixels and cropped back at random; 0 for none.
-        flip: training images are mirrored with probability ½; switch it off where a mirror image is another class.
-        corruption: of training labels, e.g. :func:`metaopt.tasks.label_noise.uniform`; test labels stay clean.
+        crop: training images are padded with black by so many pixels and cropped back at random; 0
+            for none.
+        flip: training images are mirrored with probability ½; switch it off where a mirror image is
+            another class.
+        corruption: of training labels, e.g. :func:`metaopt.tasks.label_noise.uniform`; test labels
+            stay clean.
         rate: probability of corruption.
         device: where everything lies.
         dtype: of the images.
@@ -83,14 +87,21 @@ class Episodes:
         smallest = self.ways * min(self.shots, self.test_shots)
         if self.batch_size > smallest:
             raise ValueError(
-                f"batch_size={self.batch_size} is more than the {smallest} examples that a task has; lower it or raise shots and test_shots"
+                f"batch_size={self.batch_size} is more than the {smallest} examples that a task has; lower it or "
+                "raise shots and test_shots"
             )
         needed = self.shots + self.test_shots
-        poor = [f"{name!r} has {n}" for name, n in zip(self.data.names, self.data.counts().tolist(), strict=True) if n < needed]
+        poor = [
+            f"{name!r} has {n}"
+            for name, n in zip(self.data.names, self.data.counts().tolist(), strict=True)
+            if n < needed
+        ]
         if poor:
             raise ValueError(
-                f"{self.shots} + {self.test_shots} examples per class are needed, but class {', '.join(poor[:3])}{', …' if len(poor) > 3 else ''} "
-                f"({len(poor)} of {len(self.data.names)} classes); lower shots or test_shots, or leave them out with data.classes(…)"
+                f"{self.shots} + {self.test_shots} examples per class are needed, but class "
+                f"{', '.join(poor[:3])}{', …' if len(poor) > 3 else ''} "
+                f"({len(poor)} of {len(self.data.names)} classes); lower shots or test_shots, or leave them out with "
+                "data.classes(…)"
             )
 
     def sample(self, tasks: int, seed: int) -> Episode:
@@ -102,7 +113,11 @@ class Episodes:
         classes = torch.stack([chosen for _, chosen in drawn])
         train, test = rows[..., : self.shots].flatten(1), rows[..., self.shots :].flatten(1)
         clean = torch.arange(self.ways).repeat_interleave(self.shots).expand(tasks, -1)
-        noisy = clean if self.corruption is None else torch.stack([self._corrupt(y, seed, task) for task, y in enumerate(clean)])
+        noisy = (
+            clean
+            if self.corruption is None
+            else torch.stack([self._corrupt(y, seed, task) for task, y in enumerate(clean)])
+        )
         return Episode(
             setting=self,
             seed=seed,
@@ -127,7 +142,9 @@ class Episodes:
     def _members(self) -> list[Tensor]:
         """Rows of each class."""
         labels = self.data.labels.cpu()
-        return list(torch.split(labels.argsort(stable=True), torch.bincount(labels, minlength=len(self.data.names)).tolist()))
+        return list(
+            torch.split(labels.argsort(stable=True), torch.bincount(labels, minlength=len(self.data.names)).tolist())
+        )
 
     def _draw(self, seed: int, task: int) -> tuple[Tensor, Tensor]:
         """Rows ``[ways, shots + test_shots]`` and classes ``[ways]`` of one task."""
@@ -215,6 +232,9 @@ def _augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator
 
 
 def _generator(seed: int, number: int, *, stream: int) -> torch.Generator:
-    """A generator of its own for each ``(seed, number, stream)``; on the CPU, so that every device sees the same numbers."""
+    """A generator of its own for each ``(seed, number, stream)``.
+
+    On the CPU, so that every device sees the same numbers.
+    """
     words = np.random.SeedSequence([seed % 2**64, number % 2**64, stream]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))

@@ -1,7 +1,8 @@
 """The text fonts of this machine, and their families.
 
-Matplotlib ships a few (DejaVu, STIX, Computer Modern); every installed font adds. Fonts of one family (weights, widths, a script's own cut) count as
-one, so that two sets of families share no design.
+Matplotlib ships a few (DejaVu, STIX, Computer Modern); every installed font adds. Fonts of one
+family (weights, widths, a script's own cut) count as one, so that two sets of families share no
+design.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from matplotlib.ft2font import FT2Font
 
 # fonts that map letters to something else than these letters
 _NOT_TEXT = re.compile(
-    r"symbol|dingbat|emoji|math|music|icon|keyboard|initials|braille|last ?resort|stix(size|nonuni)|d050000l|cm(sy|ex|mi)\d|wingdings|webdings", re.I
+    r"symbol|dingbat|emoji|math|music|icon|keyboard|initials|braille|last "
+    r"?resort|stix(size|nonuni)|d050000l|cm(sy|ex|mi)\d|wingdings|webdings",
+    re.I,
 )
-_TEX_TEXT = frozenset(map(ord, string.ascii_letters + string.digits + "!?&%@#+=*/()[]"))  # the rest is not where the file says it is
+_TEX_TEXT = frozenset(
+    map(ord, string.ascii_letters + string.digits + "!?&%@#+=*/()[]")
+)  # the rest is not where the file says it is
 _LAST_CYRILLIC = 0x52F  # Latin, Greek and Cyrillic come before
 _CUTS = re.compile(
-    r"\b((semi|extra|ultra|demi)? ?(condensed|expanded|bold|light|black)|narrow|hairline|thin|medium|regular|heavy|display|caption)\b", re.I
+    r"\b((semi|extra|ultra|demi)? "
+    r"?(condensed|expanded|bold|light|black)|narrow|hairline|thin|medium|regular|heavy|display|caption)\b",
+    re.I,
 )
 _ONE_FAMILY = {  # where names hide a common design
     r"cm(r|b|ti)\d+": "Computer Modern",
@@ -62,7 +69,8 @@ def fonts(files: Sequence[str | Path] | None = None) -> list[Font]:
     True
     """
     if files is None:
-        # imported here: it builds matplotlib's own list of fonts, which may take seconds the first time
+        # imported here: it builds matplotlib's own list of fonts, which may take seconds the first
+        # time
         from matplotlib.font_manager import findSystemFonts
 
         shipped = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
@@ -80,7 +88,9 @@ def split_families(families: Sequence[str], counts: Sequence[int], seed: int) ->
     """
     names = sorted(set(families))
     if any(count < 1 for count in counts) or sum(counts) > len(names):
-        raise ValueError(f"cannot split {len(names)} families into parts of {tuple(counts)}; install more fonts or ask for fewer")
+        raise ValueError(
+            f"cannot split {len(names)} families into parts of {tuple(counts)}; install more fonts or ask for fewer"
+        )
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = []
     for count in counts:

@@ -1,7 +1,8 @@
 r"""Glyphs: characters rendered from the machine's fonts, a class per character, so that image experiments run anywhere with no download.
 
-Every glyph is scaled to the same box, centred, white on black; then each image gets a random rotation, shear, scale and shift, about what different
-hands would do. Scaling makes some characters alike (c and C, o and 0, Latin and Cyrillic а): of such homoglyphs only the first is kept.
+Every glyph is scaled to the same box, centred, white on black; then each image gets a random
+rotation, shear, scale and shift, about what different hands would do. Scaling makes some characters
+alike (c and C, o and 0, Latin and Cyrillic а): of such homoglyphs only the first is kept.
 Split by character, by font family, or by both::
 
     known, unseen = split_families({font.family for font in fonts()}, (4, 3), seed=0)
@@ -79,7 +80,9 @@ class Glyphs(LabelledImages):
         """Only images from these font families; all classes keep their numbers."""
         unknown = set(names := tuple(names)) - set(self.family_names)
         if unknown:
-            raise ValueError(f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(self.family_names)}")
+            raise ValueError(
+                f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(self.family_names)}"
+            )
         wanted = torch.tensor([name in names for name in self.family_names], device=self.families.device)
         return self.rows(wanted[self.families].nonzero().squeeze(1))
 
@@ -100,12 +103,14 @@ def glyphs(
     Args:
         size: height and width in pixels.
         characters: the classes; default :data:`CHARACTERS`. Of homoglyphs the first is kept.
-        families: font families to use; default all. Which characters are homoglyphs is decided with all fonts, whatever is asked for here.
+        families: font families to use; default all. Which characters are homoglyphs is decided with
+            all fonts, whatever is asked for here.
         per_class: images of each class, spread evenly over the families.
-        jitter: a random affine map for each image. Without it an image is made once, and characters with fewer than ``per_class`` distinct
-            ones are left out.
+        jitter: a random affine map for each image. Without it an image is made once, and characters
+            with fewer than ``per_class`` distinct ones are left out.
         seed: of the choice of images and of the jitter.
-        cache: directory for finished images; default ``$XDG_CACHE_HOME/metaopt`` or ``~/.cache/metaopt``.
+        cache: directory for finished images; default ``$XDG_CACHE_HOME/metaopt`` or
+            ``~/.cache/metaopt``.
         files: font files; default those of matplotlib and of the system.
 
     Raises:
@@ -128,8 +133,19 @@ def glyphs(
     return _load(path)
 
 
-def _make(available: list[Font], characters: str, families: tuple[str, ...], size: int, per_class: int, jitter: bool, seed: int) -> Glyphs:
-    sheets = [(font, _sheet(font, characters, size)) for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False, delay=1)]
+def _make(
+    available: list[Font],
+    characters: str,
+    families: tuple[str, ...],
+    size: int,
+    per_class: int,
+    jitter: bool,
+    seed: int,
+) -> Glyphs:
+    sheets = [
+        (font, _sheet(font, characters, size))
+        for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False, delay=1)
+    ]
     sheets = [(font, sheet) for font, sheet in sheets if len(sheet) > 1]
     if not sheets:
         raise ValueError(f"none of {len(available)} fonts has the characters {characters!r}")
@@ -147,7 +163,10 @@ def _make(available: list[Font], characters: str, families: tuple[str, ...], siz
         origins.append(origin[index])
         names.append(character)
     if not images:
-        raise ValueError(f"no character has {per_class} distinct images in {len(families)} font families; lower per_class or use jitter")
+        raise ValueError(
+            f"no character has {per_class} distinct images in {len(families)} font families; lower per_class or use "
+            "jitter"
+        )
     return Glyphs(torch.cat(images), torch.cat(labels), tuple(names), torch.cat(origins), families)
 
 
@@ -178,7 +197,9 @@ def _drawn(face: ImageFont.FreeTypeFont, character: str, side: int) -> Drawing |
     scale = _BOX * side / max(ink[2] - ink[0], ink[3] - ink[1])
     width, height = (max(1, round(scale * (ink[i + 2] - ink[i]))) for i in (0, 1))
     canvas = Image.new("L", (side, side))
-    canvas.paste(image.resize((width, height), Image.Resampling.BOX, box=ink), ((side - width) // 2, (side - height) // 2))
+    canvas.paste(
+        image.resize((width, height), Image.Resampling.BOX, box=ink), ((side - width) // 2, (side - height) // 2)
+    )
     return Drawing(_pixels(canvas), _pixels(image.resize((_GRID, _GRID), Image.Resampling.BOX, box=ink)))
 
 
@@ -207,7 +228,10 @@ def _without_homoglyphs(sheets: list[Sheet], characters: str) -> str:
 
 
 def _distinct(sheets: list[tuple[Font, Sheet]], character: str, families: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """The different images of a character, ``[n, S, S]``, and their families; one that two families share belongs to the first of all."""
+    """The different images of a character, ``[n, S, S]``, and their families.
+
+    One that two families share belongs to the first of all.
+    """
     seen: dict[bytes, tuple[Tensor, str]] = {}
     for font, sheet in sheets:
         if character in sheet:
@@ -234,7 +258,10 @@ def _spread(origin: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images ``[n, S, S]`` under random affine maps: ±12°, shear ±0.15, scale 0.8 … 1.15 in each direction, shift ±7 %."""
+    """Images ``[n, S, S]`` under random affine maps.
+
+    ±12°, shear ±0.15, scale 0.8 … 1.15 in each direction, shift ±7 %.
+    """
     n = len(images)
     draw = 2 * torch.rand(6, n, generator=generator) - 1
     angle, shear = draw[0] * math.radians(12), 0.15 * draw[1]
@@ -242,7 +269,9 @@ def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     first = torch.stack([stretch_x * cos, stretch_x * (shear * cos - sin), 0.14 * draw[4]], 1)
     second = torch.stack([stretch_y * sin, stretch_y * (shear * sin + cos), 0.14 * draw[5]], 1)
-    grid = torch.nn.functional.affine_grid(torch.stack([first, second], 1), [n, 1, *images.shape[1:]], align_corners=False)
+    grid = torch.nn.functional.affine_grid(
+        torch.stack([first, second], 1), [n, 1, *images.shape[1:]], align_corners=False
+    )
     moved = torch.nn.functional.grid_sample(images.unsqueeze(1).float(), grid, align_corners=False)
     return moved.squeeze(1).round().to(torch.uint8)
 
@@ -271,4 +300,6 @@ def _load(path: Path) -> Glyphs:
     try:
         return Glyphs(**torch.load(path, weights_only=True))
     except Exception as error:
-        raise RuntimeError(f"{path} cannot be read ({type(error).__name__}: {error}); delete it, and it will be made again") from error
+        raise RuntimeError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it, and it will be made again"
+        ) from error

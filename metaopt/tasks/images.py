@@ -39,26 +39,35 @@ class LabelledImages:
     def __post_init__(self) -> None:
         """Check types and sizes."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise TypeError(f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; see LabelledImages.of")
+            raise TypeError(
+                f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; see "
+                "LabelledImages.of"
+            )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise TypeError(
-                f"labels must be int64 [{len(self.images)}], one per image, got {self.labels.dtype} {list(self.labels.shape)}; see LabelledImages.of"
+                f"labels must be int64 [{len(self.images)}], one per image, got {self.labels.dtype} "
+                f"{list(self.labels.shape)}; see LabelledImages.of"
             )
         if len(self.labels) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < len(self.names)):
-            raise ValueError(f"labels lie in {int(self.labels.min())} … {int(self.labels.max())}, but there are {len(self.names)} class names")
+            raise ValueError(
+                f"labels lie in {int(self.labels.min())} … {int(self.labels.max())}, but there are {len(self.names)} "
+                "class names"
+            )
 
     @classmethod
     def of(cls, dataset: Any, names: Sequence[str] | None = None) -> LabelledImages:
         """All of a map-style dataset, i.e. one with ``len`` and items ``(image, label)``.
 
-        An image is a PIL image, a uint8 array ``[H, W]`` or ``[H, W, C]``, or a tensor ``[C, H, W]``, uint8 or floats in [0, 1].
+        An image is a PIL image, a uint8 array ``[H, W]`` or ``[H, W, C]``, or a tensor ``[C, H,
+        W]``, uint8 or floats in [0, 1].
 
         Args:
             dataset: the dataset.
             names: class names; default the dataset's ``classes``, else the numbers.
 
         Raises:
-            ValueError: if it is empty, or if images differ in size (resize them in the dataset's transform).
+            ValueError: if it is empty, or if images differ in size (resize them in the dataset's
+                transform).
         """
         if not len(dataset):
             raise ValueError(f"{type(dataset).__name__} is empty")
@@ -68,7 +77,8 @@ class LabelledImages:
             images.append(as_uint8(image, i))
             if images[i].shape != images[0].shape:
                 raise ValueError(
-                    f"image {i} is {_size(images[i])}, image 0 is {_size(images[0])}: bring them to one size and mode in the dataset's transform"
+                    f"image {i} is {_size(images[i])}, image 0 is {_size(images[0])}: bring them to one size and "
+                    "mode in the dataset's transform"
                 )
             labels.append(int(label))
         found = names or getattr(dataset, "classes", None) or range(max(labels) + 1)
@@ -80,7 +90,10 @@ class LabelledImages:
             raise ValueError(f"no class is called {', '.join(map(repr, unknown))}; there are {', '.join(self.names)}")
         indices = [self.names.index(c) if isinstance(c, str) else int(c) for c in chosen]
         if not indices or len(set(indices)) < len(indices) or not all(0 <= i < len(self.names) for i in indices):
-            raise ValueError(f"classes must be distinct numbers in 0 … {len(self.names) - 1}, or names, and at least one; got {list(chosen)}")
+            raise ValueError(
+                f"classes must be distinct numbers in 0 … {len(self.names) - 1}, or names, and at least one; got "
+                f"{list(chosen)}"
+            )
         renumbered = torch.full((len(self.names),), -1, device=self.labels.device)
         renumbered[indices] = torch.arange(len(indices), device=self.labels.device)
         kept = self.rows((renumbered[self.labels] >= 0).nonzero().squeeze(1))
@@ -128,15 +141,23 @@ def as_uint8(image: Any, number: int = 0) -> Tensor:
         image = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise TypeError(f"image {number}: an array must be uint8 [H, W] or [H, W, C], got {image.dtype} {list(image.shape)}")
+            raise TypeError(
+                f"image {number}: an array must be uint8 [H, W] or [H, W, C], got {image.dtype} {list(image.shape)}"
+            )
         pixels = torch.from_numpy(np.ascontiguousarray(image))
         return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(2, 0).contiguous()
     if not isinstance(image, Tensor) or image.ndim != 3:
-        raise TypeError(f"image {number}: expected a PIL image, an array or a tensor [C, H, W], got {getattr(image, 'shape', type(image).__name__)}")
+        raise TypeError(
+            f"image {number}: expected a PIL image, an array or a tensor [C, H, W], got "
+            f"{getattr(image, 'shape', type(image).__name__)}"
+        )
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
-        raise TypeError(f"image {number}: a tensor must be uint8 or floats in [0, 1], got {image.dtype}; leave out the dataset's normalisation")
+        raise TypeError(
+            f"image {number}: a tensor must be uint8 or floats in [0, 1], got {image.dtype}; leave out the dataset's "
+            "normalisation"
+        )
     return (image * 255).round().to(torch.uint8)
 
 

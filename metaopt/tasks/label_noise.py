@@ -1,7 +1,7 @@
 r"""Label corruption: with probability ``rate`` a label y is drawn from other classes.
 
-``uniform``: any class, y included; ``flip``: one other class, fixed for each y; ``flip2``: one of two others, fixed for each y.
-Shu et al. 2019 (Meta-Weight-Net), arXiv 1902.07379.
+``uniform``: any class, y included; ``flip``: one other class, fixed for each y; ``flip2``: one of
+two others, fixed for each y. Shu et al. 2019 (Meta-Weight-Net), arXiv 1902.07379.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ class Sinusoid:
     def __post_init__(self) -> None:
         """Check the sizes."""
         if self.shots < 1 or self.test_points < 1:
-            raise ValueError(f"a task needs training and test points, got shots={self.shots}, test_points={self.test_points}")
+            raise ValueError(
+                f"a task needs training and test points, got shots={self.shots}, test_points={self.test_points}"
+            )
 
     def sample(self, tasks: int, seed: int) -> SinusoidTasks:
         """``tasks`` stacked tasks; the same seed gives the same tasks, and the global random state is not used."""

@@ -17,8 +17,9 @@ _URL, _MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a481
 def tiny_imagenet(root: str | Path, part: Part = "train", *, size: int = 64, download: bool = False) -> LabelledImages:
     """The images of TinyImageNet; grey ones are in colour like the others.
 
-    Reads ``wnids.txt`` (the classes, in this order), ``words.txt`` (their names), ``train/WNID/images/*.JPEG``, and
-    ``val/val_annotations.txt`` with ``val/images/``. The published test images have no labels.
+    Reads ``wnids.txt`` (the classes, in this order), ``words.txt`` (their names),
+    ``train/WNID/images/*.JPEG``, and ``val/val_annotations.txt`` with ``val/images/``. The
+    published test images have no labels.
 
     Args:
         root: where ``tiny-imagenet-200/`` is.
@@ -43,7 +44,9 @@ def tiny_imagenet(root: str | Path, part: Part = "train", *, size: int = 64, dow
     images = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(found, desc="TinyImageNet", leave=False, delay=1)):
         images[i] = as_uint8(open_image(file, size))
-    return LabelledImages(images, torch.tensor([label for _, label in found]), tuple(words.get(wnid, wnid) for wnid in classes))
+    return LabelledImages(
+        images, torch.tensor([label for _, label in found]), tuple(words.get(wnid, wnid) for wnid in classes)
+    )
 
 
 def _training(place: Path, classes: dict[str, int], remedy: str) -> list[tuple[Path, int]]:
@@ -63,7 +66,9 @@ def _validation(place: Path, classes: dict[str, int], remedy: str) -> list[tuple
     for number, line in enumerate(annotations.read_text().splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in classes:
-            raise ValueError(f"{annotations} is damaged: line {number} is not FILE, a class of wnids.txt, …: {line!r}; {remedy}")
+            raise ValueError(
+                f"{annotations} is damaged: line {number} is not FILE, a class of wnids.txt, …: {line!r}; {remedy}"
+            )
         check_file(place / "val" / "images" / fields[0], remedy)
         pairs.append((place / "val" / "images" / fields[0], classes[fields[1]]))
     return pairs

@@ -1,6 +1,5 @@
 """What is remembered of an inner run."""
 
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, Trajectory
 from metaopt.trajectory.budgeted import Budgeted
 from metaopt.trajectory.checked import Checked
@@ -41,5 +40,4 @@ __all__ = [
     "Store",
     "Trajectory",
     "fingerprint",
-    "replay",
 ]

@@ -19,7 +19,8 @@ T = TypeVar("T")
 def weighed(make: Callable[[], T], known: Tree) -> tuple[T, int]:
     """What ``make`` returns, and the bytes of what autograd saved for it, without what ``known`` holds anyway.
 
-    The transforms of ``torch.func`` refuse the hooks that see what is saved. Then ``make`` is called again, and what is still alive after it counts.
+    The transforms of ``torch.func`` refuse the hooks that see what is saved. Then ``make`` is
+    called again, and what is still alive after it counts.
     """
     elsewhere = {_address(x) for x in tree.leaves(known) if isinstance(x, Tensor)}
     held: dict[int, int] = {}

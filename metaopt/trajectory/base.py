@@ -7,11 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
+from metaopt.inner.contract import Linearized, Step, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Linearized, Step, Wrt
-from metaopt.trajectory import replay
-from metaopt.trajectory.replay import Rng
+from metaopt.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -33,7 +32,7 @@ class Moment(NamedTuple):
     linearized: Linearized | None = None
 
     def pullback(self, step: Step, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)`` at this step, replaying its random draws; call inside :func:`metaopt.trajectory.replay.preserved`."""
+        """``(αA, αB)`` at this step, replaying its random draws; call inside :func:`metaopt.replay.preserved`."""
         if self.linearized is not None:
             return self.linearized.pullback(cotangent, wrt)
         replay.restore(self.rng)
@@ -50,7 +49,8 @@ class Trajectory(Protocol):
 
     Properties:
         exact: whether the moments are those of the run (as far back as they go).
-        bounded: whether memory stays the same however long the run is; such a tape can also live while λ moves.
+        bounded: whether memory stays the same however long the run is; such a tape can also live
+            while λ moves.
     """
 
     @property
@@ -92,8 +92,10 @@ def check_fixed(lam: Tree, used: Tree, versions: tuple[int, ...], what: str) -> 
     same = lam is used or all(a is b for a, b in zip(tree.leaves(lam), tree.leaves(used), strict=True))
     if not same or versions_of(lam) != versions:
         raise RuntimeError(
-            f"lam moved during the run, but {what} needs it fixed (its pullback would mix different hyperparameters). Use an online "
-            "estimator (FirstOrder, OneStep, TruncatedRMD, IFT, HyperDistill), or update lam between runs with mo.offline"
+            f"lam moved during the run, but {what} needs it fixed (its pullback would mix different "
+            "hyperparameters). Use an online "
+            "estimator (FirstOrder, OneStep, TruncatedRMD, IFT, HyperDistill), or update lam between runs with "
+            "mo.offline"
         )
 
 

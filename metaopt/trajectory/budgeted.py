@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory._weighing import weighed
 from metaopt.trajectory.base import Moment
 from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
@@ -48,11 +47,15 @@ class BudgetedTape:
 
 @dataclass(frozen=True)
 class Budgeted:
-    """Graphs of as many of the last steps as fit into ``bytes``; states for the rest; checkpoints when even those do not fit.
+    """Graphs of as many of the last steps as fit into ``bytes``; states for the rest.
 
-    States come first, since a state saves a step for far fewer bytes than a graph does. Cost: from that of :class:`Graphs` (all graphs
-    fit) over :class:`Full` (states only) to that of :class:`Checkpointed`; the numbers are the same. What a graph holds is measured by what
-    autograd saves for it, without what states, λ and batches hold anyway. While the run goes, one more graph may be alive.
+    Checkpoints when even those do not fit.
+
+    States come first, since a state saves a step for far fewer bytes than a graph does. Cost: from
+    that of :class:`Graphs` (all graphs fit) over :class:`Full` (states only) to that of
+    :class:`Checkpointed`; the numbers are the same. What a graph holds is measured by what autograd
+    saves for it, without what states, λ and batches hold anyway. While the run goes, one more graph
+    may be alive.
 
     Args:
         bytes: the budget; the first state is held in any case.
@@ -81,7 +84,9 @@ class Budgeted:
         keeper = Checkpointed(slots=max(1, self.bytes // max(1, size)), store=ByReference())
         return BudgetedTape(keeper.start(state, lam), keeper, size)
 
-    def record(self, tape: BudgetedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, BudgetedTape]:
+    def record(
+        self, tape: BudgetedTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, BudgetedTape]:
         """Take a step; keep its graph, and let go of the oldest ones that no longer fit."""
         if tape.sizes and min(tape.sizes.values()) > self._room(tape):
             tape.graphs.clear()
@@ -92,7 +97,9 @@ class Budgeted:
         if shapes in tape.sizes:
             linearized = step.linearize(state, lam, batch)
         else:
-            linearized, tape.sizes[shapes] = weighed(lambda: Moment(state, lam, batch, rng).linearize(step), (state, lam, batch))
+            linearized, tape.sizes[shapes] = weighed(
+                lambda: Moment(state, lam, batch, rng).linearize(step), (state, lam, batch)
+            )
         new = linearized.state
         tape.states.after = replay.snapshot(state)
         tape.graphs.append(Sized(Moment(state, lam, batch, rng, linearized), tape.sizes[shapes]))

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from metaopt import replay
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, Trajectory
 from metaopt.trajectory.fingerprint import fingerprint
 from metaopt.tree import Tree
@@ -25,11 +25,13 @@ class CheckedTape(NamedTuple):
 class Checked:
     """The same trajectory as ``of``; in the sweep every step is compared, bit for bit, with the run.
 
-    Two things are compared: the state that a step is said to have started from, and the state that it leads to when run again. So it finds
-    checkpoints or reversals that went astray and steps that are no function of ``(state, lam, batch)``: batches changed in place, random
-    numbers from outside torch, buffers that move, another number of threads.
+    Two things are compared: the state that a step is said to have started from, and the state that
+    it leads to when run again. So it finds checkpoints or reversals that went astray and steps that
+    are no function of ``(state, lam, batch)``: batches changed in place, random numbers from
+    outside torch, buffers that move, another number of threads.
 
-    Cost: one optimiser update and two checksums per step. Memory: ``of``'s, eight bytes per step, and one more graph.
+    Cost: one optimiser update and two checksums per step. Memory: ``of``'s, eight bytes per step,
+    and one more graph.
 
     Args:
         of: an exact trajectory.
@@ -44,7 +46,10 @@ class Checked:
     def __post_init__(self) -> None:
         """Check that there is something to check."""
         if not self.of.exact:
-            raise ValueError(f"{type(self.of).__name__} does not claim to give back the states of the run, so there is nothing to check")
+            raise ValueError(
+                f"{type(self.of).__name__} does not claim to give back the states of the run, so there is nothing to "
+                "check"
+            )
 
     @property
     def exact(self) -> bool:
@@ -60,7 +65,9 @@ class Checked:
         """An empty tape."""
         return CheckedTape(self.of.start(state, lam), [])
 
-    def record(self, tape: CheckedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckedTape]:
+    def record(
+        self, tape: CheckedTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, CheckedTape]:
         """Take a step; keep its fingerprint."""
         if not tape.prints:
             tape.prints.append(fingerprint(state))
@@ -73,7 +80,10 @@ class Checked:
         t = len(tape.prints) - 1
         for moment in self.of.moments(tape.tape, step, last):
             if fingerprint(moment.state) != tape.prints[t - 1]:
-                raise RuntimeError(f"step {t}: the state it started from was not recomputed to the bit ({type(self.of).__name__}); {_CAUSES}")
+                raise RuntimeError(
+                    f"step {t}: the state it started from was not recomputed to the bit ({type(self.of).__name__}); "
+                    f"{_CAUSES}"
+                )
             linearized = moment.linearized
             if linearized is None:
                 replay.restore(moment.rng)
@@ -89,6 +99,7 @@ class Checked:
 
 
 _CAUSES = (
-    "the step must be a function of (state, lam, batch) alone: look for batches or lam changed in place, random numbers from outside torch, "
+    "the step must be a function of (state, lam, batch) alone: look for batches or lam changed in place, random "
+    "numbers from outside torch, "
     "buffers of a module that move, nondeterministic kernels, or another number of threads"
 )

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from metaopt import replay
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
+from metaopt.replay import Rng
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
 from metaopt.trajectory.fingerprint import fingerprint
-from metaopt.trajectory.replay import Rng
 from metaopt.trajectory.revolve import Binomial, Periodic, Placement, SquareRoot, split
 from metaopt.trajectory.store import ByReference, Store
 from metaopt.tree import Tree
@@ -37,7 +37,8 @@ class CheckpointedTape:
         placement: which states are held.
         held: number of a state to what is kept of it.
         batches: per step, the batch, or its fingerprint where batches are asked for again.
-        rngs: per step, the random state before it; ``None`` where nothing was drawn since the step before ended.
+        rngs: per step, the random state before it; ``None`` where nothing was drawn since the step
+            before ended.
         after: random state after the newest step.
     """
 
@@ -59,21 +60,26 @@ class CheckpointedTape:
 class Checkpointed:
     """A few states, placed so that recomputing the rest costs little; the numbers are those of :class:`Full`, to the bit on a CPU.
 
-    Binomial (the default): ``slots`` states; with ``r`` the smallest number with ``C(slots + r, r) ≥ T``, no step is run forward more than
-    ``r + 1`` times (``r`` where ``horizon`` says what T is), the run itself included: T = 1000 with 17 slots recomputes no step more than
-    3 times (2 with ``horizon``), the sweep's own gradient aside. ``every=k``: once, with ``T/k + k`` states. ``"sqrt"``: once, ``O(√T)`` states.
+    Binomial (the default): ``slots`` states; with ``r`` the smallest number with ``C(slots + r, r)
+    ≥ T``, no step is run forward more than ``r + 1`` times (``r`` where ``horizon`` says what T
+    is), the run itself included: T = 1000 with 17 slots recomputes no step more than 3 times (2
+    with ``horizon``), the sweep's own gradient aside. ``every=k``: once, with ``T/k + k`` states.
+    ``"sqrt"``: once, ``O(√T)`` states.
 
-    Cost: the recomputed steps, and one gradient per step in the sweep. Memory: ``slots · |s|``, whatever T is; besides, references to the
-    batches and, for steps that draw random numbers, nothing unless something else draws between them (then 5 KB each).
-    A sweep uses the checkpoints up as it goes back; a second one over the same run starts from ``s_0`` (with ``every`` and ``"sqrt"`` they stay).
+    Cost: the recomputed steps, and one gradient per step in the sweep. Memory: ``slots · |s|``,
+    whatever T is; besides, references to the batches and, for steps that draw random numbers,
+    nothing unless something else draws between them (then 5 KB each). A sweep uses the checkpoints
+    up as it goes back; a second one over the same run starts from ``s_0`` (with ``every`` and
+    ``"sqrt"`` they stay).
 
     Args:
         slots: number of states held at most, or ``"sqrt"``.
         every: hold every k-th state instead.
         horizon: T, if it is known beforehand: saves a repetition.
         store: where the held states are kept (see :class:`metaopt.trajectory.Offloaded`).
-        batches: the function ``t -> batch`` that the run takes its batches from. They are then not kept but asked for again in the sweep;
-            it must be pure, and each batch is compared with the one of the run (by checksum).
+        batches: the function ``t -> batch`` that the run takes its batches from. They are then not
+            kept but asked for again in the sweep; it must be pure, and each batch is compared with
+            the one of the run (by checksum).
 
     Raises:
         ValueError: for impossible settings.
@@ -108,7 +114,9 @@ class Checkpointed:
         first = Held(self.store.put(state), replay.snapshot(state))
         return CheckpointedTape(lam, versions_of(lam), self._placement(), {0: first})
 
-    def record(self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckpointedTape]:
+    def record(
+        self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, CheckpointedTape]:
         """Take a step; hold where it started if the schedule says so."""
         self.before(tape, state, lam, batch)
         new = step(state, lam, batch)
@@ -164,7 +172,10 @@ class Checkpointed:
         return keep
 
     def _state(self, tape: CheckpointedTape, step: Step, index: int, extra: dict[int, Held]) -> tuple[InnerState, Rng]:
-        """State number ``index``: from the newest one at hand before it, leaving checkpoints on the way where there is room."""
+        """State number ``index``.
+
+        From the newest one at hand before it, leaving checkpoints on the way where there is room.
+        """
         held = extra.get(index) or tape.held.get(index)
         if held is not None:
             return self.store.get(held.kept), held.rng
@@ -180,7 +191,9 @@ class Checkpointed:
                 extra[at] = Held(self.store.put(state), rng)
         return state, rng
 
-    def _advance(self, tape: CheckpointedTape, step: Step, state: InnerState, rng: Rng, at: int, to: int) -> tuple[InnerState, Rng]:
+    def _advance(
+        self, tape: CheckpointedTape, step: Step, state: InnerState, rng: Rng, at: int, to: int
+    ) -> tuple[InnerState, Rng]:
         """From state ``at`` to state ``to``, drawing what the run drew."""
         for index in range(at, to):
             batch = self._batch(tape, index + 1)
@@ -195,7 +208,8 @@ class Checkpointed:
         batch = self.batches(t)
         if fingerprint(batch) != tape.batches[t - 1]:
             raise RuntimeError(
-                f"batches({t}) gave another batch in the sweep than in the run, so the trajectory cannot be replayed: make it a pure function of t "
+                f"batches({t}) gave another batch in the sweep than in the run, so the trajectory cannot be "
+                "replayed: make it a pure function of t "
                 "(seed a torch.Generator with t), or leave out Checkpointed(batches=...) so that batches are kept"
             )
         return batch

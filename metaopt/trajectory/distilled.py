@@ -4,7 +4,8 @@ r"""HyperDistill's memory: one state and one batch that stand for the whole run 
     w^*_t = p_t w^*_{t-1} + (1 - p_t) w_{t-1}, \qquad D^*_t = SS(D^*_{t-1}, p_t) \cup SS(D_t, 1 - p_t),
     \qquad p_t = \frac{\gamma - \gamma^t}{1 - \gamma^t}
 
-Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", arXiv 2110.02508.
+Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", arXiv
+2110.02508.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ class Distillate(NamedTuple):
 class Distilled:
     """The running distillates.
 
-    ``|D*| = |D|`` always: k of the old examples and ``|D| - k`` of the new ones. Where the new batch *is* the old one (the same
-    tensors: full-batch training), the union of subsamples is that batch, and nothing is drawn.
+    ``|D*| = |D|`` always: k of the old examples and ``|D| - k`` of the new ones. Where the new
+    batch *is* the old one (the same tensors: full-batch training), the union of subsamples is that
+    batch, and nothing is drawn.
 
     Args:
         gamma: decay γ in [0, 1].
-        example_axis: axis of every batch tensor that runs over examples (1 for a stacked meta-batch, whose axis 0 are tasks).
-        stochastic_rounding: ``k = ⌊p|D|⌋`` or one more, so that its mean is ``p|D|``. With plain rounding, a small ``|D|`` and γ
-            near 1 let no new example in after a while (|D| = 10, γ ≥ .99: from t ≈ 22).
+        example_axis: axis of every batch tensor that runs over examples (1 for a stacked
+            meta-batch, whose axis 0 are tasks).
+        stochastic_rounding: ``k = ⌊p|D|⌋`` or one more, so that its mean is ``p|D|``. With plain
+            rounding, a small ``|D|`` and γ near 1 let no new example in after a while (|D| = 10, γ
+            ≥ .99: from t ≈ 22).
         seed: of the subsampling; the global random state is not used.
     """
 
@@ -86,7 +90,9 @@ class Distilled:
                 return b
             if kept == size:
                 return a
-            return torch.cat([a.index_select(axis, from_old.to(b.device)), b.index_select(axis, from_new.to(b.device))], axis)
+            return torch.cat(
+                [a.index_select(axis, from_old.to(b.device)), b.index_select(axis, from_new.to(b.device))], axis
+            )
 
         return tree.map(union, old, new)
 
@@ -103,10 +109,16 @@ def geometric_sum(gamma: float, t: int) -> float:
 
 
 def keep_newest(gamma: float, t: int) -> float:
-    r""":math:`p_t = (\gamma - \gamma^t)/(1 - \gamma^t)`: the share of the old when the newest is appended; (t-1)/t for γ = 1."""
+    r""":math:`p_t = (\gamma - \gamma^t)/(1 - \gamma^t)`.
+
+    The share of the old when the newest is appended; (t-1)/t for γ = 1.
+    """
     return (t - 1) / t if gamma == 1.0 else (gamma - gamma**t) / (1.0 - gamma**t)
 
 
 def keep_oldest(gamma: float, s: int) -> float:
-    r""":math:`p_s = (1 - \gamma^{s-1})/(1 - \gamma^s)`: the share of the rest when the oldest is put before it; (s-1)/s for γ = 1."""
+    r""":math:`p_s = (1 - \gamma^{s-1})/(1 - \gamma^s)`.
+
+    The share of the rest when the oldest is put before it; (s-1)/s for γ = 1.
+    """
     return (s - 1) / s if gamma == 1.0 else (1.0 - gamma ** (s - 1)) / (1.0 - gamma**s)

@@ -1,9 +1,10 @@
 r"""Momentum SGD in exact arithmetic: a run that can be undone to the bit.
 
-Weights x and velocities v are integers (units of :math:`2^{-52}`). The updates :math:`v \leftarrow \beta v + g` and
+Weights x and velocities v are integers (units of :math:`2^{-52}`). The updates :math:`v \leftarrow
+\beta v + g` and
 :math:`x \leftarrow x - \text{round}(\eta v)` are undone exactly, but for the bits that multiplying by :math:`\beta < 1` destroys; those go into a
-buffer: with :math:`\beta = n/d`, the remainder of :math:`v / d` is pushed in base d, and a remainder in base n is popped. A full buffer is put
-away as 48-bit numbers.
+buffer: with :math:`\beta = n/d`, the remainder of :math:`v / d` is pushed in base d, and a
+remainder in base n is popped. A full buffer is put away as 48-bit numbers.
 
 Maclaurin, Duvenaud and Adams 2015, arXiv 1502.03492.
 """
@@ -41,7 +42,9 @@ def to_fixed(x: Tensor, what: str) -> Tensor:
         OverflowError: for numbers of 512 and more, and for those that are not finite.
     """
     if not bool((x.abs() < RANGE).all()):
-        raise OverflowError(f"reversible learning: {what} left the range of fixed-point numbers (±{RANGE:.0f}); lower the learning rate")
+        raise OverflowError(
+            f"reversible learning: {what} left the range of fixed-point numbers (±{RANGE:.0f}); lower the learning rate"
+        )
     return (x.double() * SCALE).round().long()
 
 
@@ -65,7 +68,10 @@ class Remainders:
     pushed: int = 0
 
     def multiply(self, v: Tensor, numerator: int, denominator: int) -> Tensor:
-        """``v · n / d``, rounded; what is lost goes onto the stack, and a remainder in base n comes off it into the result."""
+        """``v · n / d``, rounded.
+
+        What is lost goes onto the stack, and a remainder in base n comes off it into the result.
+        """
         if bool((self.buffer >= FULL * numerator // denominator - 1).any()):
             high, low = self.buffer >> 32, self.buffer & 0xFFFFFFFF
             self.below.append(((low - (1 << 31)).to(torch.int32), high.to(torch.int16)))

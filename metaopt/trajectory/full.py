@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from metaopt import replay
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
 from metaopt.trajectory.rows import Rows
 from metaopt.tree import Tree
@@ -27,8 +27,9 @@ class FullTape(NamedTuple):
 class Full:
     """States ``s_0 … s_{T-1}``, batches and random states; graphs are rebuilt one at a time in the sweep.
 
-    Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``, independent of activations;
-    states of 64 KiB and more are copied into preallocated rows (:mod:`metaopt.trajectory.rows`).
+    Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``,
+    independent of activations; states of 64 KiB and more are copied into preallocated rows
+    (:mod:`metaopt.trajectory.rows`).
     """
 
     @property
@@ -45,7 +46,9 @@ class Full:
         """An empty tape."""
         return FullTape(lam, versions_of(lam), [], Rows())
 
-    def record(self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, FullTape]:
+    def record(
+        self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, FullTape]:
         """Take a step; keep where it started."""
         check_fixed(lam, tape.lam, tape.versions, "a full trajectory")
         moment = Moment(tape.rows.put(state), lam, batch, replay.snapshot(state))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from metaopt import replay
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment, check_fixed
 from metaopt.trajectory.full import Full, FullTape
 from metaopt.tree import Tree
@@ -17,11 +17,14 @@ from metaopt.tree import Tree
 class Graphs(Full):
     """The graph of every step's gradient, swept step by step: nothing is recomputed.
 
-    Cost: none in the sweep but the products. Memory: T times the activations; the fastest where it fits, and never more than
-    backpropagation through the whole run. :class:`Budgeted` keeps as many graphs as a number of bytes allows.
+    Cost: none in the sweep but the products. Memory: T times the activations; the fastest where it
+    fits, and never more than backpropagation through the whole run. :class:`Budgeted` keeps as many
+    graphs as a number of bytes allows.
     """
 
-    def record(self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, FullTape]:
+    def record(
+        self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, FullTape]:
         """Take a step; keep its graph."""
         check_fixed(lam, tape.lam, tape.versions, "a trajectory of graphs")
         rng = replay.snapshot(state)

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
+from metaopt.inner.contract import Step, StepAtSeveral
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step, StepAtSeveral
-from metaopt.trajectory import replay
+from metaopt.replay import Rng
 from metaopt.trajectory._weighing import weighed
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
-from metaopt.trajectory.replay import Rng
 from metaopt.trajectory.rows import ROWS, SMALL, is_tiny
 from metaopt.tree import Tree
 
@@ -39,8 +38,10 @@ class InterpolatedTape(NamedTuple):
 class Interpolated:
     """Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
 
-    Memory: ``2 |s|``; where states have less than 4 KiB, sixteen at a time, and the graphs of sixteen steps if that of the newest holds less than
-    64 KiB: their points are known beforehand, so that one call of autograd makes them. Bias: exact only where A and B do not depend on the state.
+    Memory: ``2 |s|``; where states have less than 4 KiB, sixteen at a time, and the graphs of
+    sixteen steps if that of the newest holds less than 64 KiB: their points are known beforehand,
+    so that one call of autograd makes them. Bias: exact only where A and B do not depend on the
+    state.
     """
 
     @property
@@ -57,7 +58,9 @@ class Interpolated:
         """Keep the first state."""
         return InterpolatedTape(state, lam, versions_of(lam), [])
 
-    def record(self, tape: InterpolatedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, InterpolatedTape]:
+    def record(
+        self, tape: InterpolatedTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, InterpolatedTape]:
         """Take a step; keep its batch."""
         check_fixed(lam, tape.lam, tape.versions, "an interpolated trajectory (DrMAD)")
         tape.batches.append((batch, replay.snapshot(state)))
@@ -66,7 +69,10 @@ class Interpolated:
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first, at the interpolated states."""
         states = straight_line(tape.first, last, len(tape.batches))
-        moments = (Moment(state, tape.lam, batch, rng) for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True))
+        moments = (
+            Moment(state, tape.lam, batch, rng)
+            for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True)
+        )
         yield from _with_graphs(moments, step) if is_tiny(tape.first) and isinstance(step, StepAtSeveral) else moments
 
     def complete(self, tape: InterpolatedTape) -> bool:
@@ -75,7 +81,10 @@ class Interpolated:
 
 
 def _with_graphs(moments: Iterator[Moment], step: StepAtSeveral) -> Iterator[Moment]:
-    """The same with their graphs, which are made in groups; as they are, where the first one's is not small or not to be had."""
+    """The same with their graphs, which are made in groups.
+
+    As they are, where the first one's is not small or not to be had.
+    """
     first = list(islice(moments, 1))
     made, size = weighed(lambda: _linearized(first, step), first)
     yield from made
@@ -95,14 +104,20 @@ def _linearized(group: list[Moment], step: StepAtSeveral) -> list[Moment]:
             yield moment.state, moment.batch
 
     graphs = step.linearize_each(points(), group[0].lam) if group else None
-    return group if graphs is None else [moment._replace(linearized=graph) for moment, graph in zip(group, graphs, strict=True)]
+    return (
+        group
+        if graphs is None
+        else [moment._replace(linearized=graph) for moment, graph in zip(group, graphs, strict=True)]
+    )
 
 
 def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:
     r"""The interpolated states :math:`\hat s_{T-1}, \dots, \hat s_0`, from which the steps of a run start, newest first."""
     flat, spec = tree.flatten((last.w, last.slots))
     places = [i for i, x in enumerate(flat) if tree.is_float(x)]
-    for t, between in zip(range(horizon - 1, -1, -1), _between(tree.floats(first), tree.floats(last), horizon), strict=True):
+    for t, between in zip(
+        range(horizon - 1, -1, -1), _between(tree.floats(first), tree.floats(last), horizon), strict=True
+    ):
         for i, x in zip(places, between, strict=True):
             flat[i] = x
         w, slots = tree.unflatten(flat, spec)
@@ -110,12 +125,21 @@ def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator
 
 
 def _between(first: list[Tensor], last: list[Tensor], horizon: int) -> Iterator[Sequence[Tensor]]:
-    """The leaves of the states; of tiny ones sixteen states in one call for each leaf, since calls are what they cost."""
+    """The leaves of the states.
+
+    Of tiny ones sixteen states in one call for each leaf, since calls are what they cost.
+    """
     weights = [t / horizon for t in range(horizon - 1, -1, -1)]
     if is_tiny(InnerState(first)) and all(x.dtype in (torch.float32, torch.float64) for x in first):
         for start in range(0, horizon, ROWS):
             column = torch.tensor(weights[start : start + ROWS], dtype=torch.float64)
-            yield from zip(*(torch.lerp(x, y, column.to(x).view(-1, *[1] * x.ndim)).unbind() for x, y in zip(first, last, strict=True)), strict=True)
+            yield from zip(
+                *(
+                    torch.lerp(x, y, column.to(x).view(-1, *[1] * x.ndim)).unbind()
+                    for x, y in zip(first, last, strict=True)
+                ),
+                strict=True,
+            )
     else:
         for weight in weights:
             yield torch._foreach_lerp(first, last, weight)  # pyright: ignore[reportPrivateImportUsage]

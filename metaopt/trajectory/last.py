@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from metaopt import replay
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.trajectory.base import Moment
 from metaopt.tree import Tree
 
@@ -28,8 +28,9 @@ class Last:
 
     Args:
         horizon: K ≥ 0. With 0 nothing is remembered.
-        graphs: keep each step's graph instead of rebuilding it in the sweep: saves one gradient per sweep step, costs K times
-            the activations. Pays for ``horizon=1``, where the graph of the training step itself is used.
+        graphs: keep each step's graph instead of rebuilding it in the sweep: saves one gradient per
+            sweep step, costs K times the activations. Pays for ``horizon=1``, where the graph of
+            the training step itself is used.
     """
 
     horizon: int
@@ -54,7 +55,9 @@ class Last:
         """An empty tape."""
         return LastTape()
 
-    def record(self, tape: LastTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, LastTape]:
+    def record(
+        self, tape: LastTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, LastTape]:
         """Take a step; forget the oldest."""
         if self.horizon == 0:
             return step(state, lam, batch), LastTape((), tape.steps + 1)

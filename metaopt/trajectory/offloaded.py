@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.trajectory.base import Moment
 from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
 from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
@@ -18,8 +18,9 @@ from metaopt.tree import Tree
 class Offloaded:
     """States on another device or in memory-mapped files; all of them, or those that a checkpointed trajectory holds.
 
-    The numbers are those of :class:`Full`. Cost: copying each held state away and back. Memory where the run happens: one state. Files
-    have no names, so that nothing is left behind, even if the process is killed (POSIX systems).
+    The numbers are those of :class:`Full`. Cost: copying each held state away and back. Memory
+    where the run happens: one state. Files have no names, so that nothing is left behind, even if
+    the process is killed (POSIX systems).
 
     >>> Offloaded(device="cpu", of=Checkpointed(slots=10)).checkpoints.slots
     10
@@ -40,7 +41,9 @@ class Offloaded:
     def __post_init__(self) -> None:
         """Check the settings."""
         if (self.device is None) == (self.directory is None):
-            raise ValueError(f"give either device or directory, got device={self.device!r}, directory={self.directory!r}")
+            raise ValueError(
+                f"give either device or directory, got device={self.device!r}, directory={self.directory!r}"
+            )
         if self.of.store != ByReference():
             raise ValueError(f"the trajectory to offload has a store of its own already: {self.of.store}")
 
@@ -64,7 +67,9 @@ class Offloaded:
         """Put the first state away."""
         return self.checkpoints.start(state, lam)
 
-    def record(self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, CheckpointedTape]:
+    def record(
+        self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, CheckpointedTape]:
         """Take a step; put away where it started."""
         return self.checkpoints.record(tape, step, state, lam, batch)
 

@@ -1,6 +1,7 @@
 """The last state only, and the bits needed to run the training backwards.
 
-Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through reversible learning", arXiv 1502.03492.
+Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through reversible
+learning", arXiv 1502.03492.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.inner.constant_slots import ConstantSlots
-from metaopt.inner.optimizer import per_leaf
-from metaopt.inner.sgd import SGD
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, Step
-from metaopt.trajectory import replay
+from metaopt.inner.step import InnerStep
+from metaopt.optim.optimizer import per_leaf
+from metaopt.optim.sgd import SGD
+from metaopt.replay import Rng
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
 from metaopt.trajectory.fixed_point import Remainders, ratio, to_fixed, to_float
-from metaopt.trajectory.replay import Rng
 from metaopt.tree import Tree
 
 
@@ -58,10 +59,12 @@ class ReversibleTape:
 class Reversible:
     """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
 
-    The run itself is done in fixed point (units of 2^-52; the momentum as a fraction with a denominator of at most 2^16), so its numbers are
-    not those of :class:`Full` to the bit (the start is rounded too). Cost: two gradients per step in the sweep. Memory: one state and
-    ``T · log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state of floats per step would take 64). SGD with momentum only, as
-    :class:`metaopt.inner.SGD` does it, without Nesterov; weight decay, dampening, schedules and learned learning rates are fine.
+    The run itself is done in fixed point (units of 2^-52; the momentum as a fraction with a
+    denominator of at most 2^16), so its numbers are not those of :class:`Full` to the bit (the
+    start is rounded too). Cost: two gradients per step in the sweep. Memory: one state and ``T ·
+    log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state of floats per step would take
+    64). SGD with momentum only, as :class:`metaopt.optim.SGD` does it, without Nesterov; weight
+    decay, dampening, schedules and learned learning rates are fine.
 
     Raises:
         TypeError: for any other step.
@@ -84,16 +87,21 @@ class Reversible:
         """The first state as integers."""
         x = [to_fixed(leaf, "a weight") for leaf in tree.leaves(state.w)]
         if not isinstance(state.slots, dict) or set(state.slots) != {"momentum"}:
-            raise TypeError("a reversible trajectory needs momentum SGD: mo.inner.SGD(lr=..., momentum=...)")
+            raise TypeError("a reversible trajectory needs momentum SGD: mo.optim.SGD(lr=..., momentum=...)")
         v = [to_fixed(leaf, "a velocity") for leaf in tree.leaves(state.slots["momentum"])]
         return ReversibleTape(lam, versions_of(lam), state, x, v, [Remainders(torch.zeros_like(leaf)) for leaf in x])
 
-    def record(self, tape: ReversibleTape, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, ReversibleTape]:
+    def record(
+        self, tape: ReversibleTape, step: Step, state: InnerState, lam: Tree, batch: Any
+    ) -> tuple[InnerState, ReversibleTape]:
         """Take a step in fixed point."""
         check_fixed(lam, tape.lam, tape.versions, "a reversible trajectory")
         optimizer = _momentum_sgd(step)
         if state is not tape.newest:
-            raise RuntimeError("a reversible trajectory was given a state that is not the one it returned last: its run is in fixed point")
+            raise RuntimeError(
+                "a reversible trajectory was given a state that is not the one it returned last: its run is in fixed "
+                "point"
+            )
         tape.batches.append((batch, replay.snapshot(state)))
         rates, ratios = _settings(optimizer, state, lam)
         gradients = _push(step, _floats(tape.x, tape.v, state, state.t), lam, batch)
@@ -102,7 +110,10 @@ class Reversible:
             tape.x[i] = tape.x[i] - _moved(rates[i], tape.v[i])
         tape.newest = _floats(tape.x, tape.v, state, state.t + 1)
         if not all(bool((leaf.abs() < 512).all()) for leaf in tree.floats(tape.newest)):
-            raise OverflowError("reversible learning: a weight or velocity reached 512, the end of fixed-point numbers; lower the learning rate")
+            raise OverflowError(
+                "reversible learning: a weight or velocity reached 512, the end of fixed-point numbers; lower the "
+                "learning rate"
+            )
         return tape.newest, tape
 
     def moments(self, tape: ReversibleTape, step: Step, last: InnerState) -> Iterator[Moment]:
@@ -131,7 +142,10 @@ def _momentum_sgd(step: Any) -> SGD:
     optimizer = getattr(step, "optimizer", None)
     if isinstance(step, ConstantSlots) or not isinstance(optimizer, SGD) or optimizer.nesterov:
         what = type(step).__name__ if optimizer is None else repr(optimizer)
-        raise TypeError(f"a reversible trajectory needs momentum SGD without Nesterov, mo.inner.SGD(lr=..., momentum=...); got {what}")
+        raise TypeError(
+            "a reversible trajectory needs momentum SGD without Nesterov, mo.optim.SGD(lr=..., momentum=...); got "
+            f"{what}"
+        )
     return optimizer
 
 

@@ -1,6 +1,7 @@
 r"""Where to put checkpoints: binomial schedules.
 
-With :math:`c` slots (the start counts as one) and every step run forward at most :math:`r` times, a run of
+With :math:`c` slots (the start counts as one) and every step run forward at most :math:`r` times, a
+run of
 :math:`T \le \binom{c + r}{c}` steps can be reversed. Griewank and Walther 2000 ("Revolve"), for a known T; Wang, Moin and Iaccarino 2009
 for a run whose length is not known while it goes (at most one more repetition).
 """
@@ -38,7 +39,8 @@ def split(length: int, slots: int) -> int:
 class Placement:
     """Which states of a run in progress are checkpoints. State 0 always is.
 
-    :meth:`visit` is told every state in turn and says whether to keep it and which older one to let go.
+    :meth:`visit` is told every state in turn and says whether to keep it and which older one to let
+    go.
 
     Attributes:
         kept: numbers of the states held now, ascending.
@@ -59,8 +61,8 @@ class Placement:
 class Binomial(Placement):
     """At most ``slots`` checkpoints; ``horizon`` is T where it is known.
 
-    Unknown T: a new checkpoint has level 0 and replaces an older one that has a later one of higher level; where there is none, the
-    newest moves on by one step and up by one level.
+    Unknown T: a new checkpoint has level 0 and replaces an older one that has a later one of higher
+    level; where there is none, the newest moves on by one step and up by one level.
     """
 
     slots: int = 17
@@ -73,7 +75,9 @@ class Binomial(Placement):
             newest = self.kept[-1]
             if len(self.kept) == self.slots:
                 return False, None
-            return self._keep(index >= newest + split(self.horizon - newest, self.slots - len(self.kept) + 1), index, None)
+            return self._keep(
+                index >= newest + split(self.horizon - newest, self.slots - len(self.kept) + 1), index, None
+            )
         if len(self.kept) < self.slots:
             return self._keep(True, index, None)
         if self.slots == 1:
@@ -112,7 +116,9 @@ class Periodic(Placement):
 
 @dataclass
 class SquareRoot(Placement):
-    """Every k-th state with k about √T, T unknown: whenever there are more than 2k checkpoints, every other one goes and k doubles.
+    """Every k-th state with k about √T, T unknown.
+
+    Whenever there are more than 2k checkpoints, every other one goes and k doubles.
 
     Memory: at most ``√(2T) + 1`` checkpoints.
     """

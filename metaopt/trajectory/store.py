@@ -61,8 +61,9 @@ class OnDevice:
 class OnDisk:
     """One memory-mapped file per state in ``directory``.
 
-    The file never has a name where the file system allows that (Linux), and elsewhere loses it as soon as it is mapped, so nothing is left
-    behind, not even by a process that is killed; the space is given back when the state is dropped.
+    The file never has a name where the file system allows that (Linux), and elsewhere loses it as
+    soon as it is mapped, so nothing is left behind, not even by a process that is killed; the space
+    is given back when the state is dropped.
     """
 
     directory: str
@@ -71,7 +72,8 @@ class OnDisk:
         """Write it to a file, and map that.
 
         Raises:
-            OSError: if the disk is full or the directory cannot be written to; it names the directory.
+            OSError: if the disk is full or the directory cannot be written to; it names the
+                directory.
         """
         tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
         home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
@@ -112,7 +114,8 @@ class OnDisk:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot keep a state of {size:,} bytes in {self.directory!r} ({error.strerror}): make room there, hold fewer states "
+                f"cannot keep a state of {size:,} bytes in {self.directory!r} ({error.strerror}): make room there, "
+                "hold fewer states "
                 "(of=mo.trajectory.Checkpointed(slots=...)), or give another directory",
             ) from error
 

@@ -1,7 +1,8 @@
 r"""Closed forms: problems whose hypergradient is known at every horizon.
 
-Outer loss where nothing else is said: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term; so :math:`\alpha_T = w_T - b`.
-Each function returns a :class:`Problem`; its docstring is the derivation.
+Outer loss where nothing else is said: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term;
+so :math:`\alpha_T = w_T - b`. Each function returns a :class:`Problem`; its docstring is the
+derivation.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.inner.sgd import SGD
-from metaopt.inner.step import Step, inner_step
+from metaopt.inner.contract import Step
+from metaopt.inner.step import inner_step
+from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
 
 
@@ -30,11 +32,15 @@ class Problem:
         lam: hyperparameters.
         batches: ``D_1 … D_T``.
         outer_batch: what the outer loss is taken on.
-        exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form is known.
-        constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or not (then it is exact).
+        exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form
+            is known.
+        constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or
+            not (then it is exact).
         converged: whether ``w0`` minimises the inner loss already.
-        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, where there is one.
-        evograd_limit: horizon T to what EvoGrad with infinitely many copies (Gaussian, σ = 1, τ = ½) gives, where that is known.
+        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, where there is
+            one.
+        evograd_limit: horizon T to what EvoGrad with infinitely many copies (Gaussian, σ = 1, τ =
+            ½) gives, where that is known.
     """
 
     name: str
@@ -74,7 +80,15 @@ def draw_quadratic(size: int, conditioning: float, seed: int, *, diagonal: bool 
     return Quadratic(basis @ torch.diag(eigenvalues) @ basis.T, normal(size), normal(size), normal(size))
 
 
-def quadratic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, diagonal: bool = False) -> Problem:
+def quadratic(
+    size: int = 4,
+    conditioning: float = 5.0,
+    seed: int = 0,
+    horizon: int = 6,
+    *,
+    lr: float = 0.3,
+    diagonal: bool = False,
+) -> Problem:
     r"""1. :math:`L = \tfrac12 (w-\lambda)^\top H (w-\lambda)`, gradient descent.
 
     :math:`w_t - \lambda = (I - \eta H)(w_{t-1} - \lambda)`, so :math:`w_T = \lambda + M (w_0 - \lambda)` and
@@ -92,10 +106,13 @@ def quadratic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
     return Problem(name, step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
 
 
-def non_commuting(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+def non_commuting(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
+) -> Problem:
     r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`, a *descending* product.
 
-    The batch of step t is :math:`H_t`; these do not commute, so a product in ascending order is wrong.
+    The batch of step t is :math:`H_t`; these do not commute, so a product in ascending order is
+    wrong.
     """
     q = draw_quadratic(size, conditioning, seed)
     batches = [draw_quadratic(size, conditioning, 1000 + seed + t).H for t in range(horizon)]
@@ -107,13 +124,18 @@ def non_commuting(size: int = 4, conditioning: float = 5.0, seed: int = 0, horiz
         return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
 
     step = inner_step(lambda w, lam, H: 0.5 * (w - lam) @ H @ (w - lam), SGD(lr=lr))
-    return Problem("non-commuting Hessians", step, _to(q.target), q.w0, q.lam, batches, exact=exact, constant_jacobians=True)
+    return Problem(
+        "non-commuting Hessians", step, _to(q.target), q.w0, q.lam, batches, exact=exact, constant_jacobians=True
+    )
 
 
-def momentum(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, mu: float = 0.7) -> Problem:
+def momentum(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, mu: float = 0.7
+) -> Problem:
     r"""2. Problem 1 with heavy-ball momentum.
 
-    With :math:`e = w - \lambda`: :math:`v' = \mu v + H e,\; e' = e - \eta v'`, so :math:`(e, v)` is multiplied by
+    With :math:`e = w - \lambda`: :math:`v' = \mu v + H e,\; e' = e - \eta v'`, so :math:`(e, v)` is
+    multiplied by
     :math:`M = \begin{pmatrix} I-\eta H & -\eta\mu I \\ H & \mu I \end{pmatrix}`, and with :math:`m = (M^T)_{00}`: :math:`dw_T/d\lambda = I - m`.
     """
     q = draw_quadratic(size, conditioning, seed)
@@ -128,10 +150,13 @@ def momentum(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: i
     return Problem("momentum", step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
 
 
-def log_l2(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2, direct: float = 0.3) -> Problem:
+def log_l2(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2, direct: float = 0.3
+) -> Problem:
     r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`; the outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
 
-    Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T (w_0 - w^*)`, and by
+    Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T
+    (w_0 - w^*)`, and by
     :math:`dc/d\lambda = e^\lambda`: :math:`dw_T/d\lambda = e^\lambda [-\tfrac{ha}{c^2}(1 - r^T) - \eta T r^{T-1} (w_0 - w^*)]`.
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=True)
@@ -149,7 +174,9 @@ def log_l2(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int
     return Problem("log-L2, direct term", step, outer_loss, q.w0, lam, [None] * horizon, exact=exact)
 
 
-def learning_rate(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+def learning_rate(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
+) -> Problem:
     r"""4. λ = η on :math:`L = \tfrac12 w^\top H w`: :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`."""
     q = draw_quadratic(size, conditioning, seed)
     contraction = _eye(size) - lr * q.H
@@ -159,7 +186,9 @@ def learning_rate(size: int = 4, conditioning: float = 5.0, seed: int = 0, horiz
         return -T * (contraction @ before - q.target) @ q.H @ before
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam))
-    return Problem("learning rate", step, _to(q.target), q.w0, torch.tensor(lr, dtype=torch.float64), [None] * horizon, exact=exact)
+    return Problem(
+        "learning rate", step, _to(q.target), q.w0, torch.tensor(lr, dtype=torch.float64), [None] * horizon, exact=exact
+    )
 
 
 def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Problem:
@@ -175,7 +204,9 @@ def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: i
 
     def exact(T: int) -> Tensor:
         alpha = product(None, T) - q.target
-        return torch.stack([-alpha @ q.H @ product(t, T) if t < T else torch.zeros((), dtype=torch.float64) for t in range(horizon)])
+        return torch.stack(
+            [-alpha @ q.H @ product(t, T) if t < T else torch.zeros((), dtype=torch.float64) for t in range(horizon)]
+        )
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam[t - 1]))
     return Problem("schedule", step, _to(q.target), q.w0, rates, [None] * horizon, exact=exact)
@@ -186,7 +217,8 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
 
     That is :math:`w^* = K^{-1} b` with :math:`K = H + e^\lambda`.
 
-    Every state is :math:`w^*`, with :math:`A = I - \eta K,\; B = -\eta e^\lambda w^*`, so T steps give
+    Every state is :math:`w^*`, with :math:`A = I - \eta K,\; B = -\eta e^\lambda w^*`, so T steps
+    give
     :math:`-\alpha (I - A^T) K^{-1} e^\lambda w^*`; the limit :math:`T \to \infty` is implicit differentiation's answer.
     """
     q = draw_quadratic(size, conditioning, seed)
@@ -199,14 +231,25 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
         return -(minimum - q.target) @ (_eye(size) - M) @ torch.linalg.solve(K, lam.exp() * minimum)
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w - q.w0 @ w + 0.5 * lam.exp() * (w @ w), SGD(lr=lr))
-    return Problem("ridge at its minimum", step, _to(q.target), minimum, lam, [None] * horizon, exact=exact, constant_jacobians=True, converged=True)
+    return Problem(
+        "ridge at its minimum",
+        step,
+        _to(q.target),
+        minimum,
+        lam,
+        [None] * horizon,
+        exact=exact,
+        constant_jacobians=True,
+        converged=True,
+    )
 
 
 def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Problem:
     r"""7. :math:`L = \tfrac12 h |w-a|^2 + \tfrac12 \lambda |w|^2` with a single h (:math:`1/` ``conditioning``): problem 3 without the exponential.
 
-    A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so :math:`\sum_i \gamma^{t-i} B_i` is a product with B at the γ-weighted mean of the
-    weights: HyperDistill with that γ and θ = 1 is exact at every horizon.
+    A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so :math:`\sum_i \gamma^{t-i} B_i` is a
+    product with B at the γ-weighted mean of the weights: HyperDistill with that γ and θ = 1 is
+    exact at every horizon.
     """
     q = draw_quadratic(size, conditioning, seed)
     h, lam = torch.tensor(1.0 / conditioning, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
@@ -220,14 +263,18 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
     return Problem("isotropic", step, _to(q.target), q.w0, lam, [None] * horizon, exact=exact, contraction=gamma)
 
 
-def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Problem:
+def population(
+    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2
+) -> Problem:
     r"""6. EvoGrad's problem: inner :math:`c\,[(x-1)^2 + \lambda x^2]` per coordinate (one with c = 1 in the paper), outer :math:`(x-\tfrac12)^2`.
 
-    Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at convergence
+    Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at
+    convergence
     :math:`2 (x^* - \tfrac12) \cdot (-x^{*2}) = (\lambda-1)/(\lambda+1)^3`, and T steps give the share :math:`1 - r^T` of it, with
     :math:`r = 1 - 2\eta c (1+\lambda)`. Bohdal et al. 2021, arXiv 2106.10575.
 
-    EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number: :math:`x + \epsilon`, weighted by
+    EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number:
+    :math:`x + \epsilon`, weighted by
     :math:`e^{-2\ell}`, is a product of Gaussians with mean :math:`\theta = (x + 4c)/(1 + 4c(1+\lambda))`, so the hypergradient is
     :math:`2(\theta - \tfrac12)\, d\theta/d\lambda` with :math:`d\theta/d\lambda = -4c\, \theta/(1 + 4c(1+\lambda))`.
     """
@@ -244,19 +291,28 @@ def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon:
         return -2 * (theta - 0.5) * 4 * c * theta / precision
 
     step = inner_step(lambda w, lam, _: (c * ((w - 1) ** 2 + lam * w**2)).sum(), SGD(lr=lr))
-    problem = Problem("EvoGrad's", step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, exact=exact)
+    problem = Problem(
+        "EvoGrad's", step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, exact=exact
+    )
     return replace(problem, constant_jacobians=True, converged=True, evograd_limit=limit)
 
 
 def drifting(
-    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, window: int = 2, drift: float = 0.1
+    size: int = 4,
+    conditioning: float = 5.0,
+    seed: int = 0,
+    horizon: int = 6,
+    *,
+    lr: float = 0.3,
+    window: int = 2,
+    drift: float = 0.1,
 ) -> Problem:
     r"""8. FDS's setting: :math:`L_t = \tfrac12 k |w|^2 - \lambda_{i(t)}\, c_t \cdot w`, one λ per window of steps, :math:`c_t` drifts along the run.
 
     With :math:`r = 1 - \eta k`: :math:`w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t`, so
     :math:`dw_T/d\lambda_i = \eta \sum_{t \in i} r^{T-t} c_t`. For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`, noisy
-    measurements with linear drift: the mean over the window has the error of :func:`metaopt.estimators.fds.shared_window_error`.
-    Micaelli & Storkey 2021, arXiv 2007.07869.
+    measurements with linear drift: the mean over the window has the error of
+    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, arXiv 2007.07869.
     """
     q = draw_quadratic(size, conditioning, seed)
     k, windows = 1 / conditioning, -(-horizon // window)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators import Estimator, NotConvergedWarning, ZeroHypergradientWarning, hypergradient
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
-from metaopt.trajectory import replay
 from metaopt.tree import Tree
 from metaopt.verify.cases import CLOSED_FORMS, Problem
 from metaopt.verify.formulas import formula_of
@@ -66,7 +65,11 @@ class Report:
     def __repr__(self) -> str:
         """A table in plain text, failures marked."""
         head = f"{self.name}: {'passed' if self.passed else 'FAILED'}, {len(self.rows) - len(self.failures)} of {len(self.rows)} checks"
-        marks = [f"  {'ok  ' if r.passed else 'FAIL'} {r.case:<32} {r.against:<16} {r.error:8.1e} <= {r.tolerance:.0e}  {r.note}" for r in self.rows]
+        marks = [
+            f"  {'ok  ' if r.passed else 'FAIL'} {r.case:<32} {r.against:<16} {r.error:8.1e} <= {r.tolerance:.0e}  "
+            f"{r.note}"
+            for r in self.rows
+        ]
         return "\n".join([head, *marks])
 
 
@@ -104,17 +107,28 @@ def check(
 
 
 # -- estimators ----------------------------------------------------------------------------------
-def check_estimator(estimator: Estimator, *, problems: Sequence[Callable[..., Problem]] = CLOSED_FORMS, tolerance: float, seed: int) -> Report:
-    """Its own formula on every case at horizons 1, 2 and 6; the closed form where it claims, or theory says, that it is exact."""
+def check_estimator(
+    estimator: Estimator, *, problems: Sequence[Callable[..., Problem]] = CLOSED_FORMS, tolerance: float, seed: int
+) -> Report:
+    """Its own formula on every case at horizons 1, 2 and 6.
+
+    The closed form where it claims, or theory says, that it is exact.
+    """
     rows = [row for make in problems for row in _on(make(seed=seed, horizon=max(HORIZONS)), estimator, tolerance)]
     return Report(repr(estimator), tuple(rows))
 
 
 def verify_class(kind: type[Estimator], *, tolerance: float = 1e-10, seed: int = 0) -> Report:
-    """The estimator as its row in :data:`metaopt.verify.formulas.ENTRIES` makes it for each case; without a row it fails."""
+    """The estimator as its row in :data:`metaopt.verify.formulas.ENTRIES` makes it for each case.
+
+    Without a row it fails.
+    """
     formula = formula_of(kind)
     if formula is None:
-        return Report(kind.__name__, (Row("(none)", "own formula", float("inf"), tolerance, "no row in metaopt.verify.formulas.ENTRIES"),))
+        return Report(
+            kind.__name__,
+            (Row("(none)", "own formula", float("inf"), tolerance, "no row in metaopt.verify.formulas.ENTRIES"),),
+        )
     rows: list[Row] = []
     for make in CLOSED_FORMS:
         problem = make(seed=seed, horizon=max(HORIZONS))
@@ -130,14 +144,22 @@ def _on(problem: Problem, estimator: Estimator, tolerance: float, horizons: Sequ
     rows = []
     for horizon in horizons:
         case = f"{problem.name}, T={horizon}"
-        why = formula.exact_where(problem, horizon, estimator) if formula is not None else "claims to be exact" if estimator.exact else None
+        why = (
+            formula.exact_where(problem, horizon, estimator)
+            if formula is not None
+            else "claims to be exact"
+            if estimator.exact
+            else None
+        )
         try:
             got = vector(_total(problem, horizon, estimator))
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             rows.append(Row(case, "runs at all", float("inf"), tolerance, f"{type(error).__name__}: {error}"))
             continue
         if formula is not None:
-            rows.append(Row(case, "own formula", _error(got, formula.hypergradient(problem, horizon, estimator)), tolerance))
+            rows.append(
+                Row(case, "own formula", _error(got, formula.hypergradient(problem, horizon, estimator)), tolerance)
+            )
         if why is not None and problem.exact is not None:
             rows.append(Row(case, "closed form", _error(got, vector(problem.exact(horizon))), tolerance, why))
     return rows
@@ -148,7 +170,14 @@ def _total(problem: Problem, horizon: int, estimator: Estimator) -> Tree:
         warnings.simplefilter("ignore", ZeroHypergradientWarning)
         warnings.simplefilter("ignore", NotConvergedWarning)  # formulas hold wherever they are evaluated
         result = hypergradient(
-            problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, estimator, horizon=horizon
+            problem.step,
+            problem.outer_loss,
+            problem.w0,
+            problem.lam,
+            problem.batches,
+            problem.outer_batch,
+            estimator,
+            horizon=horizon,
         )
     return result.total
 
@@ -174,7 +203,13 @@ def _purity(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
         step(state, lam, batch)
     pairs = zip(tree.names(given), tree.leaves(before), tree.leaves(given), strict=True)
     changed = [name for name, x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
-    return Row("purity", "its own inputs", float(len(changed)), 0.0, f"changed (state, lam, batch){', '.join(changed)}" if changed else "")
+    return Row(
+        "purity",
+        "its own inputs",
+        float(len(changed)),
+        0.0,
+        f"changed (state, lam, batch){', '.join(changed)}" if changed else "",
+    )
 
 
 def _replay(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
@@ -188,14 +223,18 @@ def _replay(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
     return Row("replay", "a second call", error, 0.0, note if error else "")
 
 
-def _derivatives(step: Step, state: InnerState, lam: Tree, batch: Any, tolerance: float, generator: torch.Generator) -> list[Row]:
+def _derivatives(
+    step: Step, state: InnerState, lam: Tree, batch: Any, tolerance: float, generator: torch.Generator
+) -> list[Row]:
     rng = replay.snapshot(state)
 
     def again() -> None:
         replay.restore(rng)
 
     def noise(like: Tree) -> Tree:
-        return tree.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype) if tree.is_float(x) else x, like)
+        return tree.map(
+            lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype) if tree.is_float(x) else x, like
+        )
 
     def pulled(cotangent: InnerState) -> tuple[Tensor, Tree]:
         again()
@@ -204,15 +243,28 @@ def _derivatives(step: Step, state: InnerState, lam: Tree, batch: Any, tolerance
         return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, lam))]), lam_bar
 
     one, two, state_dot, lam_dot = noise(state), noise(state), noise(state), noise(lam)
-    # slots move by a share of themselves: a second moment is tiny, and must stay positive in the differences
-    state_dot = state_dot._replace(slots=tree.map(lambda x, dot: x.abs() * dot if tree.is_float(x) else x, state.slots, state_dot.slots))
+    # slots move by a share of themselves: a second moment is tiny, and must stay positive in the
+    # differences
+    state_dot = state_dot._replace(
+        slots=tree.map(lambda x, dot: x.abs() * dot if tree.is_float(x) else x, state.slots, state_dot.slots)
+    )
     bar, lam_bar = pulled(one)
-    unused = [name for name, leaf in zip(tree.names(lam), tree.leaves(lam_bar), strict=True) if leaf is None or not bool(leaf.any())]
-    rows = [Row("uses lam", "every leaf", float(len(unused)), 0.0, f"Φ ignores lam at {', '.join(unused)}" if unused else "")]
+    unused = [
+        name
+        for name, leaf in zip(tree.names(lam), tree.leaves(lam_bar), strict=True)
+        if leaf is None or not bool(leaf.any())
+    ]
+    rows = [
+        Row(
+            "uses lam", "every leaf", float(len(unused)), 0.0, f"Φ ignores lam at {', '.join(unused)}" if unused else ""
+        )
+    ]
     again()
     pushed = vector(step.jvp(state, lam, batch, state_dot, lam_dot))
     dots = torch.cat([vector(state_dot), vector(lam_dot)])
-    rows.append(Row("dot product", "vjp · x = y · jvp", _error((bar @ dots)[None], (vector(one) @ pushed)[None]), tolerance))
+    rows.append(
+        Row("dot product", "vjp · x = y · jvp", _error((bar @ dots)[None], (vector(one) @ pushed)[None]), tolerance)
+    )
     again()
     A, B = jacobians(step, state, lam, batch)
     rows.append(Row("vjp", "dense Jacobian", _error(bar, vector(one) @ torch.cat([A, B], 1)), tolerance))
@@ -223,7 +275,9 @@ def _derivatives(step: Step, state: InnerState, lam: Tree, batch: Any, tolerance
     return rows
 
 
-def _central(again: Callable[[], None], step: Step, state: InnerState, lam: Tree, batch: Any, dots: Tensor, radius: float = 1e-5) -> Tensor:
+def _central(
+    again: Callable[[], None], step: Step, state: InnerState, lam: Tree, batch: Any, dots: Tensor, radius: float = 1e-5
+) -> Tensor:
     flat, n = torch.cat([vector(state), vector(lam)]), vector(state).numel()
 
     def at(point: Tensor) -> Tensor:
@@ -248,4 +302,6 @@ def _check_float64(w: Tree, lam: Tree) -> None:
             raise ValueError(f"checking a step needs {what}: verify.check(step, w, lam, batch)")
         for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
             if tree.is_float(leaf) and leaf.dtype != torch.float64:
-                raise ValueError(f"{what} at {name} is {leaf.dtype}: finite differences and 1e-10 need float64, use .double()")
+                raise ValueError(
+                    f"{what} at {name} is {leaf.dtype}: finite differences and 1e-10 need float64, use .double()"
+                )

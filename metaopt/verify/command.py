@@ -10,8 +10,8 @@ from metaopt.verify.checks import Report, Row, verify_class
 def run(name: str | None = None) -> bool:
     """Verify every public estimator (a line per reference), or the one called ``name`` (a line per check); print the table; whether all passed.
 
-    "own formula": the estimator against its formula written out with dense matrices; "closed form": against the true hypergradient, where the
-    last column says why theory makes it exact.
+    "own formula": the estimator against its formula written out with dense matrices; "closed form":
+    against the true hypergradient, where the last column says why theory makes it exact.
 
     Raises:
         ValueError: for a name that no estimator has.
@@ -27,7 +27,11 @@ def run(name: str | None = None) -> bool:
 def public_estimators() -> dict[str, type[Estimator]]:
     """The concrete estimators at the front door, by name."""
     found = {name: getattr(estimators, name) for name in estimators.__all__}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
+    }
 
 
 def table(reports: list[Report], *, every_row: bool = False) -> str:
@@ -36,12 +40,17 @@ def table(reports: list[Report], *, every_row: bool = False) -> str:
     for report in reports:
         for row in report.rows if every_row else _worst(report):
             verdict = "ok" if row.passed else "FAILED"
-            cells.append((report.name, row.case, row.against, f"{row.error:.1e}", f"{row.tolerance:.0e}", row.note, verdict))
+            cells.append(
+                (report.name, row.case, row.against, f"{row.error:.1e}", f"{row.tolerance:.0e}", row.note, verdict)
+            )
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
     failures = [(report, row) for report in reports for row in report.failures]
-    lines += [f"{report.name} failed on {row.case} against {row.against}: error {row.error:.2e} {row.note}".rstrip() for report, row in failures]
+    lines += [
+        f"{report.name} failed on {row.case} against {row.against}: error {row.error:.2e} {row.note}".rstrip()
+        for report, row in failures
+    ]
     return "\n".join(lines)
 
 

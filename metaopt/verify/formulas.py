@@ -1,4 +1,6 @@
-"""Each estimator's own formula, written out with dense matrices: what it is held to, whether or not that is the true hypergradient.
+"""Each estimator's own formula, written out with dense matrices.
+
+What it is held to, whether or not that is the true hypergradient.
 
 To verify a new estimator, add one row to :data:`ENTRIES`.
 """
@@ -48,8 +50,10 @@ class Formula(NamedTuple):
 
     Attributes:
         make: problem and horizon to the estimator as it is verified.
-        indirect: ``(problem, horizon, estimator, alpha) -> `` the indirect term over flattened λ, from dense matrices alone.
-        exact_where: whether theory makes it the true hypergradient on this problem, and why; ``None`` where it does not.
+        indirect: ``(problem, horizon, estimator, alpha) -> `` the indirect term over flattened λ,
+            from dense matrices alone.
+        exact_where: whether theory makes it the true hypergradient on this problem, and why;
+            ``None`` where it does not.
         applies: whether the formula can be evaluated on this problem.
     """
 
@@ -138,7 +142,10 @@ def _implicit(problem: Problem, horizon: int, estimator: IFT, alpha: Tensor) -> 
 
 
 def _preconditioned(problem: Problem, horizon: int, estimator: SAMA, alpha: Tensor) -> Tensor:
-    """``-η α ∂²L/∂w∂λ`` at the last weights: SGD's preconditioner is its rate (the finite difference has no error on a quadratic)."""
+    """``-η α ∂²L/∂w∂λ`` at the last weights.
+
+    SGD's preconditioner is its rate (the finite difference has no error on a quadratic).
+    """
     H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
     return -_rate(problem) * (alpha[: len(H)] @ mixed)
 
@@ -157,7 +164,9 @@ def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor)
 def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
     """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
     g, generator = _all_steps(problem, horizon, estimator, alpha), torch.Generator().manual_seed(estimator.seed)
-    directions = torch.stack([sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)])
+    directions = torch.stack(
+        [sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)]
+    )
     return (directions @ g) @ directions / len(directions)
 
 
@@ -238,17 +247,23 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     FDS: WholeFormula(lambda p, T: FDS(window=T), _shared, _when_alone),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
     IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
-    HyperDistill: Formula(lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch),
+    HyperDistill: Formula(
+        lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch
+    ),
     ForwardGradient: Formula(lambda p, T: ForwardGradient(directions=2), _projected, _when_single),
     DARTS: Formula(lambda p, T: DARTS(), _one_step, _when_complete),
     SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
     SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),
     F2SA: WholeFormula(lambda p, T: F2SA(rate=0.2, multiplier=10.0), sampled.f2sa, _never, _has_fixed_rate),
     BOME: WholeFormula(lambda p, T: BOME(rate=0.05), sampled.bome, _never, _has_fixed_rate),
-    EvoGrad: WholeFormula(lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _has_fixed_rate),
+    EvoGrad: WholeFormula(
+        lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _has_fixed_rate
+    ),
     AntitheticES: WholeFormula(lambda p, T: AntitheticES(pairs=2), sampled.evolution(sampled.one_noise), _never),
     NRES: WholeFormula(lambda p, T: NRES(pairs=2), sampled.evolution(sampled.one_noise), _never),
-    TruncatedES: WholeFormula(lambda p, T: TruncatedES(pairs=2, window=4), sampled.evolution(sampled.restarted), _never),
+    TruncatedES: WholeFormula(
+        lambda p, T: TruncatedES(pairs=2, window=4), sampled.evolution(sampled.restarted), _never
+    ),
     PES: WholeFormula(lambda p, T: PES(pairs=2, window=4), sampled.evolution(sampled.persistent), _never),
     UORO: Formula(lambda p, T: UORO(sketches=2), sampled.uoro, _never),
 }

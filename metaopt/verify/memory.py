@@ -1,9 +1,11 @@
 """Peak tensor memory of a call: what torch's operations allocate and still hold, in bytes.
 
-On a CPU nobody keeps this count: the resident set's peak (what ``benchmarks/`` measures, in a process of its own) cannot be reset and includes the
-allocator's slack, and the profiler takes seconds and writes to the terminal. Here every new storage that an operation returns is added when it
-appears and subtracted when it is freed; a kernel's scratch space inside one operation is not seen. On a GPU the caching allocator's own peak is
-used. The count slows small operations down several times: measure time in another call.
+On a CPU nobody keeps this count: the resident set's peak (what ``benchmarks/`` measures, in a
+process of its own) cannot be reset and includes the allocator's slack, and the profiler takes
+seconds and writes to the terminal. Here every new storage that an operation returns is added when
+it appears and subtracted when it is freed; a kernel's scratch space inside one operation is not
+seen. On a GPU the caching allocator's own peak is used. The count slows small operations down
+several times: measure time in another call.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class _Allocations(TorchDispatchMode):
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run the operation; count what is new."""
         out = func(*args, **(kwargs or {}))
         given = {id(x.untyped_storage()) for x in _tensors((args, tuple((kwargs or {}).values())))}

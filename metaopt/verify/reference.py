@@ -1,4 +1,6 @@
-r"""Slow, obviously right references: dense Jacobians, autograd through the whole loop, finite differences with an error estimate.
+r"""Slow, obviously right references.
+
+Dense Jacobians, autograd through the whole loop, finite differences with an error estimate.
 
 None of them uses a step's ``vjp``, ``jvp`` or ``linearize``, nor any trajectory.
 """
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.base import OuterLoss
+from metaopt.estimators.outer import OuterLoss
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import Step
 from metaopt.tree import Tree, unvector, vector
 from metaopt.verify.cases import Problem
 
@@ -49,8 +51,16 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
         inputs = tree.floats(state_) + tree.floats(lam_)
         rows = []
         for entry in out:
-            row = torch.autograd.grad(entry, inputs, retain_graph=True, allow_unused=True) if entry.requires_grad else [None] * len(inputs)
-            rows.append(torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(row, inputs, strict=True)]))
+            row = (
+                torch.autograd.grad(entry, inputs, retain_graph=True, allow_unused=True)
+                if entry.requires_grad
+                else [None] * len(inputs)
+            )
+            rows.append(
+                torch.cat(
+                    [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(row, inputs, strict=True)]
+                )
+            )
     matrix, size = torch.stack(rows), len(out)
     return Jacobians(matrix[:, :size], matrix[:, size:])
 
@@ -67,7 +77,9 @@ def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: 
         w, lam_ = tree.attach(state.w), tree.attach(lam)
         inputs = tree.floats(w) + tree.floats(lam_)
         gradients = torch.autograd.grad(outer_loss(w, lam_, batch), inputs, allow_unused=True)
-    flat = torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(gradients, inputs, strict=True)])
+    flat = torch.cat(
+        [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(gradients, inputs, strict=True)]
+    )
     n_w, n_state = vector(state.w).numel(), vector(state).numel()
     return torch.cat([flat[:n_w], flat.new_zeros(n_state - n_w)]), flat[n_w:]
 
@@ -94,7 +106,10 @@ def through_loop(problem: Problem, horizon: int) -> Tree:
 
 
 def finite_differences(problem: Problem, horizon: int, radius: float = 1e-3) -> Estimate:
-    """Central differences at two radii, extrapolated (fourth order); the error estimate is what extrapolation changed, and rounding."""
+    """Central differences at two radii, extrapolated (fourth order).
+
+    The error estimate is what extrapolation changed, and rounding.
+    """
     flat = vector(problem.lam)
 
     def value(shifted: Tensor) -> Tensor:

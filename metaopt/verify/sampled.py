@@ -1,6 +1,7 @@
 """Formulas of the estimators that draw noise, or take the outer loss at weights of their own, written out over flattened λ.
 
-The noise is drawn here again, from the estimator's seed: one draw per inner step (and pair, or sketch), a leaf at a time.
+The noise is drawn here again, from the estimator's seed: one draw per inner step (and pair, or
+sketch), a leaf at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from metaopt.verify.reference import along, outer_cotangent, states, unvector, v
 
 
 class Mirrored(NamedTuple):
-    """One run of a pair: the step it starts after, the noise it sees in each step from there on, and what its difference is weighed with."""
+    """One run of a pair.
+
+    The step it starts after, the noise it sees in each step from there on, and what its difference
+    is weighed with.
+    """
 
     start: int
     epsilons: list[Tensor]
@@ -33,7 +38,8 @@ class Mirrored(NamedTuple):
 def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
     r"""``∂L_val/∂λ + Σ_k (α · θ_k) ∂p_k/∂λ`` at ``θ* = Σ_k p_k θ_k``.
 
-    With :math:`p = \mathrm{softmax}(-\ell/\tau)`: :math:`\partial p_k = -p_k (\partial \ell_k - \sum_j p_j\, \partial \ell_j) / \tau`.
+    With :math:`p = \mathrm{softmax}(-\ell/\tau)`: :math:`\partial p_k = -p_k (\partial \ell_k -
+    \sum_j p_j\, \partial \ell_j) / \tau`.
     """
     run, generator = states(problem, horizon), torch.Generator().manual_seed(estimator.seed)
     draws = [noise(problem.w0, estimator.noise, generator, estimator.copies) for _ in range(horizon)]
@@ -59,11 +65,15 @@ def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
     for t in range(horizon):
         with torch.enable_grad():
             y_ = tree.attach(y)
-            loss = step.inner_loss(y_, lam, problem.batches[t]) + problem.outer_loss(y_, lam, problem.outer_batch) / kappa
+            loss = (
+                step.inner_loss(y_, lam, problem.batches[t]) + problem.outer_loss(y_, lam, problem.outer_batch) / kappa
+            )
             (g,) = torch.autograd.grad(loss, y_)
         y = y - estimator.rate * g
     _, direct = outer_cotangent(problem.outer_loss, InnerState(y), lam, problem.outer_batch)
-    return direct + kappa * (_inner_loss(problem, y, horizon)[1] - _inner_loss(problem, states(problem, horizon)[-1].w, horizon)[1])
+    return direct + kappa * (
+        _inner_loss(problem, y, horizon)[1] - _inner_loss(problem, states(problem, horizon)[-1].w, horizon)[1]
+    )
 
 
 def bome(problem: Problem, horizon: int, estimator: BOME) -> Tensor:
@@ -140,7 +150,9 @@ def uoro(problem: Problem, horizon: int, estimator: UORO, alpha: Tensor) -> Tens
     :math:`\rho_0^2 = |\tilde\theta|/|A\tilde s|`, :math:`\rho_1^2 = |\nu B|/|\nu|` (1 where either norm is 0).
     """
     generator, run = torch.Generator().manual_seed(estimator.seed), states(problem, horizon)
-    sketches = [(torch.zeros_like(vector(run[0])), torch.zeros_like(vector(problem.lam))) for _ in range(estimator.sketches)]
+    sketches = [
+        (torch.zeros_like(vector(run[0])), torch.zeros_like(vector(problem.lam))) for _ in range(estimator.sketches)
+    ]
     for A, B in along(problem, run, horizon):
         for k, (s, theta) in enumerate(sketches):
             nu = noise(run[0], "sign", generator)
@@ -161,8 +173,14 @@ def noise(like: Tree, law: str, generator: torch.Generator, copies: int | None =
     for leaf in tree.floats(like):
         shape = leaf.shape if copies is None else (copies, *leaf.shape)
         sign = law == "sign"
-        leaf_noise = 2.0 * torch.randint(0, 2, shape, generator=generator) - 1 if sign else torch.randn(shape, generator=generator, dtype=leaf.dtype)
-        drawn.append(leaf_noise.to(leaf.dtype).reshape(-1) if copies is None else leaf_noise.to(leaf.dtype).reshape(copies, -1))
+        leaf_noise = (
+            2.0 * torch.randint(0, 2, shape, generator=generator) - 1
+            if sign
+            else torch.randn(shape, generator=generator, dtype=leaf.dtype)
+        )
+        drawn.append(
+            leaf_noise.to(leaf.dtype).reshape(-1) if copies is None else leaf_noise.to(leaf.dtype).reshape(copies, -1)
+        )
     return torch.cat(drawn, -1)
 
 

@@ -5,8 +5,9 @@
     @given(problem=mo.verify.strategies.closed_forms() | mo.verify.strategies.mlp_problems())
     def test_mine(problem): ...
 
-A :class:`~metaopt.verify.Problem` has all that :func:`metaopt.hypergradient` takes, and the exact answer: ``problem.exact(T)`` for closed forms,
-:func:`metaopt.verify.reference.through_loop` for all of them. Hypothesis is loaded when a strategy is asked for.
+A :class:`~metaopt.verify.Problem` has all that :func:`metaopt.hypergradient` takes, and the exact
+answer: ``problem.exact(T)`` for closed forms, :func:`metaopt.verify.reference.through_loop` for all
+of them. Hypothesis is loaded when a strategy is asked for.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner.adam import Adam
-from metaopt.inner.optimizer import Optimizer
-from metaopt.inner.rmsprop import RMSprop
-from metaopt.inner.sgd import SGD
 from metaopt.inner.step import inner_step
+from metaopt.optim.adam import Adam
+from metaopt.optim.optimizer import Optimizer
+from metaopt.optim.rmsprop import RMSprop
+from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
 from metaopt.verify.cases import CLOSED_FORMS, Problem
 
@@ -34,14 +35,25 @@ if TYPE_CHECKING:
 
     Problems: TypeAlias = SearchStrategy[Problem]
 
-OPTIMIZERS: tuple[Optimizer, ...] = (SGD(lr=0.1), SGD(lr=0.1, momentum=0.8, nesterov=True), Adam(lr=0.05, eps=1e-2), RMSprop(lr=0.05, eps=1e-1))
+OPTIMIZERS: tuple[Optimizer, ...] = (
+    SGD(lr=0.1),
+    SGD(lr=0.1, momentum=0.8, nesterov=True),
+    Adam(lr=0.05, eps=1e-2),
+    RMSprop(lr=0.05, eps=1e-1),
+)
 """What :func:`mlp_problems` trains with; all smooth enough for finite differences."""
 
 
 def closed_forms(
-    makers: Sequence[Callable[..., Problem]] = CLOSED_FORMS, *, max_size: int = 4, max_conditioning: float = 20.0, max_horizon: int = 5
+    makers: Sequence[Callable[..., Problem]] = CLOSED_FORMS,
+    *,
+    max_size: int = 4,
+    max_conditioning: float = 20.0,
+    max_horizon: int = 5,
 ) -> Problems:
-    """Closed forms with random size, conditioning and seed; the horizon is ``len(problem.batches)``, and ``problem.exact(T)`` the answer.
+    """Closed forms with random size, conditioning and seed.
+
+    The horizon is ``len(problem.batches)``, and ``problem.exact(T)`` the answer.
 
     Args:
         makers: which.
@@ -55,7 +67,13 @@ def closed_forms(
     st = _hypothesis()
     sizes = {"size": st.integers(1, max_size), "conditioning": st.floats(1.0, max_conditioning)}
     make = st.sampled_from(list(makers))
-    return st.builds(lambda make, **draw: make(**draw), make, seed=st.integers(0, 10_000), horizon=st.integers(1, max_horizon), **sizes)
+    return st.builds(
+        lambda make, **draw: make(**draw),
+        make,
+        seed=st.integers(0, 10_000),
+        horizon=st.integers(1, max_horizon),
+        **sizes,
+    )
 
 
 def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
@@ -70,7 +88,9 @@ def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
     """
     st = _hypothesis()
     shapes = st.lists(st.integers(1, max_side), max_size=2).map(tuple)
-    tensors = st.builds(lambda shape, seed: _normal(torch.Generator().manual_seed(seed), *shape), shapes, st.integers(0, 10_000))
+    tensors = st.builds(
+        lambda shape, seed: _normal(torch.Generator().manual_seed(seed), *shape), shapes, st.integers(0, 10_000)
+    )
 
     def nested(inner: Any) -> Any:
         named = st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3)
@@ -80,9 +100,15 @@ def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
 
 
 def mlp_problems(
-    *, lam: SearchStrategy[Tree] | None = None, optimizers: Sequence[Optimizer] = OPTIMIZERS, max_width: int = 3, max_horizon: int = 4
+    *,
+    lam: SearchStrategy[Tree] | None = None,
+    optimizers: Sequence[Optimizer] = OPTIMIZERS,
+    max_width: int = 3,
+    max_horizon: int = 4,
 ) -> Problems:
-    """Regression with a random tanh network; every leaf of λ weighs the penalty of one of its weight tensors, and has a direct term.
+    """Regression with a random tanh network.
+
+    Every leaf of λ weighs the penalty of one of its weight tensors, and has a direct term.
 
     Args:
         lam: λ; default: :func:`pytrees`.
@@ -96,7 +122,9 @@ def mlp_problems(
     st = _hypothesis()
     widths = st.lists(st.integers(1, max_width), min_size=1, max_size=2)
     seeds, horizons = st.integers(0, 10_000), st.integers(1, max_horizon)
-    return st.builds(_mlp, widths, st.sampled_from(list(optimizers)), pytrees() if lam is None else lam, seeds, horizons)
+    return st.builds(
+        _mlp, widths, st.sampled_from(list(optimizers)), pytrees() if lam is None else lam, seeds, horizons
+    )
 
 
 def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon: int) -> Problem:
@@ -120,7 +148,9 @@ def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon:
         return error(w, batch) + 0.05 * torch.stack([rate.square().sum() for rate in tree.leaves(lam)]).sum()
 
     *batches, outer_batch = [(_normal(generator, 4, sides[0]), _normal(generator, 4, 1)) for _ in range(horizon + 1)]
-    return Problem(f"MLP {sides}, seed {seed}", inner_step(inner_loss, optimizer), outer_loss, w0, lam, batches, outer_batch)
+    return Problem(
+        f"MLP {sides}, seed {seed}", inner_step(inner_loss, optimizer), outer_loss, w0, lam, batches, outer_batch
+    )
 
 
 def _mixed(rate: Tensor) -> Tensor:
@@ -138,4 +168,6 @@ def _hypothesis() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "hypothesis":
             raise
-        raise ModuleNotFoundError("metaopt.verify.strategies draws with hypothesis: pip install hypothesis", name="hypothesis") from error
+        raise ModuleNotFoundError(
+            "metaopt.verify.strategies draws with hypothesis: pip install hypothesis", name="hypothesis"
+        ) from error

@@ -1,0 +1,204 @@
+"""The one call that uses an estimator, and what it checks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.estimators.base import Estimator
+from metaopt.estimators.cost import Cost, CountedStep
+from metaopt.estimators.outer import OuterLoss, OuterObjective
+from metaopt.inner.contract import Step
+from metaopt.inner.state import InnerState
+from metaopt.tree import Tree
+
+Batches: TypeAlias = Sequence[Any] | Callable[[int], Any]
+"""A sequence, or ``t -> batch`` for t = 1 … T together with ``horizon=T``."""
+
+
+class UnusedHyperparameterWarning(UserWarning):
+    """Part of λ influences neither the inner run nor the outer loss; its hypergradient is zero."""
+
+
+class ZeroHypergradientWarning(UserWarning):
+    """The estimator drops the indirect term and the outer loss does not see λ, so the hypergradient is zero by construction."""
+
+
+class Hypergradient(NamedTuple):
+    """A hypergradient and where it comes from.
+
+    Attributes:
+        total: ``direct + indirect``, a pytree like λ.
+        direct: ``∂L_val/∂λ`` at fixed weights.
+        indirect: the estimator's ``α · dw_T/dλ``.
+        init: ``dL_val/dw_0`` where the estimator has it, else ``None``.
+        outer_loss: ``L_val`` (detached scalar).
+        state: the inner state reached.
+        cost: what it took (of the whole run for :func:`hypergradient`; since the last hyper-step in
+            an online loop).
+        info: what the method reports about itself: of :class:`~metaopt.estimators.IFT` the linear
+            solver's solution, with its residual.
+    """
+
+    total: Tree
+    direct: Tree
+    indirect: Tree
+    init: Tree | None
+    outer_loss: Tensor
+    state: InnerState
+    cost: Cost
+    info: Any = None
+
+
+def hypergradient(
+    step: Step,
+    outer_loss: OuterLoss,
+    w0: Tree,
+    lam: Tree,
+    batches: Batches,
+    outer_batch: Any,
+    estimator: Estimator,
+    *,
+    horizon: int | None = None,
+) -> Hypergradient:
+    """Run the inner loop from ``w0`` and differentiate the outer loss at its end with respect to ``lam``.
+
+    Args:
+        step: Φ, from :func:`metaopt.inner_step` or :func:`metaopt.custom_step`.
+        outer_loss: ``(w, lam, batch) -> scalar``.
+        w0: initial weights.
+        lam: hyperparameters, any pytree of floating-point tensors.
+        batches: one batch per inner step: a sequence, or ``t -> batch`` (t = 1 … T) with
+            ``horizon=T``.
+        outer_batch: what the outer loss is evaluated on.
+        estimator: e.g. ``mo.RMD()`` for the exact gradient.
+        horizon: T; default: all of a sequence.
+
+    Raises:
+        ValueError: bad shapes, empty batches, integer λ, a loss that is no scalar, λ that
+            influences nothing at all.
+        FloatingPointError: if the outer loss or the hypergradient is not finite.
+
+    >>> import torch, metaopt as mo
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> hg = hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, mo.RMD())
+    >>> hg.total  # 1 - (1 - 0.5)^2
+    tensor([0.7500])
+    """
+    check_lam(lam)
+    lam = tree.detach(lam)
+    cost = Cost()
+    counted = CountedStep(step, cost)
+    state = counted.init(w0, lam)
+    carry = estimator.init(counted, state, lam)
+    outer = OuterObjective(outer_loss, outer_batch)
+    for batch in each(batches, horizon):
+        state, carry = estimator.advance(counted, state, lam, batch, carry)
+        carry = estimator.observe(counted, outer, state, lam, carry)
+    return evaluate(counted, outer_loss, state, lam, outer_batch, estimator, carry)
+
+
+def evaluate(
+    step: CountedStep,
+    outer_loss: OuterLoss,
+    state: InnerState,
+    lam: Tree,
+    outer_batch: Any,
+    estimator: Estimator,
+    carry: Any,
+) -> Hypergradient:
+    """The hypergradient at the state an inner run has reached (the common end of offline and online use)."""
+    terms = estimator.differentiate(step, OuterObjective(outer_loss, outer_batch), state, lam, carry)
+    _check_used(terms.direct, terms.indirect, lam, estimator)
+    direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
+    total = tree.add(direct, indirect)
+    check_finite(total, indirect, state, estimator)
+    return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost, terms.info)
+
+
+def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
+    """The batches of steps 1 … T.
+
+    Raises:
+        ValueError: if there are none, too few, or no way to know how many.
+    """
+    if horizon is not None and horizon < 1:
+        raise ValueError(
+            f"horizon must be at least 1, got {horizon}: without an inner step nothing depends on lam indirectly"
+        )
+    if callable(batches):
+        if horizon is None:
+            raise ValueError("batches is a function of t, so horizon=T must say how many inner steps to take")
+        return (batches(t) for t in range(1, horizon + 1))
+    if not isinstance(batches, Sequence):
+        raise TypeError(
+            f"batches must be a sequence or a function t -> batch, got {type(batches).__name__}; make a list of an "
+            "iterator first"
+        )
+    if len(batches) == 0:
+        raise ValueError("batches is empty: one batch per inner step is needed")
+    if horizon is not None and len(batches) < horizon:
+        raise ValueError(f"horizon is {horizon}, but there are only {len(batches)} batches")
+    return iter(batches[:horizon])
+
+
+def check_lam(lam: Tree) -> None:
+    """Raise a ``ValueError`` that names the first leaf of λ which cannot have a gradient."""
+    flat = tree.leaves(lam)
+    if not flat:
+        raise ValueError("lam has no leaves: there is nothing to differentiate with respect to")
+    for name, leaf in zip(tree.names(lam), flat, strict=True):
+        if not tree.is_float(leaf):
+            kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__} ({leaf!r})"
+            raise ValueError(
+                f"lam at {name} is {kind}; hyperparameters are floating-point tensors, e.g. torch.tensor(0.1)"
+            )
+
+
+def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -> None:
+    if estimator.drops_indirect and all(leaf is None for leaf in tree.leaves(direct)):
+        warnings.warn(
+            f"outer_loss does not see lam, and {type(estimator).__name__} drops the indirect term: the hypergradient "
+            "is zero by construction. "
+            "Use an estimator with an indirect term (OneStep, RMD, HyperDistill, …)",
+            ZeroHypergradientWarning,
+            stacklevel=4,
+        )
+    unused = [
+        name
+        for name, d, i in zip(tree.names(lam), tree.leaves(direct), tree.leaves(indirect), strict=True)
+        if d is None and i is None
+    ]
+    if not unused:
+        return
+    if len(unused) == len(tree.leaves(lam)):
+        raise ValueError(
+            f"no leaf of lam influences the inner step or the outer loss ({', '.join(unused)}): use lam inside the "
+            "losses or the optimiser's "
+            "hyperparameters, and check that nothing detaches it"
+        )
+    warnings.warn(
+        f"lam at {', '.join(unused)} influences neither the inner step nor the outer loss; its hypergradient is "
+        "zero. Remove it, or use it.",
+        UnusedHyperparameterWarning,
+        stacklevel=4,
+    )
+
+
+def check_finite(total: Tree, indirect: Tree, state: InnerState, estimator: Estimator) -> None:
+    """Raise a ``FloatingPointError`` that names the first leaf of λ whose hypergradient is no finite number."""
+    if tree.is_finite(total):
+        return
+    part = "indirect" if tree.first_non_finite(indirect) else "direct"
+    where = (
+        f"lam{tree.first_non_finite(total)} (its {part} term, after {state.t} inner steps, {type(estimator).__name__})"
+    )
+    raise FloatingPointError(
+        f"the hypergradient is not finite at {where}: the sweep overflowed (shorter horizon, TruncatedRMD, smaller "
+        "inner learning "
+        "rate), or an operation has an infinite derivative (sqrt or norm at 0)"
+    )

@@ -1,0 +1,118 @@
+"""Derivatives of an optimiser's update: its pullback and its pushforward, written once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner import _engine
+from metaopt.optim.optimizer import Optimizer, Slots, by_slot
+from metaopt.tree import Tree
+
+
+def pull_back(
+    optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str
+) -> tuple[list[Tensor], list[Tensor | None], Tree, Tree]:
+    """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``, the first two as leaves.
+
+    What ``wrt`` leaves out is empty or ``None``.
+
+    Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero),
+    and ``g`` may carry a graph, which is left alone.
+    """
+    if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
+        return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
+    with torch.enable_grad():
+        g_, w, slots = tree.attach(g), state.w, state.slots
+        inputs = tree.leaves(g_)
+        n_g, n_w, n_slots = len(inputs), 0, 0
+        if wrt != "lam":
+            w, slots = tree.attach(w), tree.attach(slots)
+            w_floats, slot_floats = tree.leaves(w), tree.floats(slots)
+            n_w, n_slots = len(w_floats), len(slot_floats)
+            inputs = inputs + w_floats + slot_floats
+        lam_floats: list[Tensor] = []
+        if wrt != "state" and optimizer.reads_lam:
+            lam = tree.attach(lam)
+            lam_floats = tree.floats(lam)
+            inputs = inputs + lam_floats
+        w_new, slots_new = optimizer.update(g_, w, slots, lam, state.t + 1)
+        outputs, seeds = tree.leaves(w_new), tree.leaves(cotangent.w)
+        if cotangent.slots is not None:
+            outputs, seeds = outputs + tree.leaves(slots_new), seeds + tree.leaves(cotangent.slots)
+        live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+    bars: Any = [None] * len(inputs)
+    if live:
+        bars = _engine.products([o for o, _ in live], inputs, [s for _, s in live])
+    u = [torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)]
+    w_bar = list(bars[n_g : n_g + n_w])
+    slot_bars = zip(bars[n_g + n_w : n_g + n_w + n_slots], inputs[n_g + n_w :], strict=False)
+    slots_bar = (
+        _into_floats([torch.zeros_like(x) if b is None else b for b, x in slot_bars], state.slots)
+        if wrt != "lam"
+        else None
+    )
+    lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
+    return u, w_bar, slots_bar, lam_bar
+
+
+def _pull_back_linear(
+    optimizer: Optimizer, state: Any, lam: Tree, cotangent: Any, wrt: str
+) -> tuple[list[Tensor], list[Tensor | None], Tree, None]:
+    """:func:`pull_back` from :meth:`Optimizer.transpose_leaf`."""
+    w_bars, spec = tree.flatten(cotangent.w)
+    slots_bars = None if cotangent.slots is None else {name: tree.leaves(bar) for name, bar in cotangent.slots.items()}
+    u: list[Tensor] = []
+    w: list[Tensor | None] = []
+    slots: list[Slots] = []
+    for i, (w_bar, hyper) in enumerate(zip(w_bars, optimizer.hyper_leaves(lam, state.t + 1, spec), strict=True)):
+        slots_bar = None if slots_bars is None else {name: bar[i] for name, bar in slots_bars.items()}
+        bars = optimizer.transpose_leaf(w_bar, slots_bar, hyper, state.t + 1)
+        assert bars is not None  # an optimiser that overrides it answers for every leaf
+        u.append(bars[0])
+        w.append(bars[1])
+        slots.append(bars[2])
+    return (u, [], None, None) if wrt == "lam" else (u, w, by_slot(slots, spec), None)
+
+
+def push_forward(
+    optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree
+) -> tuple[Tree, Tree]:
+    """Tangents of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
+    update, primals, dots = update_of_floats(optimizer, g, state, lam, (g_dot, state_dot.w, state_dot.slots, lam_dot))
+    return split_state(torch.func.jvp(update, tuple(primals), tuple(dots))[1], state)
+
+
+def update_of_floats(
+    optimizer: Optimizer, g: Tree, state: Any, lam: Tree, tangent: Tree
+) -> tuple[Callable[..., list[Tensor]], list[Tensor], list[Tensor]]:
+    """The update as a function of its floating-point leaves alone, these leaves, and those of a tangent of ``(g, w, slots, λ)``."""
+    flat, spec = tree.flatten((g, state.w, state.slots, lam))
+    where = [i for i, leaf in enumerate(flat) if tree.is_float(leaf)]
+    flat_tangent = tree.leaves(tangent)
+
+    def update(*float_leaves: Tensor) -> list[Tensor]:
+        full = list(flat)
+        for i, leaf in zip(where, float_leaves, strict=True):
+            full[i] = leaf
+        g_, w, slots, lam_ = tree.unflatten(full, spec)
+        return tree.floats(optimizer.update(g_, w, slots, lam_, state.t + 1))
+
+    return update, [flat[i] for i in where], [flat_tangent[i] for i in where]
+
+
+def split_state(floats: list[Tensor], state: Any) -> tuple[Tree, Tree]:
+    """The floating-point leaves of ``(w, slots)`` back in their places."""
+    n_w = len(tree.floats(state.w))
+    return _into_floats(floats[:n_w], state.w), _into_floats(floats[n_w:], state.slots)
+
+
+def _into_floats(values: Any, like: Tree) -> Tree:
+    """``values`` in the places of the floating-point leaves of ``like``; other leaves stay."""
+    flat, spec = tree.flatten(like)
+    supply = iter(values)
+    return tree.unflatten([next(supply) if tree.is_float(leaf) else leaf for leaf in flat], spec)

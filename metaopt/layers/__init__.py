@@ -1,0 +1,1 @@
+"""Layers that torch differentiates twice wrongly or slowly: the same numbers, other derivatives."""

@@ -1,0 +1,174 @@
+r"""Batch normalisation with batch statistics, whose second derivative costs two buffers and a dozen passes over the data.
+
+.. math::
+    y = \gamma \hat x + \beta, \qquad \hat x = s\,(x - \mu), \qquad s = (\mathrm{var}(x) + \epsilon)^{-1/2}
+
+With :math:`E` the mean over all examples and places of a channel and g the cotangent of y, the
+first derivative is
+
+.. math::
+    \bar x = \gamma s\,(g - E g - \hat x\, E[g \hat x]), \qquad \bar\gamma = M\, E[g \hat x], \qquad \bar\beta = M\, E g.
+
+Each cotangent of that map is again g, x and its own cotangent u of :math:`\bar x`, each times one
+number per channel; torch's own formula takes some fifty passes and seven buffers for it, more than
+everything else in the second derivative of a small conv net, and its third derivative is wrong: it
+takes μ and s for constants. Here the third and all further ones come from plain operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.layers.eager import eager, transformed
+
+
+class LeanBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What a batch norm layer becomes inside :func:`metaopt.functional`: the same numbers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Torch's own, wherever this one cannot stand in for it."""
+        statistics = self.training or self.running_mean is None
+        if (
+            not statistics
+            or self.running_mean is not None
+            or self.weight is None
+            or self.bias is None
+            or not _plain(input, self.weight)
+        ):
+            return super().forward(input)
+        self._check_input_dim(input)
+        return _Normalised.apply(input, self.weight, self.bias, self.eps)
+
+
+def lean(module: nn.Module) -> None:
+    """Make a batch norm layer of torch's a lean one, in place; its class keeps its checks of the input's shape."""
+    module.__class__ = LEAN[type(module)]
+
+
+class _Lean1d(LeanBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class _Lean2d(LeanBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class _Lean3d(LeanBatchNorm, nn.BatchNorm3d):
+    pass
+
+
+LEAN: dict[type, type] = {nn.BatchNorm1d: _Lean1d, nn.BatchNorm2d: _Lean2d, nn.BatchNorm3d: _Lean3d}
+
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Eager reverse mode, with more than one value per channel and one dtype."""
+    return (
+        x.ndim >= 2
+        and x.numel() > x.shape[1]
+        and x.dtype == weight.dtype
+        and eager()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class _Normalised(torch.autograd.Function):
+    """``(x, γ, β) -> y``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        if transformed(*cotangents):
+            return (*_composed(cotangents[0], x, weight, ctx.eps), None)
+        return (*_Backward.apply(cotangents[0], x, weight, mean, scale, ctx.eps), None)
+
+
+class _Backward(torch.autograd.Function):
+    """``(g, x, γ) -> (x̄, γ̄, β̄)``.
+
+    Μ and s come along as numbers, and are differentiated as the functions of x that they are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, scale, True, eps, [True, True, True]
+        )
+        ctx.save_for_backward(g, x, weight, mean, scale, out[1], out[2])
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, scale, weight_bar, bias_bar = ctx.saved_tensors
+        u, weight_u, bias_u = cotangents
+        if torch.is_grad_enabled() or transformed(
+            *cotangents
+        ):  # once more to be differentiated, or many cotangents at once
+            return (*_through_composed(g, x, weight, cotangents, ctx.eps), None, None, None)
+
+        over = [axis for axis in range(x.ndim) if axis != 1]
+        count = x.numel() // x.shape[1]
+        # per channel: E g, E[g x̂], E u, E[u x̂], E[u g], all in the shape (1, C, 1, …)
+        s, gamma, g_mean, g_x = (_channels(c, x) for c in (scale, weight, bias_bar / count, weight_bar / count))
+        v = torch.zeros_like(s) if weight_u is None else _channels(weight_u, x)
+        at = x - _channels(mean, x)
+        if u is None:
+            u_mean = u_x = covariance = torch.zeros_like(s)
+            x_bar = torch.zeros_like(x)
+        else:
+            x_bar = u * at
+            u_mean, u_x = u.mean(over, keepdim=True), s * x_bar.mean(over, keepdim=True)
+            covariance = torch.mul(u, g, out=x_bar).mean(over, keepdim=True) - u_mean * g_mean - u_x * g_x
+        a = gamma * s
+        of_g = v - a * u_x
+        torch.mul(g, s * of_g, out=x_bar)
+        x_bar.addcmul_(at, -s * s * ((of_g - a * u_x) * g_x + a * covariance))
+        x_bar.add_(s * (a * g_x * u_mean - of_g * g_mean))
+        g_bar = at.mul_(s * of_g).add_((0 if bias_u is None else _channels(bias_u, x)) - a * u_mean)
+        if u is not None:
+            x_bar.addcmul_(u, -s * a * g_x)
+            g_bar.addcmul_(u, a)
+        return g_bar, x_bar, (count * s * covariance).view_as(weight), None, None, None
+
+
+def _channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.ndim - 2))
+
+
+def _through_composed(
+    g: Tensor, x: Tensor, weight: Tensor, cotangents: tuple[Tensor | None, ...], eps: float
+) -> tuple[Tensor, ...]:
+    """The pullback of :func:`_composed` by autograd, itself differentiable."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # as fresh nodes, since g may depend on x and γ, and that path is not of this pullback
+        g, x, weight = (
+            at.view_as(at) if again and at.requires_grad else at.detach().requires_grad_() for at in (g, x, weight)
+        )
+        pairs = [(out, c) for out, c in zip(_composed(g, x, weight, eps), cotangents, strict=True) if c is not None]
+        outs, seeds = zip(*pairs, strict=True)
+        return torch.autograd.grad(outs, (g, x, weight), seeds, create_graph=again, materialize_grads=True)
+
+
+def _composed(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x̄, γ̄, β̄)`` from plain operations."""
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    at = x - x.mean(over, keepdim=True)
+    s = (at.pow(2).mean(over, keepdim=True) + eps).rsqrt()
+    x_hat = at * s
+    g_x = (g * x_hat).mean(over, keepdim=True)
+    x_bar = _channels(weight, x) * s * (g - g.mean(over, keepdim=True) - x_hat * g_x)
+    return x_bar, (g * x_hat).sum(over), g.sum(over)

@@ -1,0 +1,21 @@
+"""Whether a layer of our own may stand in for torch's: in eager reverse mode only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def eager() -> bool:
+    """Neither compiled nor under a transform of torch.func nor in forward mode."""
+    return not torch.compiler.is_compiling() and not transformed() and forward_ad._current_level < 0
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func is under way, or one of the tensors is many in one (``is_grads_batched``)."""
+    return _functorch.peek_interpreter_stack() is not None or any(
+        [x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors]
+    )

@@ -1,0 +1,51 @@
+r"""Adadelta.
+
+.. math::
+    v_t = \rho v_{t-1} + (1-\rho) g^2,\quad \delta = \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t + \epsilon}}\, g,\quad
+    u_t = \rho u_{t-1} + (1-\rho) \delta^2,\quad w_t = w_{t-1} - \eta\, \delta
+
+Zeiler 2012, arXiv 1212.5701.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.moments import decayed
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class Adadelta(Optimizer):
+    """Adadelta, equal to ``torch.optim.Adadelta`` step by step. Slots: ``second``, ``delta``.
+
+    Args:
+        lr: learning rate η.
+        rho: decay ρ.
+        eps: ε.
+        weight_decay: L2 coefficient.
+    """
+
+    lr: Hyper = 1.0
+    rho: Hyper = 0.9
+    eps: Hyper = 1e-6
+    weight_decay: Hyper = 0.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "rho", "eps", "weight_decay")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros."""
+        return {"second": torch.zeros_like(w), "delta": torch.zeros_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        rho, eps = hyper["rho"], hyper["eps"]
+        g, w = decayed(g, w, hyper, decoupled=False)
+        second = rho * slots["second"] + (1 - rho) * g * g
+        delta = safe.sqrt(slots["delta"] + eps) / safe.sqrt(second + eps) * g
+        return w - hyper["lr"] * delta, {"second": second, "delta": rho * slots["delta"] + (1 - rho) * delta * delta}

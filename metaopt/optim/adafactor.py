@@ -1,0 +1,82 @@
+r"""Adafactor: Adam with a factored second moment, and no first one.
+
+.. math::
+    R_t \leftarrow \beta R + (1-\beta)\, \text{mean}_{-1}(g^2),\; C_t \leftarrow \beta C + (1-\beta)\, \text{mean}_{-2}(g^2),\quad
+    \hat v = \frac{R\, C}{\text{mean}_{-2} R},\quad u = \frac{g}{\sqrt{\hat v}},\quad
+    w_t = w_{t-1} - \rho_t \max(\epsilon_2, \text{rms}(w)) \frac{u}{\max(1, \text{rms}(u)/d)}
+
+with :math:`\beta = 1 - t^{\text{beta2\_decay}}` and :math:`\rho_t = \min(\eta, 1/\sqrt t)`. Shazeer
+and Stern 2018, arXiv 1804.04235.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.moments import decayed
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Adafactor, equal to ``torch.optim.Adafactor`` step by step. Slots.
+
+    ``row``, ``column`` (matrices), ``second`` (vectors).
+
+    It looks at whole tensors (root mean squares): in a stacked meta-batch wrap it in
+    :class:`metaopt.optim.PerTask`.
+
+    Args:
+        lr: upper bound η of the relative step size.
+        beta2_decay: power of the second moment's decay.
+        eps: ``(ε1, ε2)``; ε1 ``None`` is the dtype's machine epsilon.
+        d: bound on the update's root mean square.
+        weight_decay: decoupled weight decay.
+    """
+
+    lr: Hyper = 1e-2
+    beta2_decay: Hyper = -0.8
+    eps: tuple[Hyper | None, Hyper] = (None, 1e-3)
+    d: Hyper = 1.0
+    weight_decay: Hyper = 0.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "eps", "d", "weight_decay")
+
+    @property
+    def elementwise(self) -> bool:
+        """No."""
+        return False
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros; what a tensor of this rank does not use is empty."""
+        empty = w.new_zeros(0)
+        if w.ndim > 1:
+            return {"row": torch.zeros_like(w[..., :1]), "column": torch.zeros_like(w[..., :1, :]), "second": empty}
+        return {"row": empty, "column": empty, "second": torch.zeros_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        eps1, eps2 = hyper["eps"]
+        eps1 = torch.finfo(w.dtype).eps if eps1 is None else eps1
+        share = t ** hyper["beta2_decay"]
+        rate = torch.minimum(safe.like(hyper["lr"], w), safe.like(t**-0.5, w))
+        size = rate * torch.maximum(safe.like(eps2, w), _rms(w))
+        _, w = decayed(g, w, hyper, decoupled=True)
+        new, squared = dict(slots), g * g
+        if g.ndim > 1:
+            row = new["row"] = slots["row"] + share * (squared.mean(-1, keepdim=True) - slots["row"])
+            column = new["column"] = slots["column"] + share * (squared.mean(-2, keepdim=True) - slots["column"])
+            estimate = row @ column / torch.maximum(row.mean(-2, keepdim=True), safe.like(eps1, w))
+        else:
+            estimate = new["second"] = slots["second"] + share * (squared - slots["second"])
+        update = g * torch.maximum(estimate, safe.like(eps1 * eps1, w)).rsqrt()
+        return w - size / torch.maximum(safe.like(1.0, w), _rms(update) / hyper["d"]) * update, new
+
+
+def _rms(x: Tensor) -> Tensor:
+    return safe.sqrt((x * x).mean())

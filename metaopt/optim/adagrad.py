@@ -1,0 +1,51 @@
+r"""Adagrad.
+
+.. math::
+    G_t = G_{t-1} + g^2,\quad w_t = w_{t-1} - \frac{\eta}{1 + (t-1)\,\text{lr\_decay}} \frac{g}{\sqrt{G_t} + \epsilon}
+
+Duchi, Hazan and Singer 2011, JMLR 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.moments import decayed
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class Adagrad(Optimizer):
+    """Adagrad, equal to ``torch.optim.Adagrad`` step by step. Slot: ``sum``.
+
+    Args:
+        lr: learning rate η.
+        lr_decay: decay of the learning rate.
+        weight_decay: L2 coefficient.
+        initial_accumulator_value: first value of the sum (a number).
+        eps: ε.
+    """
+
+    lr: Hyper = 1e-2
+    lr_decay: Hyper = 0.0
+    weight_decay: Hyper = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: Hyper = 1e-10
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "lr_decay", "weight_decay", "eps")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """The first value of the sum."""
+        return {"sum": torch.full_like(w, self.initial_accumulator_value)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        g, w = decayed(g, w, hyper, decoupled=False)
+        total = slots["sum"] + g * g
+        rate = hyper["lr"] / (1 + (t - 1) * hyper["lr_decay"])
+        return w - rate * g / (safe.sqrt(total) + hyper["eps"]), {"sum": total}

@@ -1,0 +1,50 @@
+r"""Adamax: Adam with the largest absolute gradient in place of the second moment.
+
+.. math::
+    m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad u_t = \max(\beta_2 u_{t-1},\, |g| + \epsilon),\quad
+    w_t = w_{t-1} - \frac{\eta}{1-\beta_1^t} \frac{m_t}{u_t}
+
+Kingma and Ba 2015, arXiv 1412.6980, section 7.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim.moments import decayed
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class Adamax(Optimizer):
+    """Adamax, equal to ``torch.optim.Adamax`` step by step. Slots: ``first``, ``largest``.
+
+    Args:
+        lr: learning rate η.
+        betas: ``(β1, β2)``.
+        eps: ε.
+        weight_decay: L2 coefficient.
+    """
+
+    lr: Hyper = 2e-3
+    betas: tuple[Hyper, Hyper] | Hyper = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros."""
+        return {"first": torch.zeros_like(w), "largest": torch.zeros_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        beta1, beta2 = hyper["betas"]
+        g, w = decayed(g, w, hyper, decoupled=False)
+        first = slots["first"] + (1 - beta1) * (g - slots["first"])
+        largest = torch.maximum(beta2 * slots["largest"], g.abs() + hyper["eps"])
+        return w - hyper["lr"] / (1 - beta1**t) * first / largest, {"first": first, "largest": largest}

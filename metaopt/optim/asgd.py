@@ -1,0 +1,51 @@
+r"""Averaged SGD.
+
+.. math::
+    \eta_t = \frac{\eta}{(1 + \lambda\eta\,(t-1))^{\alpha}},\quad w_t = (1 - \lambda\eta_t)\, w_{t-1} - \eta_t\, g,\quad
+    a_t = a_{t-1} + \frac{w_t - a_{t-1}}{\max(1,\, t - 1 - t_0)}
+
+Polyak and Juditsky 1992, SIAM J. Control Optim. 30.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim.moments import decayed
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class ASGD(Optimizer):
+    """Averaged SGD, equal to ``torch.optim.ASGD`` step by step. Slot: ``average`` (a, the averaged weights).
+
+    Args:
+        lr: learning rate η.
+        lambd: decay λ.
+        alpha: power α of the learning rate's decay.
+        t0: step at which averaging starts (a number).
+        weight_decay: L2 coefficient.
+    """
+
+    lr: Hyper = 1e-2
+    lambd: Hyper = 1e-4
+    alpha: Hyper = 0.75
+    t0: float = 1e6
+    weight_decay: Hyper = 0.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "lambd", "alpha", "weight_decay")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros."""
+        return {"average": torch.zeros_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        g, w = decayed(g, w, hyper, decoupled=False)
+        rate = hyper["lr"] / (1 + hyper["lambd"] * hyper["lr"] * (t - 1)) ** hyper["alpha"]
+        w = w * (1 - hyper["lambd"] * rate) - rate * g
+        return w, {"average": slots["average"] + (w - slots["average"]) / max(1.0, t - 1 - self.t0)}

@@ -1,0 +1,46 @@
+r"""Weight averaging.
+
+.. math:: a_t = \delta\, a_{t-1} + (1 - \delta)\, w_t, \qquad a_0 = w_0
+
+Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv 1703.01780.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from metaopt import tree
+from metaopt.optim.optimizer import Hyper, per_leaf
+from metaopt.optim.wrapper import Wrapper
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class EMA(Wrapper):
+    """An exponential moving average of the weights beside the run, in the slot ``average``.
+
+    The run itself is unchanged.
+
+    Args:
+        optimizer: moves the weights.
+        decay: δ.
+    """
+
+    decay: Hyper = 0.999
+
+    hypers: ClassVar[tuple[str, ...]] = ("decay",)
+
+    def init(self, w: Tree) -> Tree:
+        """The weights, and the wrapped optimiser's slots."""
+        return {"average": w, "inner": self.optimizer.init(w)}
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """Update, then average."""
+        w, inner = self.optimizer.update(g, w, slots["inner"], lam, t)
+        flat, spec = tree.flatten(w)
+        decays = per_leaf(self.decay, lam, t, spec, "decay")
+        average = [
+            decay * a + (1 - decay) * x for decay, a, x in zip(decays, tree.leaves(slots["average"]), flat, strict=True)
+        ]
+        return w, {"average": tree.unflatten(average, spec), "inner": inner}

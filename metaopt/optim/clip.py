@@ -1,0 +1,60 @@
+"""Gradient clipping inside the step, and so inside its derivative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from metaopt import tree
+from metaopt.optim import safe
+from metaopt.optim.optimizer import Hyper
+from metaopt.optim.wrapper import Wrapper, value
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class ClipValue(Wrapper):
+    """Every entry of the gradient clamped to ``[-limit, limit]``, as ``torch.nn.utils.clip_grad_value_``; derivative 0 where it binds.
+
+    Args:
+        optimizer: gets the clamped gradient.
+        limit: the bound, one number (or a callable that gives one).
+    """
+
+    limit: Hyper = 1.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("limit",)
+
+    def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
+        """Clamped."""
+        limit = value(self.limit, lam, t)
+        return tree.map(lambda x: torch.maximum(torch.minimum(x, safe.like(limit, x)), -safe.like(limit, x)), g)
+
+
+@dataclass(frozen=True)
+class ClipNorm(Wrapper):
+    r"""The gradient scaled down to a global norm: :math:`g \min(1, c / (\|g\| + 10^{-6}))`, as ``torch.nn.utils.clip_grad_norm_``.
+
+    It couples all weights: in a stacked meta-batch wrap it in :class:`metaopt.optim.PerTask`.
+
+    Args:
+        optimizer: gets the clipped gradient.
+        max_norm: c, one number (or a callable that gives one).
+    """
+
+    max_norm: Hyper = 1.0
+
+    hypers: ClassVar[tuple[str, ...]] = ("max_norm",)
+
+    @property
+    def elementwise(self) -> bool:
+        """No."""
+        return False
+
+    def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
+        """Scaled."""
+        norm = safe.sqrt(tree.dot(g, g))
+        factor = torch.clamp(value(self.max_norm, lam, t) / (norm + 1e-6), max=1.0)
+        return tree.map(lambda x: factor.to(x.dtype) * x, g)

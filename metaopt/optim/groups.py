@@ -1,0 +1,100 @@
+"""Different optimisers, or the same with different rates, for named groups of weights; and weights that do not move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.optim.optimizer import Optimizer, Slots
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Frozen(Optimizer):
+    """The weights stay: for a group of :class:`Groups`."""
+
+    hypers: ClassVar[tuple[str, ...]] = ()
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """None."""
+        return {}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """The same."""
+        return w, slots
+
+
+@dataclass(frozen=True)
+class Groups(Optimizer):
+    """Each weight goes to the first group one of whose patterns matches its name.
+
+    Names are dictionary keys joined by dots (``"0.weight"`` for ``{"0.weight": …}`` and for ``{"0":
+    {"weight": …}}``). A group's weights form a list, so element-wise hyperparameters of a group are
+    lists too. Slots: ``"0"``, ``"1"``, … by group.
+
+    Args:
+        groups: ``(patterns, optimiser)``, e.g. ``[(["head.*"], SGD(lr=0.1)), (["*"], Frozen())]``.
+
+    Raises:
+        ValueError: if a weight matches no group, or a group no weight.
+    """
+
+    groups: Sequence[tuple[Sequence[str], Optimizer]]
+
+    hypers: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, w: Tree) -> Tree:
+        """The groups' slots."""
+        flat, members = tree.leaves(w), self._members(w)
+        return {str(i): optimizer.init([flat[j] for j in members[i]]) for i, (_, optimizer) in enumerate(self.groups)}
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """Each group by its own optimiser."""
+        flat, spec = tree.flatten(w)
+        flat_g, members, new_slots = tree.leaves(g), self._members(w), {}
+        for i, (_, optimizer) in enumerate(self.groups):
+            mine = members[i]
+            moved, new_slots[str(i)] = optimizer.update(
+                [flat_g[j] for j in mine], [flat[j] for j in mine], slots[str(i)], lam, t
+            )
+            for j, x in zip(mine, moved, strict=True):
+                flat[j] = x
+        return tree.unflatten(flat, spec), new_slots
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether all groups are."""
+        return all(optimizer.elementwise for _, optimizer in self.groups)
+
+    @property
+    def reads_lam(self) -> bool:
+        """Whether any group does."""
+        return any(optimizer.reads_lam for _, optimizer in self.groups)
+
+    @property
+    def steps_taken(self) -> int:
+        """As the first group."""
+        return self.groups[0][1].steps_taken
+
+    def _members(self, w: Tree) -> list[list[int]]:
+        """For each group the numbers of its leaves."""
+        members: list[list[int]] = [[] for _ in self.groups]
+        for j, name in enumerate(tree.dotted_names(w)):
+            for i, (patterns, _) in enumerate(self.groups):
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    members[i].append(j)
+                    break
+            else:
+                raise ValueError(
+                    f"the weight {name!r} is in no group; add a last group (['*'], optimiser), or (['*'], "
+                    "mo.optim.Frozen())"
+                )
+        for i, mine in enumerate(members):
+            if not mine:
+                raise ValueError(f"the group {list(self.groups[i][0])} has no weight; names are {tree.dotted_names(w)}")
+        return members

@@ -1,0 +1,59 @@
+r"""NAdam: Adam with Nesterov momentum.
+
+.. math::
+    \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad
+    w_t = w_{t-1} - \frac{\eta}{\sqrt{\hat v_t} + \epsilon}
+      \left( \frac{(1-\mu_t)\, g}{1 - \prod_{i \le t} \mu_i} + \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} \right)
+
+Dozat 2016, "Incorporating Nesterov momentum into Adam".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.moments import decayed, moments, zeros
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class NAdam(Optimizer):
+    """NAdam, equal to ``torch.optim.NAdam`` step by step. Slots: ``first``, ``second``, ``product`` (of the μ so far).
+
+    Args:
+        lr: learning rate η.
+        betas: ``(β1, β2)``.
+        eps: ε.
+        weight_decay: coefficient of weight decay.
+        momentum_decay: ψ.
+        decoupled_weight_decay: decay the weights, as AdamW does, instead of adding to the gradient.
+    """
+
+    lr: Hyper = 2e-3
+    betas: tuple[Hyper, Hyper] | Hyper = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    momentum_decay: Hyper = 4e-3
+    decoupled_weight_decay: bool = False
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros, and ones for the product."""
+        return {**zeros(w), "product": torch.ones_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        beta1, beta2 = hyper["betas"]
+        g, w = decayed(g, w, hyper, decoupled=self.decoupled_weight_decay)
+        first, second = moments(g, slots, beta1, beta2)
+        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * hyper["momentum_decay"])) for s in (t, t + 1))
+        product = slots["product"] * mu
+        scale = safe.sqrt(second / (1 - beta2**t)) + hyper["eps"]
+        direction = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * first
+        return w - hyper["lr"] * direction / scale, {"first": first, "second": second, "product": product}

@@ -1,0 +1,143 @@
+"""What every inner optimiser is: a pure, element-wise map ``(g, w, slots, hyperparameters) -> (w', slots')``.
+
+One optimiser is one file with one frozen dataclass that says which fields are hyperparameters and
+how *one tensor* is updated (:meth:`Optimizer.update_leaf`). Everything else is written here, once
+for all of them: hyperparameters that are floats, tensors, pytrees or functions of λ; the loop over
+leaves; the pullback and the pushforward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+Hyper: TypeAlias = float | Tensor | Tree | Callable[[Tree, int], Any]
+"""A hyperparameter.
+
+A float, a tensor, a pytree like ``w`` (element-wise), or ``(lam, t) -> any of these`` with t = 1 …
+T.
+"""
+
+Slots: TypeAlias = dict[str, Tensor]
+
+
+class Optimizer:
+    """Base of all inner optimisers; a subclass is a frozen dataclass.
+
+    Attributes:
+        hypers: names of the fields that are hyperparameters; a field may hold a tuple of them
+            (Adam's ``betas``).
+    """
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr",)
+
+    # -- to be written by each optimiser ---------------------------------------------------------
+    def init_leaf(self, w: Tensor) -> Slots:
+        """The slots of one tensor before the first step."""
+        raise NotImplementedError
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """One tensor's update at step ``t`` (1 … T): new tensor, new slots.
+
+        Pure, out of place, differentiable in everything.
+        """
+        raise NotImplementedError
+
+    def transpose_leaf(
+        self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int
+    ) -> tuple[Tensor, Tensor, Slots] | None:
+        """Cotangents of ``(g, w, slots)`` of one tensor, where the update is linear in them.
+
+        ``None`` (the default): by autograd.
+
+        A shortcut for small problems, in which autograd's own cost shows; ``slots_bar`` may be
+        ``None`` (zero).
+        """
+        return None
+
+    # -- written once ----------------------------------------------------------------------------
+    def init(self, w: Tree) -> Tree:
+        """Slots for all weights: slot name to a pytree like ``w``."""
+        flat, spec = tree.flatten(w)
+        per_leaf = [self.init_leaf(leaf) for leaf in flat]
+        return by_slot(per_leaf, spec)
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """The update of all weights: ``(w', slots')``.
+
+        Args:
+            g: gradient of the inner loss, a pytree like ``w``.
+            w: weights.
+            slots: what :meth:`init` or the last update returned.
+            lam: hyperparameters, handed to the fields that are callables.
+            t: number of this step, 1 … T.
+        """
+        flat_w, spec = tree.flatten(w)
+        flat_g = tree.leaves(g)
+        flat_slots = {name: tree.leaves(slot) for name, slot in slots.items()}
+        new_w, new_slots = [], []
+        for i, (g_i, w_i, hyper_i) in enumerate(zip(flat_g, flat_w, self.hyper_leaves(lam, t, spec), strict=True)):
+            slots_i = {name: slot[i] for name, slot in flat_slots.items()}
+            w_new, slots_new = self.update_leaf(g_i, w_i, slots_i, hyper_i, t)
+            new_w.append(w_new)
+            new_slots.append(slots_new)
+        return tree.unflatten(new_w, spec), by_slot(new_slots, spec)
+
+    def hyper_leaves(self, lam: Tree, t: int, spec: tree.Spec) -> list[dict[str, Any]]:
+        """The hyperparameters of step ``t``, name to value, for each weight leaf."""
+        values = {name: getattr(self, name) for name in self.hypers}
+        if all([isinstance(value, (int, float)) for value in values.values()]):
+            return [values] * spec.num_leaves
+        leaves = [per_leaf(value, lam, t, spec, name) for name, value in values.items()]
+        return [dict(zip(values, of_one, strict=True)) for of_one in zip(*leaves, strict=True)]
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps taken before the first one here."""
+        return 0
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each number's update depends on its own gradient alone, so that a stacked meta-batch needs no ``PerTask``."""
+        return True
+
+    @property
+    def reads_lam(self) -> bool:
+        """Whether λ enters the update directly, through a callable hyperparameter."""
+        return any([_is_callable(getattr(self, name)) for name in self.hypers])
+
+
+def per_leaf(value: Hyper, lam: Tree, t: int, spec: tree.Spec, name: str) -> list[Any]:
+    """A hyperparameter as one value per weight leaf (floats stay floats; a tuple gives a tuple per leaf).
+
+    Raises:
+        ValueError: if a pytree does not have the structure of the weights.
+    """
+    if callable(value):
+        value = value(lam, t)
+    if value is None or isinstance(value, (int, float, Tensor)):
+        return [value] * spec.num_leaves
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return list(zip(*(per_leaf(entry, lam, t, spec, name) for entry in value), strict=True))
+    flat, value_spec = tree.flatten(value)
+    if value_spec != spec:
+        raise ValueError(
+            f"{name} is a pytree, but not like the weights: its leaves are {tree.names(value)}, {len(flat)} against "
+            f"{spec.num_leaves}"
+        )
+    return flat
+
+
+def _is_callable(value: Any) -> bool:
+    return callable(value) or (isinstance(value, tuple) and any(_is_callable(entry) for entry in value))
+
+
+def by_slot(per_leaf_slots: list[Slots], spec: tree.Spec) -> Tree:
+    """List of ``{slot: tensor}`` to ``{slot: pytree like w}``."""
+    slot_names = per_leaf_slots[0] if per_leaf_slots else {}
+    return {name: tree.unflatten([slots[name] for slots in per_leaf_slots], spec) for name in slot_names}

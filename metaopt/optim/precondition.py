@@ -1,0 +1,79 @@
+r"""Learned gradient transforms: the gradient goes through a map whose parameters are part of λ.
+
+Meta-Curvature multiplies each weight matrix's gradient from both sides, :math:`G \mapsto M_o\, G\,
+M_i` (Park and Oliva 2019, arXiv 1902.03356); KFO is the same with one network for all (Arnold et
+al. 2021, arXiv 1910.13603).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.optim.optimizer import Optimizer
+from metaopt.optim.wrapper import Wrapper
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Precondition(Wrapper):
+    """The wrapped optimiser gets ``transform(g, lam, t)``.
+
+    Args:
+        optimizer: gets the transformed gradient.
+        transform: ``(g, lam, t) -> g``; differentiated with respect to both.
+
+    Raises:
+        ValueError: if the transform changes structure or shapes.
+    """
+
+    transform: Callable[[Tree, Tree, int], Tree] = lambda g, lam, t: g
+
+    @property
+    def elementwise(self) -> bool:
+        """Not in general."""
+        return False
+
+    def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
+        """Transformed."""
+        out = self.transform(g, lam, t)
+        if [x.shape for x in tree.leaves(out)] != [x.shape for x in tree.leaves(g)]:
+            raise ValueError(f"the gradient transform changed shapes: {[tuple(x.shape) for x in tree.leaves(out)]}")
+        return out
+
+    @property
+    def reads_lam(self) -> bool:
+        """Yes."""
+        return True
+
+
+def meta_curvature(optimizer: Optimizer, factors: Callable[[Tree], Tree]) -> Precondition:
+    """Meta-Curvature: ``G ↦ M_o G M_i`` for matrices, ``g ↦ M_o g`` for vectors; other ranks through unchanged.
+
+    Args:
+        optimizer: gets the transformed gradient.
+        factors: ``lam -> pytree like w`` with ``(M_o, M_i)``, ``(M_o,)`` or ``()`` at each leaf;
+            see :func:`identity_factors`.
+    """
+
+    def transform(g: Tree, lam: Tree, t: int) -> Tree:
+        return tree.map(_both_sides, g, factors(lam))
+
+    return Precondition(optimizer, transform)
+
+
+def identity_factors(w: Tree) -> Tree:
+    """Where Meta-Curvature starts: ``(I, I)`` for each matrix, ``(I,)`` for each vector, ``()`` for anything else."""
+    return tree.map(
+        lambda x: tuple(torch.eye(n, dtype=x.dtype, device=x.device) for n in x.shape) if x.ndim in (1, 2) else (), w
+    )
+
+
+def _both_sides(g: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    if len(factors) == 2:
+        return factors[0] @ g @ factors[1]
+    return factors[0] @ g if factors else g

@@ -1,0 +1,62 @@
+r"""RAdam: Adam whose adaptive rate is rectified while the second moment is uncertain.
+
+.. math::
+    \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1-\beta_2^t}, \quad \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad
+    r_t = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}}
+
+With :math:`\rho_t > 5` the step is Adam's times :math:`r_t`; before, plain momentum. Liu et al.
+2020, arXiv 1908.03265.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.moments import decayed, moments, zeros
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class RAdam(Optimizer):
+    r"""RAdam, equal to ``torch.optim.RAdam`` step by step. Slots: ``first``, ``second``.
+
+    The switch at :math:`\rho_t = 5` depends on t and β2 only; its derivative with respect to β2 is
+    that of the branch taken.
+
+    Args:
+        lr: learning rate η.
+        betas: ``(β1, β2)``; β2 is one number for all weights.
+        eps: ε.
+        weight_decay: coefficient of weight decay.
+        decoupled_weight_decay: decay the weights, as AdamW does, instead of adding to the gradient.
+    """
+
+    lr: Hyper = 1e-3
+    betas: tuple[Hyper, Hyper] | Hyper = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    decoupled_weight_decay: bool = False
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros."""
+        return zeros(w)
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        beta1, beta2 = hyper["betas"]
+        g, w = decayed(g, w, hyper, decoupled=self.decoupled_weight_decay)
+        first, second = moments(g, slots, beta1, beta2)
+        step = hyper["lr"] * first / (1 - beta1**t)
+        bias = 1 - beta2**t
+        limit = 2 / (1 - beta2) - 1
+        rho = limit - 2 * t * beta2**t / bias
+        if (rho.detach() if isinstance(rho, Tensor) else rho) > 5:
+            rectified = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+            step = step * rectified * bias**0.5 / (safe.sqrt(second) + hyper["eps"])
+        return w - step, {"first": first, "second": second}

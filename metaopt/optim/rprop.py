@@ -1,0 +1,55 @@
+r"""Rprop: only the gradient's signs are used.
+
+.. math::
+    \Delta_t = \text{clip}(\Delta_{t-1} \cdot \{\eta^+, \eta^-, 1\}),\quad w_t = w_{t-1} - \text{sign}(g)\,\Delta_t
+
+where the factor depends on the sign of :math:`g_t g_{t-1}`, and g counts as 0 after a change of
+sign. Riedmiller and Braun 1993.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.optim import safe
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+
+
+@dataclass(frozen=True)
+class Rprop(Optimizer):
+    """Rprop, equal to ``torch.optim.Rprop`` step by step. Slots: ``previous`` (gradient), ``size``.
+
+    **Derivative**: that of the function as it is, which is constant in the gradient almost
+    everywhere. So hyperparameters inside the inner loss have hypergradient 0 here, and only ``lr``
+    (the first step size), ``etas`` and ``step_sizes`` have a response.
+
+    Args:
+        lr: first step size; used at t = 1 only.
+        etas: ``(η-, η+)``.
+        step_sizes: smallest and largest step size.
+    """
+
+    lr: Hyper = 1e-2
+    etas: tuple[Hyper, Hyper] | Hyper = (0.5, 1.2)
+    step_sizes: tuple[Hyper, Hyper] | Hyper = (1e-6, 50.0)
+
+    hypers: ClassVar[tuple[str, ...]] = ("lr", "etas", "step_sizes")
+
+    def init_leaf(self, w: Tensor) -> Slots:
+        """Zeros; the first step size is set at t = 1."""
+        return {"previous": torch.zeros_like(w), "size": torch.zeros_like(w)}
+
+    def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        """See the module's equation."""
+        minus, plus = (safe.like(eta, w) for eta in hyper["etas"])
+        smallest, largest = (safe.like(size, w) for size in hyper["step_sizes"])
+        size = slots["size"] + hyper["lr"] if t == 1 else slots["size"]
+        agreement = g * slots["previous"]
+        factor = torch.where(agreement > 0, plus, torch.where(agreement < 0, minus, torch.ones_like(w)))
+        size = torch.minimum(torch.maximum(size * factor, smallest), largest)
+        g = torch.where(agreement < 0, torch.zeros_like(g), g)
+        return w - g.sign() * size, {"previous": g, "size": size}

@@ -1,0 +1,26 @@
+"""Operations whose derivative exists everywhere, for second moments that start at zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sqrt(x: Tensor) -> Tensor:
+    r""":math:`\sqrt{x}` with derivative 0 where :math:`x \le 0` (its value there is 0).
+
+    The true derivative is infinite at 0; multiplied by the zero derivative of ``g²`` it makes NaN.
+    At ``g = 0`` with nothing accumulated, 0 is the derivative of :math:`\sqrt{g^2} = |g|` in the
+    middle of its subdifferential [-1, 1].
+
+    >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+    >>> torch.autograd.grad(sqrt(x).sum(), x)[0]
+    tensor([0.0000, 0.2500])
+    """
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def like(value: float | Tensor, x: Tensor) -> Tensor:
+    """A hyperparameter as a tensor of the dtype and device of ``x``."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=x.dtype, device=x.device)

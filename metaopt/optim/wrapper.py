@@ -1,0 +1,57 @@
+"""An optimiser around an optimiser: what gradient transforms, averages and groups share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from metaopt.optim.optimizer import Hyper, Optimizer
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Wrapper(Optimizer):
+    """Hands everything on to ``optimizer``. A subclass changes what comes in (:meth:`incoming`) or overrides :meth:`update`.
+
+    Slots: ``inner``, those of the wrapped optimiser.
+
+    Args:
+        optimizer: the wrapped optimiser.
+    """
+
+    optimizer: Optimizer
+
+    hypers: ClassVar[tuple[str, ...]] = ()
+
+    def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
+        """The gradient that the wrapped optimiser gets. Default: the same."""
+        return g
+
+    def init(self, w: Tree) -> Tree:
+        """The wrapped optimiser's slots."""
+        return {"inner": self.optimizer.init(w)}
+
+    def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
+        """The wrapped optimiser's update with the transformed gradient."""
+        w, inner = self.optimizer.update(self.incoming(g, w, lam, t), w, slots["inner"], lam, t)
+        return w, {"inner": inner}
+
+    @property
+    def reads_lam(self) -> bool:
+        """Whether this wrapper or the wrapped optimiser does."""
+        return super().reads_lam or self.optimizer.reads_lam
+
+    @property
+    def elementwise(self) -> bool:
+        """As the wrapped optimiser."""
+        return self.optimizer.elementwise
+
+    @property
+    def steps_taken(self) -> int:
+        """As the wrapped optimiser."""
+        return self.optimizer.steps_taken
+
+
+def value(hyper: Hyper, lam: Tree, t: int) -> Any:
+    """A hyperparameter that is one number for all weights."""
+    return hyper(lam, t) if callable(hyper) else hyper
