@@ -1,6 +1,9 @@
 """metaopt: one bilevel problem, every hypergradient estimator, each checked against an exact answer."""
 
-from metaopt import diagnose, inner, interop, linsolve, meta, models, optim, tasks, trajectory, tree, verify
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metaopt import diagnose, inner, linsolve, meta, models, optim, trajectory, tree, verify
 from metaopt.estimators import (
     BOME,
     DARTS,
@@ -43,7 +46,23 @@ from metaopt.functional import FunctionalModel, functional, merge, partition
 from metaopt.inner import InnerState, custom_step, inner_step
 from metaopt.meta import online
 
+if TYPE_CHECKING:
+    from metaopt import interop, tasks
+
 __version__ = "0.1.0"
+
+_ON_DEMAND = ("interop", "tasks")  # rooms that bring other libraries with them
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"metaopt.{name}")
+    raise AttributeError(f"module 'metaopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 __all__ = [
     "BOME",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from metaopt import __version__
 from metaopt.experiments import (
     compare,
     diagnose,
@@ -29,12 +30,28 @@ from metaopt.verify import command
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them."
 )
+
+
 compare_app = typer.Typer(no_args_is_help=True, help="Run an experiment with several estimators side by side.")
 app.add_typer(compare_app, name="compare")
 diagnose_app = typer.Typer(
     no_args_is_help=True, help="How close each estimator's hypergradients are to the exact ones."
 )
 app.add_typer(diagnose_app, name="diagnose")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"metaopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
 
 Estimators = Annotated[str | None, typer.Option(help="Comma-separated keys; default: all.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Independent meta-training runs of every method.")]
@@ -111,18 +128,8 @@ def compare_anil(
     workers: Workers = None,
 ) -> None:
     """ANIL on many-shot image tasks: table 2 of the HyperDistill paper."""
-    _many_shot(
-        "anil",
-        Source(data, root, size, download),
-        small,
-        estimators,
-        seeds,
-        meta_iterations,
-        fomaml,
-        stable,
-        out,
-        workers,
-    )
+    source = Source(data, root, size, download)
+    _many_shot("anil", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
 
 
 @compare_app.command("warpgrad")
@@ -141,18 +148,8 @@ def compare_warpgrad(
     workers: Workers = None,
 ) -> None:
     """WarpGrad on many-shot image tasks: tables 2 and 6, figures 2, 4-6 and 11-13 of the HyperDistill paper."""
-    _many_shot(
-        "warpgrad",
-        Source(data, root, size, download),
-        small,
-        estimators,
-        seeds,
-        meta_iterations,
-        fomaml,
-        stable,
-        out,
-        workers,
-    )
+    source = Source(data, root, size, download)
+    _many_shot("warpgrad", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
 
 
 @compare_app.command("meta-weight-net")
@@ -174,18 +171,8 @@ def compare_meta_weight_net(
 
     Table 2 and figure 7 of the HyperDistill paper.
     """
-    _many_shot(
-        "meta-weight-net",
-        Source(data, root, size, download),
-        small,
-        estimators,
-        seeds,
-        meta_iterations,
-        fomaml,
-        stable,
-        out,
-        workers,
-    )
+    source = Source(data, root, size, download)
+    _many_shot("meta-weight-net", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
 
 
 @compare_app.command("noisy-labels")

@@ -45,7 +45,7 @@ ALLOWED = {
         "replay",
         "tree",
     },
-    "cli": {"experiments", "verify"},
+    "cli": {"experiments", "verify", "__version__"},
     "__main__": {"cli"},
 }
 # classes of a room that are no method of their own: bases, states, results

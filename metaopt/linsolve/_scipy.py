@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.sparse.linalg import LinearOperator
 
 from metaopt import tree
 from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
@@ -35,7 +35,7 @@ class SciPySolver(Solver):
         check_settings(self, positive=("iterations",), not_negative=("tolerance", "damping"))
 
     @abstractmethod
-    def run(self, A: LinearOperator, b: Any) -> Any:
+    def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:
         """SciPy's ``(x, info)`` for ``A x = b``."""
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
@@ -55,7 +55,7 @@ def _solve(method: Callable[..., Any], operator: Operator, alpha: Tree) -> Solut
         return tree.vector(operator(tree.unvector(given, alpha))).detach().cpu().double().numpy()
 
     n = right.numel()
-    A = LinearOperator((n, n), matvec=matvec, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+    A = scipy.sparse.linalg.LinearOperator((n, n), matvec=matvec, dtype=np.float64)  # pyright: ignore
     found, _ = method(A, right.detach().cpu().double().numpy())
     x = tree.unvector(torch.as_tensor(found).to(right.device, right.dtype), alpha)
     return Solution(x, relative_residual(operator, x, alpha), products + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.sparse.linalg import LinearOperator, gmres
+import scipy
 
 from metaopt.linsolve._scipy import SciPySolver
 
@@ -28,6 +28,6 @@ class GMRES(SciPySolver):
         damping: added to the diagonal of K.
     """
 
-    def run(self, A: LinearOperator, b: Any) -> Any:
+    def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:
         """SciPy's ``gmres``."""
-        return gmres(A, b, rtol=self.tolerance, restart=self.iterations, maxiter=1)
+        return scipy.sparse.linalg.gmres(A, b, rtol=self.tolerance, restart=self.iterations, maxiter=1)
