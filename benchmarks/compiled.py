@@ -56,7 +56,7 @@ class Form:
         batches = self.batches if self.chunk == 1 else mo.inner.in_chunks(self.batches, self.chunk)
         if not self.hoist:
             return mo.hypergradient(
-                self.step, self.loss, self.w, self.lam, batches, self.problem.outer_batch, mo.RMD()
+                self.step, self.loss, self.w, self.lam, batches, self.problem.outer_batch, estimator=mo.RMD()
             ).total
         lam = {name: leaf.detach().requires_grad_() for name, leaf in self.lam.items()}
         w = mo.unroll(self.step, self.w, self.features(lam, self.problem.batches[0][0]), batches).w

@@ -86,7 +86,7 @@ CASES = {
 
 
 def by_fmd(case: Case, chunk_size: int | None = None) -> Any:
-    return mo.hypergradient(*case, mo.FMD(chunk_size)).indirect
+    return mo.hypergradient(*case, estimator=mo.FMD(chunk_size)).indirect
 
 
 def by_loop(case: Case) -> Any:

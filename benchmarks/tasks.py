@@ -31,14 +31,16 @@ def run(problem: Problem, way: str):
     data = [*problem.batches, problem.outer_batch]
     data = [data[i:] + data[:i] for i in range(TASKS)]
     if way == "loop over tasks":
-        found = [mo.hypergradient(step, loss, w, lam, own[:-1], own[-1], mo.RMD()).total for own in data]
+        found = [mo.hypergradient(step, loss, w, lam, own[:-1], own[-1], estimator=mo.RMD()).total for own in data]
         return {name: sum(one[name] for one in found) for name in lam}
     wrap = mo.meta.stacked if way == "stacked" else mo.meta.looped
     pair = (mo.inner_step(wrap(loss), step.optimizer), wrap(loss))
     if way == "looped, a task at a time":
         pair = mo.meta.in_task_chunks(*pair, 1)
     batches = [tree.stack(together) for together in zip(*data, strict=True)]
-    return mo.hypergradient(*pair, mo.meta.replicated(w, TASKS), lam, batches[:-1], batches[-1], mo.RMD()).total
+    return mo.hypergradient(
+        *pair, mo.meta.replicated(w, TASKS), lam, batches[:-1], batches[-1], estimator=mo.RMD()
+    ).total
 
 
 def growth(problem: str, T: int, way: str) -> float | None:

@@ -21,7 +21,7 @@ def growth(T: int) -> float:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trajectory = mo.trajectory.Checkpointed(slots=17, batches=batch)
     w, lam = torch.zeros(2_000), torch.ones(2_000)
-    mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, batch, None, mo.RMD(trajectory), horizon=T)
+    mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, batch, None, estimator=mo.RMD(trajectory), horizon=T)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 

@@ -72,7 +72,7 @@ def expense(make: Callable[[int], mo.Estimator], T: int, size: int = 4) -> tuple
             [target] * T,
             target,
         )
-        counted.append(mo.hypergradient(*run, make(T)).cost)
+        counted.append(mo.hypergradient(*run, estimator=make(T)).cost)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an unused direct term and the like: nothing is used here but the counts

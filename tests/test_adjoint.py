@@ -128,7 +128,7 @@ def test_the_users_module_and_its_statistics_are_left_alone():
     w, lam = mo.partition(model.params, weights=["2.*"])
     step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     x = torch.randn(8, 6, dtype=torch.float64)
-    mo.hypergradient(step, step.inner_loss, w, lam, [x] * 3, x, mo.RMD())
+    mo.hypergradient(step, step.inner_loss, w, lam, [x] * 3, x, estimator=mo.RMD())
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
@@ -167,10 +167,10 @@ def test_the_engine_called_directly_gives_what_torch_gives(optimizer, monkeypatc
     w, lam = mo.partition(model.params, weights=["2.*"])
     step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), optimizer)
     xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(4)]
-    found = [mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], mo.RMD()).total]
+    found = [mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], estimator=mo.RMD()).total]
     assert _engine._run is not None
     monkeypatch.setattr(_engine, "_run", None)
-    found.append(mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], mo.RMD()).total)
+    found.append(mo.hypergradient(step, step.inner_loss, w, lam, xs[:3], xs[3], estimator=mo.RMD()).total)
     assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*map(tree.leaves, found), strict=True))
 
 
@@ -200,7 +200,7 @@ def test_no_pass_that_is_not_needed(name, monkeypatch):
     passes = Passes(monkeypatch)
     step = mo.inner_step(passes.loss, mo.optim.SGD(lr=0.1, momentum=0.9))
     w, lam = torch.full((2,), 0.5), torch.full((2,), 0.7)
-    mo.hypergradient(step, lambda w, lam, _: (w * lam).sum(), w, lam, [None] * T, None, estimator)
+    mo.hypergradient(step, lambda w, lam, _: (w * lam).sum(), w, lam, [None] * T, None, estimator=estimator)
     assert (passes.forward, passes.backward - 1, passes.double) == expected
 
 

@@ -19,7 +19,7 @@ def outer(w, lam, b):
 
 def call(step=STEP, outer_loss=outer, w0=W0, lam=None, batches=(None,) * 2, estimator=None, **rest):
     lam = {"used": torch.tensor(1.0)} if lam is None else lam
-    return mo.hypergradient(step, outer_loss, w0, lam, batches, None, estimator or mo.RMD(), **rest)
+    return mo.hypergradient(step, outer_loss, w0, lam, batches, None, estimator=estimator or mo.RMD(), **rest)
 
 
 def test_an_unused_leaf_is_named_in_a_warning_and_is_zero():

@@ -26,7 +26,7 @@ def run(chunked, estimator, optimizer, body=(), compile=False, size=3, steps=7):
     torch.manual_seed(3)
     if chunked:
         step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, size)
-    return mo.hypergradient(step, loss, w, lam, batches, problem(optimizer)[4][0], estimator), step
+    return mo.hypergradient(step, loss, w, lam, batches, problem(optimizer)[4][0], estimator=estimator), step
 
 
 def rate(lam, t):
@@ -40,7 +40,7 @@ def test_exact_over_chunks(case, body):
     single, _ = run(False, mo.RMD(), optimizer, body)
     together, _ = run(True, mo.RMD(case.make(3)), optimizer, body)
     assert close(together.total, single.total, 1e-12)
-    assert close(together.init, single.init, 1e-12)
+    assert close(together.initial, single.initial, 1e-12)
     assert together.state.t == 7
 
 
@@ -95,11 +95,11 @@ def test_bad_input():
     lam.pop("spare")
     whole = mo.inner.chunked(step)
     with pytest.raises(TypeError, match=r"list with one batch per inner step.*mo\.inner\.in_chunks"):
-        mo.hypergradient(whole, loss, w, lam, [torch.ones(2)], batches[0], mo.RMD())
+        mo.hypergradient(whole, loss, w, lam, [torch.ones(2)], batches[0], estimator=mo.RMD())
     with pytest.raises(TypeError, match="implicit differentiation needs single inner steps"):
-        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], mo.IFT(mo.linsolve.Neumann(2, rate=0.1)))
+        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], estimator=mo.IFT(mo.linsolve.Neumann(2, rate=0.1)))
     with pytest.raises(TypeError, match="single inner steps"):
-        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], mo.DARTS())
+        mo.hypergradient(whole, loss, w, lam, [batches], batches[0], estimator=mo.DARTS())
     with pytest.raises(ValueError, match="at least one batch"):
         mo.inner.in_chunks(batches, 0)
 

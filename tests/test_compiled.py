@@ -30,7 +30,7 @@ def hypergradient(estimator, *args, **kwargs):
     step, loss, w, lam, batches = problem(*args, **kwargs)
     torch.manual_seed(7)
     with pytest.warns(UserWarning, match="spare") as caught:
-        hg = mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator)
+        hg = mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator=estimator)
     assert not any("compiled" in str(w.message) for w in caught)
     return step, hg
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
     def loss(w, lam, batch):
         return ((w - lam) ** 2).sum() * (1.0 if float(w.detach().sum()) > -100 else 2.0)
 
-    args = (lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3, None, mo.RMD())
+    args = (lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3, None)
     step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile="aot_eager")
     with pytest.warns(UserWarning, match="cannot be compiled and runs eagerly") as caught:
         got = mo.hypergradient(step, *args)
@@ -86,7 +86,10 @@ def test_compiled_outer_loss_is_eager(name):
 
     def hypergradients(outer_loss):
         if name == "RMD":
-            return [mo.hypergradient(step, outer_loss, w, lam, batches, batch, mo.RMD()).total for batch in batches]
+            return [
+                mo.hypergradient(step, outer_loss, w, lam, batches, batch, estimator=mo.RMD()).total
+                for batch in batches
+            ]
         reports = mo.online(
             step,
             outer_loss,

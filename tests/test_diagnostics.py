@@ -67,7 +67,13 @@ def test_an_estimator_that_answers_several_times_in_a_run_answers_as_in_a_run_of
     ):
         for got in mo.diagnose.alignment(estimator, problem, at=[2, 5]).points:
             hg = mo.hypergradient(
-                problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches[: got.t], None, estimator
+                problem.step,
+                problem.outer_loss,
+                problem.w0,
+                problem.lam,
+                problem.batches[: got.t],
+                None,
+                estimator=estimator,
             )
             want = reference.vector(problem.exact(got.t))
             assert got.total.relative_error == pytest.approx(
@@ -142,7 +148,7 @@ def test_standard_error_of_the_bias():
     for i in draws:
         p = sample(i)
         one, all_ = (
-            mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, e).total
+            mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator=e).total
             for e in (mo.OneStep(), mo.RMD())
         )
         differences.append(float(one - all_))
@@ -300,7 +306,7 @@ def test_stacked_problems_are_the_sum_of_their_tasks():
     one = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     total = sum(
         mo.hypergradient(
-            one, lambda w, lam, y: (w**2).sum(), torch.zeros(2, dtype=F64), lam, [y] * 4, None, mo.RMD()
+            one, lambda w, lam, y: (w**2).sum(), torch.zeros(2, dtype=F64), lam, [y] * 4, None, estimator=mo.RMD()
         ).total
         for y in targets
     )

@@ -44,7 +44,7 @@ class Problem:
 
     def by(self, estimator, lam=None):
         return mo.hypergradient(
-            self.step, self.loss, self.w0, lam or self.lam, self.batches, self.outer_batch, estimator
+            self.step, self.loss, self.w0, lam or self.lam, self.batches, self.outer_batch, estimator=estimator
         )
 
 
@@ -112,10 +112,13 @@ def test_the_bound_is_on_every_tangent_of_the_inner_gradient():
         Z = Z - h * w - eta * max(-bound, min(bound, h * Z))
         w = w - eta * h * w
     args = (step, lambda w, lam, _: w, torch.tensor(1.0, dtype=F64), torch.tensor(eta, dtype=F64), [None] * 5, None)
-    assert mo.hypergradient(*args, mo.FDS(window=5, bound=bound)).total.item() == pytest.approx(Z / 5, rel=1e-12)
+    assert mo.hypergradient(*args, estimator=mo.FDS(window=5, bound=bound)).total.item() == pytest.approx(
+        Z / 5, rel=1e-12
+    )
     assert any(clipped)
     assert close(
-        mo.hypergradient(*args, mo.FDS(window=5, bound=1e6)).total, mo.hypergradient(*args, mo.FMD()).total / 5
+        mo.hypergradient(*args, estimator=mo.FDS(window=5, bound=1e6)).total,
+        mo.hypergradient(*args, estimator=mo.FMD()).total / 5,
     )
 
 
@@ -130,7 +133,7 @@ def test_online_and_through_unroll():
     assert sum(r.hypergradient is not None for r in reports) == 3
     lam = tree.attach(problem.lam)
     loss = problem.loss(
-        mo.unroll(problem.step, problem.w0, lam, problem.batches, mo.FDS(WINDOWS)).w, lam, problem.outer_batch
+        mo.unroll(problem.step, problem.w0, lam, problem.batches, estimator=mo.FDS(WINDOWS)).w, lam, problem.outer_batch
     )
     assert close(list(torch.autograd.grad(loss, tree.leaves(lam))), tree.leaves(problem.by(mo.FDS(WINDOWS)).total))
 
@@ -149,7 +152,9 @@ def test_bad_settings_are_named():
         problem.by(mo.FDS({"lr": 3, "momentum": 12}))
     step = mo.custom_step(lambda state, lam, _: mo.InnerState(state.w * lam))
     with pytest.raises(ValueError, match="custom step has no inner gradient"):
-        mo.hypergradient(step, lambda w, lam, _: w.sum(), t64(1.0), t64(0.5), [None] * 2, None, mo.FDS(2, bound=1.0))
+        mo.hypergradient(
+            step, lambda w, lam, _: w.sum(), t64(1.0), t64(0.5), [None] * 2, None, estimator=mo.FDS(2, bound=1.0)
+        )
 
 
 # -- the bound on its error (2007.07869, theorem) ------------------------------------------------

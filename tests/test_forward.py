@@ -44,7 +44,7 @@ class Problem:
         self.step = mo.inner_step(loss, optimizer)
 
     def by(self, estimator):
-        return mo.hypergradient(self.step, outer, self.w0, self.lam, self.batches, None, estimator)
+        return mo.hypergradient(self.step, outer, self.w0, self.lam, self.batches, None, estimator=estimator)
 
     def by_autograd(self):
         lam, state = tree.attach(self.lam), self.step.init(self.w0, self.lam)
@@ -71,7 +71,13 @@ def scheduled(rates=T):
     problem.step = mo.inner_step(lambda w, lam, batch: loss(w, fixed, batch), optimizer)
     problem.lam = {"lr": torch.linspace(0.1, 0.3, rates, dtype=F64), "momentum": torch.tensor(0.7, dtype=F64)}
     problem.by = lambda estimator: mo.hypergradient(
-        problem.step, lambda w, lam, b: outer(w, fixed, b), problem.w0, problem.lam, problem.batches, None, estimator
+        problem.step,
+        lambda w, lam, b: outer(w, fixed, b),
+        problem.w0,
+        problem.lam,
+        problem.batches,
+        None,
+        estimator=estimator,
     )
     return problem
 
@@ -83,7 +89,7 @@ def test_fmd_is_autograd_through_the_loop_for_every_optimizer(case):
     hg = problem.by(mo.FMD())
     assert close(hg.total, problem.by_autograd())
     assert close(hg.total, problem.by(mo.RMD()).total)
-    assert hg.init is None
+    assert hg.initial is None
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_weights_without_axes_and_without_entries():
         [None] * 3,
         None,
     )
-    assert close(mo.hypergradient(*args, mo.FMD()).total, mo.hypergradient(*args, mo.RMD()).total)
+    assert close(mo.hypergradient(*args, estimator=mo.FMD()).total, mo.hypergradient(*args, estimator=mo.RMD()).total)
 
 
 @pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped], ids=lambda f: f.__name__)
@@ -146,13 +152,13 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
     problems = [Problem(mo.optim.Adam(lr=0.1), seed) for seed in range(3)]
     together = problems[0]
     alone = [
-        tree.scale(1.0, mo.hypergradient(p.step, outer, p.w0, together.lam, p.batches, None, mo.FMD()).total)
+        tree.scale(1.0, mo.hypergradient(p.step, outer, p.w0, together.lam, p.batches, None, estimator=mo.FMD()).total)
         for p in problems
     ]
     step = mo.inner_step(stacked(loss), mo.optim.Adam(lr=0.1))
     w0, batches = tree.stack([p.w0 for p in problems]), [tree.stack([p.batches[t] for p in problems]) for t in range(T)]
     outer_loss = stacked(lambda w, lam, batch: outer(w, lam, None))
-    hg = mo.hypergradient(step, outer_loss, w0, together.lam, batches, torch.zeros(3), mo.FMD())
+    hg = mo.hypergradient(step, outer_loss, w0, together.lam, batches, torch.zeros(3), estimator=mo.FMD())
     assert close(hg.total, tree.add(tree.add(alone[0], alone[1]), alone[2]))
 
 
@@ -186,12 +192,12 @@ def test_online_it_is_the_derivative_along_a_common_shift():
 def test_through_unroll_and_without_a_cotangent_of_the_initial_weights():
     problem = Problem(mo.optim.SGD(lr=0.1))
     lam = tree.attach(problem.lam)
-    state = mo.unroll(problem.step, problem.w0, lam, problem.batches, mo.FMD())
+    state = mo.unroll(problem.step, problem.w0, lam, problem.batches, estimator=mo.FMD())
     got = torch.autograd.grad(outer(state.w, lam, None), tree.leaves(lam))
     assert close(list(got), tree.leaves(problem.by_autograd()))
     w0 = tree.attach(problem.w0)
     with pytest.raises(RuntimeError, match="FMD has no cotangent for the initial weights"):
-        tree.norm(mo.unroll(problem.step, w0, lam, problem.batches, mo.FMD()).w).backward()
+        tree.norm(mo.unroll(problem.step, w0, lam, problem.batches, estimator=mo.FMD()).w).backward()
 
 
 # -- steps of every kind -------------------------------------------------------------------------
@@ -241,7 +247,9 @@ def test_random_numbers_are_drawn_once_and_shared_by_all_columns():
     results = []
     for estimator in (mo.RMD(), mo.FMD()):
         torch.manual_seed(0)
-        results.append(mo.hypergradient(step, lambda w, lam, _: tree.norm(w), net.params, lam, xs, None, estimator))
+        results.append(
+            mo.hypergradient(step, lambda w, lam, _: tree.norm(w), net.params, lam, xs, None, estimator=estimator)
+        )
         after = torch.get_rng_state()
         results.append(after)
     assert close(results[0].total, results[2].total)
@@ -274,10 +282,10 @@ def test_one_gradient_a_step_and_no_product_before_a_column_moves_the_weights():
 def test_weights_that_stand_still_need_no_second_order(chunk_size):
     step = mo.inner_step(lambda w, lam, _: (lam * OnceDifferentiable.apply(w)).sum(), mo.optim.SGD(lr=0.1))
     w, lam = t64(1.0, 2.0, 3.0), t64(0.5, -1.0, 2.0)
-    after_one = mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None], None, mo.FMD(chunk_size))
+    after_one = mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None], None, estimator=mo.FMD(chunk_size))
     assert close(after_one.total, -0.1 * 2 * w)
     with pytest.raises(RuntimeError, match="differentiable once only"):  # then they have moved
-        mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None, None], None, mo.FMD(chunk_size))
+        mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None, None], None, estimator=mo.FMD(chunk_size))
 
 
 def test_columns_inside_the_loss_take_one_product_each():
@@ -323,7 +331,7 @@ def test_a_leaf_that_is_used_but_moves_nothing_is_no_unused_leaf():
     optimizer = mo.optim.SGD(lr=0.1, momentum=lambda lam, t: lam)
     step = mo.inner_step(lambda w, lam, _: (w**2).sum(), optimizer)
     hg = mo.hypergradient(
-        step, lambda w, lam, _: w.sum(), t64(1.0), torch.tensor(0.5, dtype=F64), [None], None, mo.FMD()
+        step, lambda w, lam, _: w.sum(), t64(1.0), torch.tensor(0.5, dtype=F64), [None], None, estimator=mo.FMD()
     )
     assert hg.total == 0.0
 
@@ -345,7 +353,7 @@ def test_bad_settings_and_bad_lam_are_named():
         problem.by(mo.FMD())
     step = mo.inner_step(lambda w, lam, _: lam.detach().sum() * 1.0, mo.optim.SGD(lr=0.1))
     with pytest.raises(ValueError, match=r"inner_loss does not depend|graph was cut"):
-        mo.hypergradient(step, lambda w, lam, _: w.sum(), t64(1.0), t64(1.0), [None], None, mo.FMD())
+        mo.hypergradient(step, lambda w, lam, _: w.sum(), t64(1.0), t64(1.0), [None], None, estimator=mo.FMD())
 
 
 def test_what_cannot_be_batched_says_how_to_go_on():
@@ -361,5 +369,7 @@ def test_what_cannot_be_batched_says_how_to_go_on():
     step = mo.inner_step(lambda w, lam, _: (Opaque.apply(w) ** 3 * lam).sum(), mo.optim.SGD(lr=0.1))
     args = (step, lambda w, lam, _: w.sum(), t64(1.0, 2.0), t64(1.0, 2.0), [None] * 2, None)
     with pytest.raises(RuntimeError, match=r"batched second-order products failed.*chunk_size=1"):
-        mo.hypergradient(*args, mo.FMD())
-    assert close(mo.hypergradient(*args, mo.FMD(chunk_size=1)).total, mo.hypergradient(*args, mo.RMD()).total)
+        mo.hypergradient(*args, estimator=mo.FMD())
+    assert close(
+        mo.hypergradient(*args, estimator=mo.FMD(chunk_size=1)).total, mo.hypergradient(*args, estimator=mo.RMD()).total
+    )

@@ -76,7 +76,7 @@ def ours(module, optimizer, horizon, estimator=None):
         LAM,
         inner,
         outer,
-        estimator or mo.RMD(),
+        estimator=estimator or mo.RMD(),
     )
     return hg.total
 

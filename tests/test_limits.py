@@ -43,7 +43,7 @@ class Problem:
 
     def by(self, estimator):
         return mo.hypergradient(
-            self.step, self.outer_loss, self.w0, self.lam, self.batches, self.outer_batch, estimator
+            self.step, self.outer_loss, self.w0, self.lam, self.batches, self.outer_batch, estimator=estimator
         )
 
     def by_autograd(self):
@@ -73,7 +73,7 @@ def test_rmd_is_autograd_through_the_loop(optimizer, seed, T):
     lam_bar, w_bar = problem.by_autograd()
     hg = problem.by(mo.RMD())
     assert close(hg.total, lam_bar)
-    assert close(hg.init, w_bar)
+    assert close(hg.initial, w_bar)
     assert close(hg.total, tree.add(hg.direct, hg.indirect))
 
 
@@ -83,12 +83,12 @@ def test_truncated_runs_from_first_order_over_one_step_to_rmd(optimizer, seed, T
     problem = Problem(seed, T, optimizer)
     rmd = problem.by(mo.RMD())
     assert close(problem.by(mo.TruncatedRMD(T)).total, rmd.total)
-    assert close(problem.by(mo.TruncatedRMD(T + 3)).init, rmd.init)
+    assert close(problem.by(mo.TruncatedRMD(T + 3)).initial, rmd.initial)
     assert close(problem.by(mo.TruncatedRMD(1)).total, problem.by(mo.OneStep()).total)
     assert close(problem.by(mo.TruncatedRMD(0)).total, problem.by(mo.FirstOrder()).total)
     assert close(problem.by(mo.FirstOrder()).total, rmd.direct)
     if T > 1:
-        assert problem.by(mo.OneStep()).init is None
+        assert problem.by(mo.OneStep()).initial is None
 
 
 @optimizers
@@ -128,7 +128,7 @@ def test_drmad_is_exact_where_the_jacobians_are_constant(gamma, seed):
         batches,
         None,
     )
-    assert close(mo.hypergradient(*args, mo.DrMAD()).total, mo.hypergradient(*args, mo.RMD()).total)
+    assert close(mo.hypergradient(*args, estimator=mo.DrMAD()).total, mo.hypergradient(*args, estimator=mo.RMD()).total)
 
 
 @given(seed=SEEDS, T=st.integers(1, 8))
@@ -150,7 +150,7 @@ def test_hyperdistill_is_exact_at_every_t_on_the_isotropic_case(seed, T):
     assert fitted.theta == pytest.approx(1.0, abs=1e-10)
     for t in range(1, T + 1):
         args = (step, outer, w0, lam, [None] * t, None)
-        assert close(mo.hypergradient(*args, fitted).total, mo.hypergradient(*args, mo.RMD()).total)
+        assert close(mo.hypergradient(*args, estimator=fitted).total, mo.hypergradient(*args, estimator=mo.RMD()).total)
 
 
 @given(seed=SEEDS, K=st.integers(1, 6))
@@ -164,8 +164,8 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
     )
     solution = lam - 0.1 * torch.linalg.solve(H, lam)
     args = (step, lambda w, lam, b: (w * c).sum() + (w**2).sum(), solution, lam, [None] * 6, None)
-    truncated = mo.hypergradient(*args, mo.TruncatedRMD(K)).total
-    assert close(mo.hypergradient(*args, mo.IFT(mo.linsolve.Neumann(K - 1))).total, truncated)
+    truncated = mo.hypergradient(*args, estimator=mo.TruncatedRMD(K)).total
+    assert close(mo.hypergradient(*args, estimator=mo.IFT(mo.linsolve.Neumann(K - 1))).total, truncated)
 
 
 @given(seed=SEEDS, tasks=st.integers(1, 4))
@@ -180,9 +180,11 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, t
     w0 = tree.stack([p.w0 for p in problems])
     batches = [tree.stack([p.batches[t] for p in problems]) for t in range(3)]
     outer_batch = tree.stack([p.outer_batch for p in problems])
-    together = mo.hypergradient(stacked_step, stacked(first.outer_loss), w0, first.lam, batches, outer_batch, estimator)
+    together = mo.hypergradient(
+        stacked_step, stacked(first.outer_loss), w0, first.lam, batches, outer_batch, estimator=estimator
+    )
     alone = [
-        mo.hypergradient(p.step, first.outer_loss, p.w0, first.lam, p.batches, p.outer_batch, estimator).total
+        mo.hypergradient(p.step, first.outer_loss, p.w0, first.lam, p.batches, p.outer_batch, estimator=estimator).total
         for p in problems
     ]
     total = alone[0]
@@ -233,7 +235,7 @@ def test_dropout_is_replayed_exactly():
     _, model, step, outer = dropout_problem()
     lam = torch.tensor(0.3, dtype=F64)
     torch.manual_seed(5)
-    hg = mo.hypergradient(step, outer, model.params, lam, [None] * 5, None, mo.RMD())
+    hg = mo.hypergradient(step, outer, model.params, lam, [None] * 5, None, estimator=mo.RMD())
     after = torch.get_rng_state()
     torch.manual_seed(5)
     leaf = lam.clone().requires_grad_()
@@ -244,7 +246,7 @@ def test_dropout_is_replayed_exactly():
     expected = torch.autograd.grad(outer(state.w, leaf, None), leaf)[0]
     assert close(hg.total, expected, 1e-12)
     torch.manual_seed(6)
-    other = mo.hypergradient(step, outer, model.params, lam, [None] * 5, None, mo.RMD())
+    other = mo.hypergradient(step, outer, model.params, lam, [None] * 5, None, estimator=mo.RMD())
     assert not close(other.total, expected, 1e-3)  # the masks do matter
 
 
@@ -258,7 +260,7 @@ def test_nothing_of_the_users_is_mutated(estimator):
     before = {name: p.clone() for name, p in module.named_parameters()}
     lam = torch.tensor(0.3, dtype=F64)
     w0 = {name: p.clone() for name, p in model.params.items()}
-    mo.hypergradient(step, outer, w0, lam, [None] * 3, None, estimator)
+    mo.hypergradient(step, outer, w0, lam, [None] * 3, None, estimator=estimator)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
     assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in w0.items())
     assert lam.item() == 0.3

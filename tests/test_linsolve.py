@@ -178,7 +178,7 @@ def test_exact_at_the_minimum(solver):
         problem.lam,
         problem.batches,
         problem.outer_batch,
-        mo.IFT(solver, converged=1e-8),
+        estimator=mo.IFT(solver, converged=1e-8),
     )
     (ours,), (exact,) = tree.leaves(found.total), tree.leaves(problem.exact(10_000))
     assert torch.allclose(ours, exact, atol=1e-10)
@@ -215,18 +215,20 @@ def test_not_converged_is_warned_of_and_can_be_meant():
     step, lam = mo.inner_step(quadratic, mo.optim.SGD(lr=0.1)), {"target": LAM["target"]}
     run = (step, outer, torch.zeros(2, dtype=F64), lam, [None] * 3, None)
     with pytest.warns(NotConvergedWarning, match="inner gradient's norm"):
-        mo.hypergradient(*run, mo.IFT(Exact()))
+        mo.hypergradient(*run, estimator=mo.IFT(Exact()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mo.hypergradient(*run, mo.IFT(Exact(), converged=None))
+        mo.hypergradient(*run, estimator=mo.IFT(Exact(), converged=None))
     with pytest.warns(NotConvergedWarning, match="relative residual"):
-        mo.hypergradient(*run, mo.IFT(Neumann(20, rate=1.5), converged=None))
+        mo.hypergradient(*run, estimator=mo.IFT(Neumann(20, rate=1.5), converged=None))
 
 
 def test_a_learning_rate_has_no_implicit_derivative():
     step = mo.inner_step(quadratic, mo.optim.SGD(lr=lambda lam, t: lam["rate"]))
     with pytest.raises(ValueError, match=r"rate.* enters only through the optimiser"):
-        mo.hypergradient(step, outer, torch.zeros(2, dtype=F64), LAM, [None] * 3, None, mo.IFT(Exact(), converged=None))
+        mo.hypergradient(
+            step, outer, torch.zeros(2, dtype=F64), LAM, [None] * 3, None, estimator=mo.IFT(Exact(), converged=None)
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_a_learning_rate_has_no_implicit_derivative():
 def test_any_optimiser_may_have_solved_the_problem(optimizer):
     lam = {"target": LAM["target"]}
     step = mo.inner_step(quadratic, optimizer)
-    found = mo.hypergradient(step, outer, lam["target"].clone(), lam, [None] * 2, None, mo.IFT(Exact()))
+    found = mo.hypergradient(step, outer, lam["target"].clone(), lam, [None] * 2, None, estimator=mo.IFT(Exact()))
     assert torch.allclose(found.total["target"], 2 * lam["target"], atol=1e-10)  # w* = target
 
 
@@ -250,10 +252,10 @@ def test_stacked_tasks_equal_a_loop_over_them():
         stacked(lambda w, lam, batch: (w - 1).square().sum()),
     )
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
-        together = mo.hypergradient(step, loss, w0, lam, [targets], targets, mo.IFT(solver)).total
+        together = mo.hypergradient(step, loss, w0, lam, [targets], targets, estimator=mo.IFT(solver)).total
         apart = [
             mo.hypergradient(
-                step, loss, w0[i : i + 1], lam, [targets[i : i + 1]], targets[i : i + 1], mo.IFT(solver)
+                step, loss, w0[i : i + 1], lam, [targets[i : i + 1]], targets[i : i + 1], estimator=mo.IFT(solver)
             ).total
             for i in range(4)
         ]

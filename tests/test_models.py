@@ -118,7 +118,7 @@ def by_hand(model, w, lam, batches, outer_batch, gradient=None):
 
 def ours(model, w, lam, batches, outer_batch, wrap=lambda loss: loss):
     step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
-    return mo.hypergradient(step, wrap(model.outer_loss), w, lam, batches, outer_batch, mo.RMD())
+    return mo.hypergradient(step, wrap(model.outer_loss), w, lam, batches, outer_batch, estimator=mo.RMD())
 
 
 def same(a, b, tolerance=1e-10):
@@ -181,7 +181,7 @@ def test_weight_net_is_autograd_through_the_true_update(name):
     detached = mo.inner_step(
         lambda w, lam, batch: _detached(model, w, lam, batch), mo.optim.SGD(lr=LR, momentum=MOMENTUM)
     )
-    wrong = mo.hypergradient(detached, model.outer_loss, w, lam, batches, outer, mo.RMD())
+    wrong = mo.hypergradient(detached, model.outer_loss, w, lam, batches, outer, estimator=mo.RMD())
     assert tree.norm(tree.sub(wrong.total, expected)) > 1e-4 * tree.norm(expected)
 
 
@@ -226,7 +226,7 @@ def test_weight_net_with_forward_over_reverse_falls_back():
         model.inner_loss, mo.optim.SGD(lr=LR, momentum=MOMENTUM), adjoint=mo.inner.ForwardOverReverse()
     )
     with pytest.warns(UserWarning, match="using reverse over reverse"):
-        hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.RMD())
+        hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, estimator=mo.RMD())
     same(hg.total, ours(model, w, lam, batches, outer).total)
 
 
@@ -235,7 +235,9 @@ def test_evograd_sees_the_weight_net():
     w, lam = model.init()
     *batches, outer = images()
     step = mo.inner_step(model.inner_loss, mo.optim.SGD(lr=LR))
-    hg = mo.hypergradient(step, model.outer_loss, w, lam, batches, outer, mo.EvoGrad(sigma=0.01, temperature=0.05))
+    hg = mo.hypergradient(
+        step, model.outer_loss, w, lam, batches, outer, estimator=mo.EvoGrad(sigma=0.01, temperature=0.05)
+    )
     assert tree.norm(hg.total) > 0
 
 
@@ -270,10 +272,14 @@ def test_maml_is_textbook_second_order_maml():
     textbook = dict(zip(phi, torch.autograd.grad(outer, list(leaves.values()), retain_graph=True), strict=True))
     first_order = dict(zip(phi, torch.autograd.grad(outer, list(adapted.values())), strict=True))
     step = mo.inner_step(maml.inner_loss, mo.optim.SGD(lr=LR))
-    exact = mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, mo.RMD())
+    exact = mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, estimator=mo.RMD())
     same(exact.total, textbook, 1e-12)
     same(exact.direct, first_order, 1e-12)
-    same(mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, mo.FirstOrder()).total, first_order, 1e-12)
+    same(
+        mo.hypergradient(step, maml.outer_loss, w, phi, [train], test, estimator=mo.FirstOrder()).total,
+        first_order,
+        1e-12,
+    )
     assert tree.norm(exact.indirect) > 1e-4
     same(maml.adapted(exact.state.w, phi), adapted, 1e-12)
 
@@ -288,8 +294,10 @@ def test_maml_is_the_cotangent_of_the_initial_weights():
         return lam * cross_entropy(maml.model(w, batch[0]), batch[1])
 
     step = mo.inner_step(plain, mo.optim.SGD(lr=LR, momentum=MOMENTUM))
-    plain = mo.hypergradient(step, plain, phi, torch.tensor(1.0, dtype=torch.float64), batches, outer, mo.RMD())
-    same(displaced.total, plain.init)
+    plain = mo.hypergradient(
+        step, plain, phi, torch.tensor(1.0, dtype=torch.float64), batches, outer, estimator=mo.RMD()
+    )
+    same(displaced.total, plain.initial)
 
 
 def test_implicit_maml_on_a_quadratic():
@@ -298,7 +306,12 @@ def test_implicit_maml_on_a_quadratic():
     maml = MAML.of(nn.Linear(3, 1, bias=False).double(), nn.functional.mse_loss, proximity=mu)
     step = mo.inner_step(maml.inner_loss, mo.optim.SGD(lr=0.2))
     hg = mo.hypergradient(
-        step, maml.outer_loss, *maml.init(), [(x, y)] * 300, (x + 1, y), mo.IFT(mo.linsolve.Neumann(300, rate=0.2))
+        step,
+        maml.outer_loss,
+        *maml.init(),
+        [(x, y)] * 300,
+        (x + 1, y),
+        estimator=mo.IFT(mo.linsolve.Neumann(300, rate=0.2)),
     )
     weights = maml.adapted(hg.state.w, maml.init()[1])["weight"].requires_grad_()
     alpha = torch.autograd.grad(nn.functional.mse_loss((x + 1) @ weights.T, y), weights)[0]

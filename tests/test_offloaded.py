@@ -56,7 +56,13 @@ def hypergradient(trajectory, T=9):
     step = mo.inner_step(lambda w, lam, b: ((w.sin() - lam * b) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9))
     batches = [torch.full((3,), float(t)) for t in range(T)]
     return mo.hypergradient(
-        step, lambda w, lam, b: w.pow(3).sum(), torch.ones(3), torch.tensor(0.5), batches, None, mo.RMD(trajectory)
+        step,
+        lambda w, lam, b: w.pow(3).sum(),
+        torch.ones(3),
+        torch.tensor(0.5),
+        batches,
+        None,
+        estimator=mo.RMD(trajectory),
     ).total
 
 

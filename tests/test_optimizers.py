@@ -225,7 +225,7 @@ def test_elementwise_optimisers_need_no_mapping(case):
 def test_rmd_is_autograd_through_the_loop(case):
     w0, lam, batches = problem(case)
     step = mo.inner_step(loss, case.make())
-    hg = mo.hypergradient(step, outer, w0, lam, batches, None, mo.RMD())
+    hg = mo.hypergradient(step, outer, w0, lam, batches, None, estimator=mo.RMD())
     leaf, w = {"scale": lam["scale"].clone().requires_grad_()}, tree.attach(w0)
     state = InnerState(w, step.optimizer.init(w))
     for batch in batches:
@@ -235,7 +235,7 @@ def test_rmd_is_autograd_through_the_loop(case):
         torch.zeros_like(x) if g is None else g for g, x in zip(by_loop, [lam["scale"], *w0.values()], strict=True)
     ]
     assert torch.allclose(hg.total["scale"], expected[0], rtol=1e-10, atol=1e-12)
-    for mine, theirs in zip(hg.init.values(), expected[1:], strict=True):
+    for mine, theirs in zip(hg.initial.values(), expected[1:], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -342,7 +342,7 @@ def test_every_hyperparameter_is_differentiable(make, x0, name):
     w0, lam, batches = problem(case, T=8 if name == "RAdam" else 5)  # RAdam is adaptive from step 6 on
     lam = {**lam, "x": torch.tensor(float(x0))}
     step = mo.inner_step(loss, make(lambda lam, t: lam["x"]))
-    exact = mo.hypergradient(step, outer, w0, lam, batches, None, mo.RMD()).total["x"]
+    exact = mo.hypergradient(step, outer, w0, lam, batches, None, estimator=mo.RMD()).total["x"]
 
     state = step.init(w0, lam)
     dot = InnerState(tree.zeros_like(state.w), tree.zeros_like(state.slots), 0)
@@ -382,9 +382,9 @@ def test_every_hyperparameter_is_differentiable(make, x0, name):
 def test_derivatives_are_finite_where_gradient_and_second_moment_are_zero(make):
     step = mo.inner_step(lambda w, lam, b: lam * (w**2).sum() * 0.5, make())
     w0, lam = torch.tensor([0.0, 1.0]), torch.tensor(1.0)
-    hg = mo.hypergradient(step, lambda w, lam, b: w.sum(), w0, lam, [None] * 3, None, mo.RMD())
+    hg = mo.hypergradient(step, lambda w, lam, b: w.sum(), w0, lam, [None] * 3, None, estimator=mo.RMD())
     assert torch.isfinite(hg.total)
-    assert torch.isfinite(hg.init).all()
+    assert torch.isfinite(hg.initial).all()
 
 
 def test_adam_at_zero_has_the_slope_of_its_formula():
@@ -402,7 +402,9 @@ def test_sign_methods_have_the_derivative_of_what_they_are(make):
     w0, lam = {"a": torch.randn(3)}, {"scale": torch.tensor(0.7)}
     batches = [{"a": torch.randn(3)} for _ in range(3)]
     assert (
-        mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, batches, None, mo.RMD()).total["scale"].item()
+        mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, batches, None, estimator=mo.RMD())
+        .total["scale"]
+        .item()
         == 0.0
     )
 
@@ -416,7 +418,7 @@ def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
         lr=lambda lam, t: lam["lr"][t - 1], momentum=lambda lam, t: lam["mu"], weight_decay=lambda lam, t: lam["wd"]
     )
     step = mo.inner_step(lambda w, lam, b: 0.5 * (h * w**2).sum(), sgd)
-    hg = mo.hypergradient(step, lambda w, lam, b: (w**2).sum(), w0, lam, [None] * T, None, mo.RMD())
+    hg = mo.hypergradient(step, lambda w, lam, b: (w**2).sum(), w0, lam, [None] * T, None, estimator=mo.RMD())
     leaf = tree.attach(lam)
     w, v = w0, torch.zeros(2)
     for t in range(T):
@@ -431,7 +433,7 @@ def test_element_wise_learning_rates():
     """Meta-SGD: a rate for every weight, as a pytree like w."""
     w0, lam = {"a": torch.randn(3)}, {"lr": {"a": torch.rand(3)}}
     step = mo.inner_step(lambda w, lam, b: 0.5 * (w["a"] ** 2).sum(), mo.optim.SGD(lr=lambda lam, t: lam["lr"]))
-    hg = mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, [None], None, mo.RMD())
+    hg = mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, [None], None, estimator=mo.RMD())
     assert torch.allclose(hg.total["lr"]["a"], -w0["a"])
 
 
@@ -457,7 +459,9 @@ def test_meta_curvature_starts_as_the_identity_and_is_learned():
     )
     state = step(step.init(w0, lam), lam, None)
     assert torch.allclose(state.w["m"], w0["m"] - 0.1 * 2 * w0["m"])
-    hg = mo.hypergradient(step, lambda w, lam, b: w["m"].sum() + w["v"].sum(), w0, lam, [None], None, mo.RMD()).total
+    hg = mo.hypergradient(
+        step, lambda w, lam, b: w["m"].sum() + w["v"].sum(), w0, lam, [None], None, estimator=mo.RMD()
+    ).total
     g = 2 * w0["m"]
     assert torch.allclose(hg["m"][0], -0.1 * torch.ones(3, 2) @ g.T)  # d/dM_o of -lr (M_o G M_i) summed
     assert torch.allclose(hg["m"][1], -0.1 * g.T @ torch.ones(3, 2))
@@ -476,10 +480,10 @@ def test_weights_of_several_dtypes():
         torch.tensor(1.0),
         [None] * 2,
         None,
-        mo.RMD(),
+        estimator=mo.RMD(),
     )
     assert hg.state.w["half"].dtype == torch.float32
-    assert hg.init["double"].dtype == torch.float64
+    assert hg.initial["double"].dtype == torch.float64
 
 
 # -- torch.optim ---------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_a_factor_in_a_sum_with_a_matrix_product_is_not_dropped(operation):
     for compile in (True, False):
         step = mo.inner_step(loss, mo.optim.SGD(lr=0.1, momentum=0.9), compile=compile)
         outer = mo.compiled_loss(loss) if compile else loss
-        found.append(mo.hypergradient(step, outer, w, lam, xs, xs[0], mo.RMD()))
+        found.append(mo.hypergradient(step, outer, w, lam, xs, xs[0], estimator=mo.RMD()))
     assert step.compilation is None
     assert close(found[0].total, found[1].total, 1e-10) and close(found[0].outer_loss, found[1].outer_loss, 1e-10)
     traced = make_fx(operation)(xs[0], w)
@@ -131,7 +131,9 @@ def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     for compile in (False, True):
         step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile=compile)
         with inductor.patch(force_disable_caches=True):  # what comes from a cache has been through the passes before
-            found.append([mo.hypergradient(step, loss, w, lam, batches, batches[0], mo.RMD()).total for _ in range(2)])
+            found.append(
+                [mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator=mo.RMD()).total for _ in range(2)]
+            )
     assert step.compilation.refused is None
     assert set(noted) == {1}
     assert set(more) == {2}  # in the adjoint alone: the layer's output and its tangent

@@ -69,8 +69,8 @@ def test_hypergradients_are_those_of_rmd(T, options):
     step, w, lam = problem(**options)
     batches = [batch(t) for t in range(1, T + 1)]
     outer = lambda w, lam, _: (w**2).sum()  # noqa: E731
-    exact = mo.hypergradient(step, outer, w, lam, batches, None, mo.RMD())
-    got = mo.hypergradient(step, outer, w, lam, batches, None, mo.RMD(mo.trajectory.Reversible()))
+    exact = mo.hypergradient(step, outer, w, lam, batches, None, estimator=mo.RMD())
+    got = mo.hypergradient(step, outer, w, lam, batches, None, estimator=mo.RMD(mo.trajectory.Reversible()))
     assert float(tree.norm(tree.sub(got.total, exact.total)) / tree.norm(exact.total)) < 1e-9
     assert exact.total["lr"].abs() > 1e-6
 
@@ -91,7 +91,9 @@ def test_only_momentum_sgd_is_reversible(optimizer):
     _, w, lam = problem()
     step = mo.inner_step(lambda w, lam, b: (w * lam["target"]).sum(), optimizer)
     with pytest.raises(TypeError, match="momentum SGD"):
-        mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [batch(1)], None, mo.RMD(mo.trajectory.Reversible()))
+        mo.hypergradient(
+            step, lambda w, lam, _: w.sum(), w, lam, [batch(1)], None, estimator=mo.RMD(mo.trajectory.Reversible())
+        )
 
 
 def test_numbers_out_of_range_are_named():

@@ -34,10 +34,11 @@ def test_darts_learns_learning_rates():
         None,
     )
     torch.testing.assert_close(
-        flat(mo.hypergradient(*args, mo.DARTS()).total), flat(mo.hypergradient(*args, mo.OneStep()).total)
+        flat(mo.hypergradient(*args, estimator=mo.DARTS()).total),
+        flat(mo.hypergradient(*args, estimator=mo.OneStep()).total),
     )
     with pytest.warns(mo.UnusedHyperparameterWarning, match="lr"):
-        mo.hypergradient(*args, mo.SAMA())
+        mo.hypergradient(*args, estimator=mo.SAMA())
 
 
 @pytest.mark.parametrize("case", PLAIN_OPTIMIZERS, ids=ids(PLAIN_OPTIMIZERS))
@@ -63,7 +64,7 @@ def test_soba_recursion():
     for _ in range(5):
         w_t = w_t - lr * h * (w_t - lam)
         v = v - rate * (h * v + 2 * w_t)
-    hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), w, lam, [None] * 5, None, mo.SOBA(rate=rate))
+    hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), w, lam, [None] * 5, None, estimator=mo.SOBA(rate=rate))
     torch.testing.assert_close(hg.total, -h * v, rtol=1e-12, atol=0)
 
 
@@ -87,13 +88,14 @@ def ridge():
 
 def test_ridge_soba_is_exact_at_convergence():
     args, exact = ridge()
-    torch.testing.assert_close(mo.hypergradient(*args, mo.SOBA(rate=0.3)).total, exact, rtol=1e-8, atol=0)
+    torch.testing.assert_close(mo.hypergradient(*args, estimator=mo.SOBA(rate=0.3)).total, exact, rtol=1e-8, atol=0)
 
 
 def test_ridge_f2sa_error_vanishes_with_the_multiplier():
     args, exact = ridge()
     errors = [
-        abs(float(mo.hypergradient(*args, mo.F2SA(rate=0.3, multiplier=m)).total - exact)) for m in (1e1, 1e2, 1e3, 1e4)
+        abs(float(mo.hypergradient(*args, estimator=mo.F2SA(rate=0.3, multiplier=m)).total - exact))
+        for m in (1e1, 1e2, 1e3, 1e4)
     ]
     assert errors[0] > 1e-6
     for previous, error in itertools.pairwise(errors):
@@ -110,12 +112,18 @@ def test_bome_sees_stacked_tasks_as_one_problem():
     w, lam, x = t64([1.0, 2.0], [0.5, -1.0]), t64(0.3, -0.2), t64([1.0, 0.5], [2.0, -1.0])
     sgd = mo.optim.SGD(lr=0.02)
     stacked = mo.hypergradient(
-        mo.inner_step(mo.meta.stacked(inner), sgd), mo.meta.stacked(outer), w, lam, [x] * 4, x, mo.BOME(rate=0.02)
+        mo.inner_step(mo.meta.stacked(inner), sgd),
+        mo.meta.stacked(outer),
+        w,
+        lam,
+        [x] * 4,
+        x,
+        estimator=mo.BOME(rate=0.02),
     )
     as_one = mo.hypergradient(
         mo.inner_step(lambda w, lam, x: sum(inner(w[i], lam, x[i]) for i in range(2)), sgd),
         lambda w, lam, x: sum(outer(w[i], lam, x[i]) for i in range(2)),
-        w, lam, [x] * 4, x, mo.BOME(rate=0.02),
+        w, lam, [x] * 4, x, estimator=mo.BOME(rate=0.02),
     )  # fmt: skip
     torch.testing.assert_close(stacked.total, as_one.total, rtol=1e-12, atol=0)
     assert stacked.info.multiplier > 0
@@ -159,7 +167,7 @@ def test_meta_batch_is_the_sum_over_tasks(estimator):
     outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
-    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator).total
+    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total
     first = gradient(one, estimator).total
     second = gradient(one._replace(w=mo.tree.scale(0.5, one.w), batches=[x + 1 for x in one.batches]), estimator).total
     torch.testing.assert_close(flat(together), flat(first) + flat(second), rtol=1e-3, atol=1e-4)
@@ -181,7 +189,9 @@ class TestFirstDerivatives:
     def test_a_custom_step_is_refused(self, estimator):
         step = mo.custom_step(lambda state, lam, _: state._replace(w=0.5 * (state.w + lam)))
         with pytest.raises((TypeError, ValueError), match="custom step"):
-            mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(1.0), [None] * 2, None, estimator)
+            mo.hypergradient(
+                step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(1.0), [None] * 2, None, estimator=estimator
+            )
 
     def test_bad_settings(self, estimator):
         name = "radius" if hasattr(estimator, "radius") else "rate"

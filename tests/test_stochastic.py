@@ -51,7 +51,9 @@ def flat(tree):
 
 
 def gradient(problem, estimator):
-    return mo.hypergradient(problem.step, problem.outer, problem.w, problem.lam, problem.batches, None, estimator)
+    return mo.hypergradient(
+        problem.step, problem.outer, problem.w, problem.lam, problem.batches, None, estimator=estimator
+    )
 
 
 def reseeded(estimator, count):
@@ -166,7 +168,7 @@ def test_directions_and_sketches_average():
 def test_forward_gradient_along_one_hyperparameter_is_exact():
     step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1))
     hg = mo.hypergradient(
-        step, lambda w, lam, _: (w**2).sum(), t64(2.0), t64(1.0), [None] * 6, None, mo.ForwardGradient()
+        step, lambda w, lam, _: (w**2).sum(), t64(2.0), t64(1.0), [None] * 6, None, estimator=mo.ForwardGradient()
     )
     torch.testing.assert_close(hg.total, 2 * (1 + 0.9**6) * (1 - 0.9 ** t64(6)))
 
@@ -247,12 +249,16 @@ def test_es_through_a_loop_that_cannot_be_differentiated():
         return (w > 0.4).to(F64).mean() + w.mean()
 
     w, lam = torch.zeros(3, dtype=F64), t64(0.3, 0.5, 0.9)
-    hg = mo.hypergradient(step, accuracy_like, w, lam, [None] * 20, None, mo.AntitheticES(pairs=150, sigma=0.2))
+    hg = mo.hypergradient(
+        step, accuracy_like, w, lam, [None] * 20, None, estimator=mo.AntitheticES(pairs=150, sigma=0.2)
+    )
     smooth = lambda x: 1 / 3 + torch.exp(-((x - 0.4) ** 2) / 0.08) / (3 * 0.2 * math.sqrt(2 * math.pi))  # noqa: E731
     torch.testing.assert_close(hg.total, smooth(lam), atol=0.35, rtol=0)
     assert (
         float(
-            mo.hypergradient(step, lambda w, lam, _: w.sum() + lam.sum() * 0, w, lam, [None] * 20, None, mo.RMD())
+            mo.hypergradient(
+                step, lambda w, lam, _: w.sum() + lam.sum() * 0, w, lam, [None] * 20, None, estimator=mo.RMD()
+            )
             .total.abs()
             .max()
         )
@@ -309,7 +315,7 @@ def test_evograd_one_dimensional_means(copies):
     for lam, seen in zip((0.1, 0.5, 1.0, 2.0), SEEN[copies], strict=True):
         values = [
             mo.hypergradient(
-                step, lambda w, lam, _: (w - 0.5) ** 2, w, torch.tensor(lam, dtype=F64), [None], None, e
+                step, lambda w, lam, _: (w - 0.5) ** 2, w, torch.tensor(lam, dtype=F64), [None], None, estimator=e
             ).total
             for w, e in zip(start, reseeded(estimator, draws), strict=True)
         ]
@@ -358,23 +364,23 @@ def test_evograd_settings():
             mo.EvoGrad(**bad)
     custom = mo.custom_step(lambda state, lam, _: state._replace(w=state.w * lam))
     with pytest.raises(TypeError, match="inner loss"):
-        mo.hypergradient(custom, lambda w, lam, _: w.sum(), t64(1.0), t64(1.0), [None], None, mo.EvoGrad())
+        mo.hypergradient(custom, lambda w, lam, _: w.sum(), t64(1.0), t64(1.0), [None], None, estimator=mo.EvoGrad())
 
 
 def test_identical_copies_are_noticed():
     step = mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1))
     noticed = 0
     for estimator in reseeded(mo.EvoGrad(), 16):
-        args = (step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(0.5), [None], None, estimator)
+        args = (step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(0.5), [None], None)
         state = step.init(args[2], args[3])
         _, carry = estimator.advance(step, state, args[3], None, estimator.init(step, state, args[3]))
         noise = mo.estimators.evograd._noise.draw(state.w, "sign", carry.generator, copies=2)[0]
         if bool(noise[0] == noise[1]):
             noticed += 1
             with pytest.warns(mo.ZeroHypergradientWarning, match="identical"):
-                assert float(mo.hypergradient(*args).total) == 0
+                assert float(mo.hypergradient(*args, estimator=estimator).total) == 0
         else:
-            assert float(mo.hypergradient(*args).total) != 0
+            assert float(mo.hypergradient(*args, estimator=estimator).total) != 0
     assert 0 < noticed < 16
 
 
@@ -386,7 +392,7 @@ def test_meta_batch(estimator):
     outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
-    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator).total
+    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total
     if isinstance(estimator, (mo.EvoGrad, mo.UORO)):  # noise in the weights: another draw
         assert mo.tree.is_finite(together)
         return

@@ -21,7 +21,13 @@ SETTINGS = {"rtol": 1e-8, "atol": 1e-10}
 
 def gradient(problem, estimator):
     return mo.hypergradient(
-        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, problem.outer_batch, estimator
+        problem.step,
+        problem.outer_loss,
+        problem.w0,
+        problem.lam,
+        problem.batches,
+        problem.outer_batch,
+        estimator=estimator,
     )
 
 

@@ -41,7 +41,7 @@ def test_a_suggestion_is_the_one_its_reason_gives_and_fits(name):
 def test_the_model_is_what_is_counted(name, horizon):
     estimator = suggested(name, horizon).estimator
     p = cases.log_l2(horizon=horizon, size=3)
-    found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator).cost
+    found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator=estimator).cost
     assert found == predicted_cost(estimator, horizon, 3)
 
 
@@ -52,7 +52,7 @@ def test_repeated_steps_are_counted(slots):
             cases.log_l2(horizon=horizon, size=1),
             mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon)),
         )
-        found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator).cost
+        found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator=estimator).cost
         assert found == predicted_cost(estimator, horizon, 1)
 
 

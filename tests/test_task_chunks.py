@@ -35,7 +35,7 @@ def run(step, outer_loss, rest, estimator):
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mo.estimators.NotConvergedWarning)
-        return mo.hypergradient(step, outer_loss, *rest, estimator)
+        return mo.hypergradient(step, outer_loss, *rest, estimator=estimator)
 
 
 def assert_equal(a, b):
@@ -63,7 +63,7 @@ def test_every_optimiser(case):
         run(*pair, rest, mo.RMD()) for pair in ((step, outer_loss), mo.meta.in_task_chunks(step, outer_loss, 2))
     )
     assert_equal(parts.total, whole.total)
-    assert_equal(parts.init, whole.init)
+    assert_equal(parts.initial, whole.initial)
 
 
 def test_online():
@@ -89,7 +89,7 @@ def test_one_chunk_of_graphs_at_a_time():
     step, outer_loss = mo.inner_step(mo.meta.stacked(inner), mo.optim.SGD(lr=0.1)), mo.meta.stacked(inner)
 
     def peak(step, outer_loss):
-        return peak_bytes(lambda: mo.hypergradient(step, outer_loss, w0, lam, [data] * 3, data, mo.RMD()))
+        return peak_bytes(lambda: mo.hypergradient(step, outer_loss, w0, lam, [data] * 3, data, estimator=mo.RMD()))
 
     assert peak(*mo.meta.in_task_chunks(step, outer_loss, 1)) < 0.4 * peak(step, outer_loss)
 

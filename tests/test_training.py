@@ -265,7 +265,9 @@ def test_offline_meta_training_is_one_exact_hypergradient_per_run():
     lam, phi = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
     (report,) = training.runs(phi, Outer(lam, sgd), task_of, 1)
     task = task_of(1)
-    hg = mo.hypergradient(step, stacked(outer), replicated(phi, 3), lam, task.batches, task.outer_batches[0], mo.RMD())
+    hg = mo.hypergradient(
+        step, stacked(outer), replicated(phi, 3), lam, task.batches, task.outer_batches[0], estimator=mo.RMD()
+    )
     assert torch.allclose(report.lam, lam - 0.1 * hg.total, atol=1e-15)
 
 

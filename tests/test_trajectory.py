@@ -45,7 +45,7 @@ def gradient(trajectory, T, dropout=False, seed=0, batches=None):
     step, loss, w, lam, batch = problem(dropout, seed)
     torch.manual_seed(seed)
     batches = [batch(t) for t in range(1, T + 1)] if batches is None else batches
-    hg = mo.hypergradient(step, loss, w, lam, batches, batch(0), mo.RMD(trajectory), horizon=T)
+    hg = mo.hypergradient(step, loss, w, lam, batches, batch(0), estimator=mo.RMD(trajectory), horizon=T)
     return hg
 
 
@@ -61,7 +61,7 @@ def test_the_same_numbers_to_the_bit(case, dropout):
         expected = gradient(mo.trajectory.Full(), T, dropout)
         before = torch.get_rng_state()
         got = gradient(case.make(T), T, dropout)
-        assert identical(got.total, expected.total) and identical(got.init, expected.init)
+        assert identical(got.total, expected.total) and identical(got.initial, expected.initial)
         assert torch.equal(before, torch.get_rng_state())
         assert float(tree.norm(got.indirect)) > 1e-3
 
@@ -182,7 +182,13 @@ def test_a_step_that_cannot_be_replayed_is_named():
     w, lam = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="step 6: run again"):
         mo.hypergradient(
-            step, lambda w, lam, b: w.sum(), w, lam, [0] * 8, 0, mo.RMD(mo.trajectory.Checked(mo.trajectory.Full()))
+            step,
+            lambda w, lam, b: w.sum(),
+            w,
+            lam,
+            [0] * 8,
+            0,
+            estimator=mo.RMD(mo.trajectory.Checked(mo.trajectory.Full())),
         )
     with pytest.raises(ValueError, match="nothing to check"):
         mo.trajectory.Checked(mo.trajectory.Interpolated())
@@ -249,12 +255,12 @@ def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
     w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
     step = mo.inner_step(by_transform, mo.optim.SGD(lr=0.1))
     args = step, lambda w, lam, _: w.sum(), w, lam, xs, None
-    exact = mo.hypergradient(*args, mo.RMD()).total
+    exact = mo.hypergradient(*args, estimator=mo.RMD()).total
     assert bool(exact != 0)
-    assert torch.equal(mo.hypergradient(*args, mo.RMD(mo.trajectory.Budgeted(1 << 20))).total, exact)
-    along = mo.hypergradient(*args, mo.DrMAD()).total
+    assert torch.equal(mo.hypergradient(*args, estimator=mo.RMD(mo.trajectory.Budgeted(1 << 20))).total, exact)
+    along = mo.hypergradient(*args, estimator=mo.DrMAD()).total
     monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)  # nothing is weighed, nor made together
-    assert torch.equal(mo.hypergradient(*args, mo.DrMAD()).total, along)
+    assert torch.equal(mo.hypergradient(*args, estimator=mo.DrMAD()).total, along)
     plain, _, w, lam, batch = problem()
     at = plain.init(w, lam), lam, batch(1)
 
@@ -324,13 +330,13 @@ def test_drmads_graphs_are_made_one_by_one(why, monkeypatch):
                 w=s.w - 0.1 * torch.autograd.grad(loss(s.w, lam, x), s.w, create_graph=True)[0]
             )
         )
-    args = lambda w, lam, _: w.sum(), w, lam, xs, None, mo.DrMAD()
-    found = mo.hypergradient(step, *args).total
+    args = lambda w, lam, _: w.sum(), w, lam, xs, None
+    found = mo.hypergradient(step, *args, estimator=mo.DrMAD()).total
     assert (
         points.counts
         == {"a big graph": [1], "another mode": [None], "compiled": [None], "no InnerStep": [], "a big state": []}[why]
     )
-    plain = mo.hypergradient(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), *args).total
+    plain = mo.hypergradient(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), *args, estimator=mo.DrMAD()).total
     torch.testing.assert_close(found, plain, rtol=1e-10, atol=0)
 
 

@@ -30,8 +30,8 @@ def agrees(step, outer, w0, lam, batches, tolerance=1e-12):
     torch.manual_seed(7)
     expected = through_the_loop(step, outer, w0, lam, batches)
     torch.manual_seed(7)
-    hg = mo.hypergradient(step, outer, w0, lam, batches, None, mo.RMD())
-    got = tree.leaves(hg.total) + tree.leaves(hg.init)
+    hg = mo.hypergradient(step, outer, w0, lam, batches, None, estimator=mo.RMD())
+    got = tree.leaves(hg.total) + tree.leaves(hg.initial)
     assert float(tree.norm(hg.indirect)) > 1e-6
     return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(got, expected, strict=True))
 
@@ -76,7 +76,7 @@ def test_no_second_derivative_is_an_error(name, mode):
     step, outer, w0, lam, xs = scalar_problem(WITHOUT[name])
     step = mo.inner_step(step.inner_loss, step.optimizer, adjoint=mode)
     with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*Use another form"):
-        mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+        mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
 
 
 ONCE = {
@@ -106,7 +106,7 @@ def test_an_operation_that_is_differentiable_once_is_an_error(name, kind):
     mode = mo.inner.ForwardOverReverse() if kind == "mixed" else mo.inner.ReverseOverReverse()
     step = mo.custom_step(by_hand) if kind == "custom" else mo.inner_step(loss, mo.optim.SGD(lr=0.1), adjoint=mode)
     with pytest.raises(RuntimeError, match="differentiable once only"):
-        mo.hypergradient(step, outer, w0, lam, xs, None, ONCE[name])
+        mo.hypergradient(step, outer, w0, lam, xs, None, estimator=ONCE[name])
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -125,7 +125,7 @@ def test_transformer_layers(train):
     step, outer = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), lambda w, lam, _: tree.norm(w)
     if not train:  # (in training, dropout keeps this CPU from the fused kernel)
         with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*SDPBackend\.MATH"):
-            mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+            mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
     with sdpa_kernel(SDPBackend.MATH):
         assert agrees(step, outer, w0, lam, xs)
 
@@ -147,7 +147,7 @@ def test_mixed_mode_gives_way_aloud_and_is_right(name):
     step, outer, w0, lam, xs = scalar_problem(FALL_BACK[name])
     step = mo.inner_step(step.inner_loss, step.optimizer, adjoint=mo.inner.ForwardOverReverse())
     with pytest.warns(UserWarning, match="forward over reverse is impossible here"):
-        hg = mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+        hg = mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
     assert abs(hg.total) > 1e-4
     assert torch.allclose(hg.total, slope(step, outer, w0, lam, xs), rtol=1e-6)
 
@@ -167,14 +167,16 @@ def test_spectral_norm_is_differentiated_through_its_power_iterations(conv, trai
     step, outer = mo.inner_step(loss, mo.optim.SGD(lr=1.0)), lambda w, lam, _: w[name].pow(3).sum()
     w0 = {k: p + 0.3 * torch.randn_like(p) for k, p in model.params.items()}  # far from what u and v were fitted to
     lam = torch.tensor(0.7, dtype=F64)
-    hg = mo.hypergradient(step, outer, w0, lam, [x] * T, None, mo.RMD())
+    hg = mo.hypergradient(step, outer, w0, lam, [x] * T, None, estimator=mo.RMD())
     assert torch.allclose(hg.total, slope(step, outer, w0, lam, [x] * T), rtol=1e-7)
     direction = torch.randn_like(w0[name])
     ends = [
-        mo.hypergradient(step, outer, {**w0, name: w0[name] + h * direction}, lam, [x] * T, None, mo.RMD()).outer_loss
+        mo.hypergradient(
+            step, outer, {**w0, name: w0[name] + h * direction}, lam, [x] * T, None, estimator=mo.RMD()
+        ).outer_loss
         for h in (1e-5, -1e-5)
     ]
-    assert torch.allclose((hg.init[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+    assert torch.allclose((hg.initial[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
 
 
 def test_spectral_norm_keeps_its_values():
@@ -236,7 +238,7 @@ def test_dropout_in_a_stacked_problem_must_say_how_it_is_random():
     step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     with pytest.raises(RuntimeError, match="randomness"):
         mo.hypergradient(
-            step, loss, torch.ones(2, 3), torch.tensor(1.0), [torch.ones(2, 3)], torch.ones(2, 3), mo.RMD()
+            step, loss, torch.ones(2, 3), torch.tensor(1.0), [torch.ones(2, 3)], torch.ones(2, 3), estimator=mo.RMD()
         )
 
 
@@ -267,7 +269,7 @@ def test_torch_checkpoint_inside_a_module_is_refused(weights):
     step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
     x = torch.randn(5, 6, dtype=F64)
     with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint inside a module.*put it around the whole call"):
-        mo.hypergradient(step, step.inner_loss, w0, lam, [x] * T, x, mo.RMD())
+        mo.hypergradient(step, step.inner_loss, w0, lam, [x] * T, x, estimator=mo.RMD())
     assert model(model.params, x).isfinite().all()
 
 
@@ -286,7 +288,7 @@ def test_torch_checkpoint_around_a_call_is_exact(mode):
 def test_reentrant_checkpoint_is_refused_by_torch():
     step, outer, w0, lam, xs = scalar_problem(lambda w, x: checkpoint(lambda w: (x @ w).tanh(), w, use_reentrant=True))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+        mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: type(m).__name__)
@@ -296,7 +298,7 @@ def test_a_compiled_callee_is_refused_where_it_would_be_differentiated_twice(mod
     step, outer, w0, lam, xs = scalar_problem(compiled)
     step = mo.inner_step(step.inner_loss, step.optimizer, adjoint=mode)
     with pytest.raises(RuntimeError, match=r"torch\.compile.*give the loss what it was made from"):
-        mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+        mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: type(m).__name__)
@@ -309,7 +311,8 @@ def test_a_compiled_callee_of_lam_alone_is_right(mode):
     plain = mo.inner_step(lambda w, lam, x: ((x @ lam).tanh() @ w).pow(3).mean(), mo.optim.SGD(lr=0.1))
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     got, expected = (
-        mo.hypergradient(s, lambda w, lam, _: w.pow(2).sum(), w0, lam, xs, None, mo.RMD()).total for s in (step, plain)
+        mo.hypergradient(s, lambda w, lam, _: w.pow(2).sum(), w0, lam, xs, None, estimator=mo.RMD()).total
+        for s in (step, plain)
     )
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12) and got.abs().max() > 1e-6
 
@@ -330,7 +333,7 @@ def test_the_inner_gradient_is_taken_with_respect_to_the_weights_alone(monkeypat
 
         monkeypatch.setattr(where, name, noted)
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
-    mo.hypergradient(step, step.inner_loss, w0, lam, xs, xs[0], mo.RMD())
+    mo.hypergradient(step, step.inner_loss, w0, lam, xs, xs[0], estimator=mo.RMD())
     assert (
         asked == [2] * T + [4] + [2, 4] * T
     )  # T gradients; the outer loss's; in the sweep a gradient and a contraction each
@@ -342,16 +345,16 @@ def test_another_number_of_threads_is_named_as_a_cause():
     step = mo.inner_step(lambda w, lam, x: ((w - lam) ** 2).sum() * (1 + 1e-10 * next(threads)), mo.optim.SGD(lr=0.1))
     args = (step, lambda w, lam, x: w.sum(), torch.rand(2, dtype=F64), torch.ones(2, dtype=F64), [None] * T, None)
     with pytest.raises(RuntimeError, match=r"step 3: run again .* another number of threads"):
-        mo.hypergradient(*args, mo.RMD(mo.trajectory.Checked(mo.trajectory.Full())))
+        mo.hypergradient(*args, estimator=mo.RMD(mo.trajectory.Checked(mo.trajectory.Full())))
     assert "threads" in mo.replay.__doc__
 
 
 def test_no_grad_changes_nothing():
     step, outer, w0, lam, xs = scalar_problem(lambda w, x: (x @ w).tanh())
-    expected = mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
+    expected = mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
     with torch.no_grad():
-        got = mo.hypergradient(step, outer, w0, lam, xs, None, mo.RMD())
-    assert torch.equal(got.total, expected.total) and torch.equal(got.init, expected.init)
+        got = mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
+    assert torch.equal(got.total, expected.total) and torch.equal(got.initial, expected.initial)
 
 
 def test_autocast_keeps_no_casts():
@@ -365,13 +368,13 @@ def test_autocast_keeps_no_casts():
         return out.float().pow(2).mean()
 
     step, x = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), torch.randn(5, 4)
-    exact = mo.hypergradient(step, loss, w0, lam, [x] * T, x, mo.RMD()).total
+    exact = mo.hypergradient(step, loss, w0, lam, [x] * T, x, estimator=mo.RMD()).total
     dtypes.clear()
     cleared = []
     real = torch.clear_autocast_cache
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr(torch, "clear_autocast_cache", lambda: (cleared.append(1), real())[1])
-        rough = mo.hypergradient(step, loss, w0, lam, [x] * T, x, mo.RMD()).total
+        rough = mo.hypergradient(step, loss, w0, lam, [x] * T, x, estimator=mo.RMD()).total
         assert set(dtypes) == {torch.bfloat16} and len(cleared) == len(dtypes) == 2 * T + 1
     assert float(tree.norm(tree.sub(rough, exact)) / tree.norm(exact)) < 0.1
 
@@ -386,7 +389,9 @@ def test_frozen_parameters_in_unroll():
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
     state = mo.unroll(step, w0, lam, xs)
     tree.norm(state.w).backward()
-    expected = mo.hypergradient(step, lambda w, lam, _: tree.norm(w), w0, tree.detach(lam), xs, None, mo.RMD()).total
+    expected = mo.hypergradient(
+        step, lambda w, lam, _: tree.norm(w), w0, tree.detach(lam), xs, None, estimator=mo.RMD()
+    ).total
     assert net[0].weight.grad is None and net[4].weight.grad is None
     assert (
         torch.allclose(net[2].weight.grad, expected["2.weight"], rtol=1e-12) and net[2].weight.grad.abs().max() > 1e-8

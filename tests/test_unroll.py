@@ -47,7 +47,7 @@ def test_gradients_are_those_of_autograd_through_the_loop(trajectory):
     inputs = leaves_of(w0, lam, teacher)
     expected_state = through_the_loop(make(teacher), w0, lam, batches)
     expected = torch.autograd.grad(expected_state.w.pow(3).sum() + lam["scale"].sum(), inputs)
-    state = mo.unroll(make(teacher), w0, lam, batches, mo.RMD(trajectory), closed_over=[teacher])
+    state = mo.unroll(make(teacher), w0, lam, batches, estimator=mo.RMD(trajectory), closed_over=[teacher])
     assert torch.equal(state.w, expected_state.w) and state.t == T
     got = torch.autograd.grad(state.w.pow(3).sum() + lam["scale"].sum(), inputs)
     for a, b in zip(got, expected, strict=True):
@@ -80,9 +80,9 @@ def test_an_undeclared_tensor_is_spoken_of():
 @pytest.mark.parametrize("estimator", [mo.DrMAD(), mo.TruncatedRMD(2), mo.OneStep()], ids=lambda e: type(e).__name__)
 def test_any_estimator_and_its_own_number(estimator):
     w0, lam, batches, teacher = problem()
-    hg = mo.hypergradient(make(teacher), lambda w, lam, _: w.pow(3).sum(), w0, lam, batches, None, estimator)
+    hg = mo.hypergradient(make(teacher), lambda w, lam, _: w.pow(3).sum(), w0, lam, batches, None, estimator=estimator)
     lam["scale"].requires_grad_()
-    mo.unroll(make(teacher), w0, lam, batches, estimator).w.pow(3).sum().backward()
+    mo.unroll(make(teacher), w0, lam, batches, estimator=estimator).w.pow(3).sum().backward()
     assert lam["scale"].grad.abs().sum() > 0 and lam["lr"].grad is None
     assert torch.allclose(lam["scale"].grad, hg.total["scale"], rtol=1e-12)
 
@@ -92,8 +92,10 @@ def test_implicit_differentiation_and_its_own_number():
     step = mo.inner_step(lambda w, lam, batch: ((w * batch).tanh() - lam * teacher).pow(2).sum(), mo.optim.SGD(lr=0.1))
     estimator = mo.IFT(mo.linsolve.Neumann(3, rate=0.1), converged=None)
     scale = lam["scale"].clone()
-    hg = mo.hypergradient(step, lambda w, lam, _: w.pow(3).sum(), w0, scale, batches, None, estimator)
-    mo.unroll(step, w0, scale.requires_grad_(), batches, estimator, closed_over=[teacher]).w.pow(3).sum().backward()
+    hg = mo.hypergradient(step, lambda w, lam, _: w.pow(3).sum(), w0, scale, batches, None, estimator=estimator)
+    mo.unroll(step, w0, scale.requires_grad_(), batches, estimator=estimator, closed_over=[teacher]).w.pow(
+        3
+    ).sum().backward()
     assert scale.grad.abs().sum() > 0
     assert torch.allclose(scale.grad, hg.total, rtol=1e-12)
 
@@ -126,7 +128,7 @@ def test_double_use():
 def test_initial_weights_without_a_cotangent():
     w0, lam, batches, teacher = problem()
     leaves_of(w0, lam, torch.zeros(1))
-    state = mo.unroll(make(teacher), w0, lam, batches, mo.DrMAD())
+    state = mo.unroll(make(teacher), w0, lam, batches, estimator=mo.DrMAD())
     with pytest.raises(RuntimeError, match="DrMAD has no cotangent for the initial weights"):
         state.w.sum().backward()
 
@@ -186,8 +188,8 @@ def test_a_pullback_that_is_not_linear_is_refused():
     w0, lam, batches, teacher = problem()
     lam["scale"].requires_grad_()
     with pytest.raises(ValueError, match=r"pi='unit'.*not linear"):
-        mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="unit"))
-    assert mo.unroll(make(teacher), w0, lam, batches, mo.HyperDistill(pi="plain")).w.requires_grad
+        mo.unroll(make(teacher), w0, lam, batches, estimator=mo.HyperDistill(pi="unit"))
+    assert mo.unroll(make(teacher), w0, lam, batches, estimator=mo.HyperDistill(pi="plain")).w.requires_grad
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["steps", "chunks"])
@@ -207,7 +209,13 @@ def test_hoisted_features_are_the_whole_net(chunked):
         return (head(w, features) - y).pow(2).mean()
 
     whole = mo.hypergradient(
-        mo.inner_step(loss, optimizer), loss, head.params, tree.detach(lam), [(x, y)] * T, (x_val, y_val), mo.RMD()
+        mo.inner_step(loss, optimizer),
+        loss,
+        head.params,
+        tree.detach(lam),
+        [(x, y)] * T,
+        (x_val, y_val),
+        estimator=mo.RMD(),
     ).total
     step, batches = mo.inner_step(head_loss, optimizer), [y] * T
     if chunked:

@@ -29,7 +29,7 @@ DRAWS = {
 
 def exact_error(problem, T, estimator):
     hg = mo.hypergradient(
-        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=T
+        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator=estimator, horizon=T
     )
     want = reference.vector(problem.exact(T))
     return float((reference.vector(hg.total) - want).norm() / want.norm().clamp_min(1.0))
@@ -83,7 +83,7 @@ def test_evograd_tends_to_its_limit():
     problem = cases.population(2, 3.0, seed=1)
     estimator = mo.EvoGrad(copies=200_000, sigma=1.0, temperature=0.5, noise="gaussian")
     hg = mo.hypergradient(
-        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator, horizon=1
+        problem.step, problem.outer_loss, problem.w0, problem.lam, problem.batches, None, estimator=estimator, horizon=1
     )
     want = problem.evograd_limit(1)
     assert (want - problem.exact(1)).norm() > 0.1 * want.norm()

@@ -23,7 +23,7 @@ def test_meta_sgd_is_autograd_through_the_loop():
         lam,
         batches[:3],
         batches[3],
-        mo.RMD(),
+        estimator=mo.RMD(),
     )
     lr = {k: x.clone().requires_grad_() for k, x in lam["lr"].items()}
     w0 = {k: x.clone().requires_grad_() for k, x in w.items()}
@@ -32,7 +32,7 @@ def test_meta_sgd_is_autograd_through_the_loop():
         g = torch.autograd.grad(meta_sgd.inner_loss(at, lam, batch), list(at.values()), create_graph=True)
         at = {k: x - lr[k] * d for (k, x), d in zip(at.items(), g, strict=True)}
     expected = torch.autograd.grad(meta_sgd.outer_loss(at, lam, batches[3]), [*lr.values(), *w0.values()])
-    for ours, theirs in zip([*hg.total["lr"].values(), *hg.init.values()], expected, strict=True):
+    for ours, theirs in zip([*hg.total["lr"].values(), *hg.initial.values()], expected, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="rate"):

@@ -86,7 +86,7 @@ step = mo.inner_step(inner_loss, mo.optim.SGD(lr=lambda lam, t: lam["log_lr"].ex
 # %%
 T = 60
 batches = [(x_train, y_train)] * T
-exact = mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), mo.RMD())
+exact = mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), estimator=mo.RMD())
 exact.total
 
 # %% [markdown]
@@ -120,7 +120,7 @@ def flat(tree):
 estimators = {"1-step": mo.OneStep(), "truncated, 20": mo.TruncatedRMD(20), "DrMAD": mo.DrMAD(), "RMD": mo.RMD()}
 print(f"{'':14} {'cosine':>8} {'norm ratio':>11} {'products':>9}")
 for name, estimator in estimators.items():
-    hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), estimator)
+    hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), estimator=estimator)
     g, e = flat(hg.total), flat(exact.total)
     print(f"{name:14} {F.cosine_similarity(g, e, dim=0):8.4f} {g.norm() / e.norm():11.4f} {hg.cost.products:9d}")
 
@@ -137,7 +137,7 @@ for name, estimator in estimators.items():
 # %%
 horizons = [1, 2, 5, 10, 20, 30, 40, 50, 60]
 truncated = [
-    flat(mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), mo.TruncatedRMD(K)).total) for K in horizons
+    flat(mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), estimator=mo.TruncatedRMD(K)).total) for K in horizons
 ]
 error = [((g - flat(exact.total)).norm() / flat(exact.total).norm()).item() for g in truncated]
 assert error[-1] < 1e-10
@@ -157,7 +157,7 @@ plt.show()
 outer = mo.meta.Outer(lam, lambda params: torch.optim.Adam(params, lr=0.1))
 losses = []
 for _ in range(30):
-    hg = mo.hypergradient(step, outer_loss, model.params, outer.lam, batches, (x_val, y_val), mo.RMD())
+    hg = mo.hypergradient(step, outer_loss, model.params, outer.lam, batches, (x_val, y_val), estimator=mo.RMD())
     outer.update(hg.total)
     losses.append(hg.outer_loss.item())
 print(f"validation loss: {losses[0]:.2f} with the first guess, {losses[-1]:.2f} after 30 hyper-steps")

@@ -36,7 +36,9 @@ def gradient(
     problem: Problem, estimator: mo.Estimator, adjoint: mo.inner.Adjoint = mo.inner.ReverseOverReverse()
 ) -> list[Tensor]:
     step, loss, w, lam = parts(problem, adjoint)
-    return list(mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator).total.values())
+    return list(
+        mo.hypergradient(step, loss, w, lam, problem.batches, problem.outer_batch, estimator=estimator).total.values()
+    )
 
 
 class GraphByGraph(mo.trajectory.Interpolated):

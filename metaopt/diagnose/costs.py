@@ -117,7 +117,9 @@ def _run(estimator: Estimator, problem: Problem, horizon: int | None) -> Hypergr
     p = problem
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZeroHypergradientWarning)
-        result = hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, p.outer_batch, estimator, horizon=horizon)
+        result = hypergradient(
+            p.step, p.outer_loss, p.w0, p.lam, p.batches, p.outer_batch, estimator=estimator, horizon=horizon
+        )
     if result.outer_loss.is_cuda:
         torch.cuda.synchronize(result.outer_loss.device)
     return result

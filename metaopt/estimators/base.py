@@ -28,13 +28,13 @@ class Response(NamedTuple):
 
     Attributes:
         lam: ``α · dw_t/dλ``, a pytree like λ; a leaf that Φ does not depend on is ``None``.
-        init: ``α · dw_t/dw_0``, where the method has it.
+        initial: ``α · dw_t/dw_0``, where the method has it.
         info: what the method reports about itself (the linear solver's
             :class:`~metaopt.linsolve.Solution`), if anything.
     """
 
     lam: Tree
-    init: Tree | None = None
+    initial: Tree | None = None
     info: Any = None
 
 
@@ -50,14 +50,14 @@ class Terms(NamedTuple):
         outer_loss: ``L_val`` (detached scalar).
         direct: ``∂L_val/∂λ``.
         indirect: ``α · dw_T/dλ``, or an estimate of it.
-        init: ``dL_val/dw_0``, where the method has it.
+        initial: ``dL_val/dw_0``, where the method has it.
         info: as in :class:`Response`.
     """
 
     outer_loss: Tensor
     direct: Tree
     indirect: Tree
-    init: Tree | None = None
+    initial: Tree | None = None
     info: Any = None
 
 
@@ -171,7 +171,7 @@ class Estimator(ABC):
         point, pullback = self.respond(step, state, lam, carry)
         loss, alpha, direct = outer_gradient(outer.loss, point, lam, outer.batch)
         response = pullback(alpha)
-        return Terms(loss, direct, response.lam, response.init, response.info)
+        return Terms(loss, direct, response.lam, response.initial, response.info)
 
     def reuse(self, carry: Any, info: Any) -> Any:
         """The carry after an online hyper-step that reported ``info``.

@@ -50,7 +50,7 @@ class FDS(ForwardMode):
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam, 4)))
-    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.tensor([0.5, 0.5]), [None] * 4, None, FDS(window=2)).total
+    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.tensor([0.5, 0.5]), [None] * 4, None, estimator=FDS(window=2)).total
     tensor([0.1250, 0.1250])
     """
 

@@ -12,6 +12,7 @@ from metaopt import tree
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.outer import OuterLoss, OuterObjective
+from metaopt.estimators.reverse import RMD
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -35,7 +36,7 @@ class Hypergradient(NamedTuple):
         total: ``direct + indirect``, a pytree like λ.
         direct: ``∂L_val/∂λ`` at fixed weights.
         indirect: the estimator's ``α · dw_T/dλ``.
-        init: ``dL_val/dw_0`` where the estimator has it, else ``None``.
+        initial: ``dL_val/dw_0`` where the estimator has it, else ``None``.
         outer_loss: ``L_val`` (detached scalar).
         state: the inner state reached.
         cost: what it took (of the whole run for :func:`hypergradient`; since the last hyper-step in
@@ -47,7 +48,7 @@ class Hypergradient(NamedTuple):
     total: Tree
     direct: Tree
     indirect: Tree
-    init: Tree | None
+    initial: Tree | None
     outer_loss: Tensor
     state: InnerState
     cost: Cost
@@ -61,8 +62,8 @@ def hypergradient(
     lam: Tree,
     batches: Batches,
     outer_batch: Any,
-    estimator: Estimator,
     *,
+    estimator: Estimator = RMD(),
     horizon: int | None = None,
 ) -> Hypergradient:
     """Run the inner loop from ``w0`` and differentiate the outer loss at its end with respect to ``lam``.
@@ -75,7 +76,7 @@ def hypergradient(
         batches: one batch per inner step: a sequence, or ``t -> batch`` (t = 1 … T) with
             ``horizon=T``.
         outer_batch: what the outer loss is evaluated on.
-        estimator: e.g. ``mo.RMD()`` for the exact gradient.
+        estimator: default ``mo.RMD()``, the exact gradient.
         horizon: T; default: all of a sequence.
 
     Raises:
@@ -85,7 +86,7 @@ def hypergradient(
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
-    >>> hg = hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, mo.RMD())
+    >>> hg = hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None)
     >>> hg.total  # 1 - (1 - 0.5)^2
     tensor([0.7500])
     """
@@ -117,7 +118,7 @@ def evaluate(
     direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
     check_finite(total, indirect, state, estimator)
-    return Hypergradient(total, direct, indirect, terms.init, terms.outer_loss, state, step.cost, terms.info)
+    return Hypergradient(total, direct, indirect, terms.initial, terms.outer_loss, state, step.cost, terms.info)
 
 
 def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:

@@ -35,8 +35,8 @@ def unroll(
     w0: Tree,
     lam: Tree,
     batches: Batches,
-    estimator: Estimator = RMD(),
     *,
+    estimator: Estimator = RMD(),
     horizon: int | None = None,
     closed_over: Sequence[Tensor] = (),
 ) -> InnerState:
@@ -196,12 +196,12 @@ class _Unrolled(torch.autograd.Function):
                 contexts.enter_context(torch.autocast(kind, dtype=dtype))
             response = ctx.pullback(alpha)
         check_finite(response.lam, response.lam, ctx.state, ctx.estimator)
-        if any(ctx.needs_input_grad[2 : 2 + n_w]) and response.init is None:
+        if any(ctx.needs_input_grad[2 : 2 + n_w]) and response.initial is None:
             raise RuntimeError(
                 f"w0 requires grad, but {type(ctx.estimator).__name__} has no cotangent for the initial weights: "
                 "pass a detached w0, or use RMD"
             )
-        w_bars = tree.leaves(response.init) if response.init is not None else [None] * n_w
+        w_bars = tree.leaves(response.initial) if response.initial is not None else [None] * n_w
         return (None, None, *w_bars, *tree.leaves(response.lam))
 
 

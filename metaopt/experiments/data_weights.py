@@ -173,7 +173,7 @@ def predict(problem: Problem, config: DataWeightsConfig) -> Hypergradient:
         lam,
         problem.batch,
         problem.validation,
-        estimator,
+        estimator=estimator,
         horizon=config.steps,
     )
 

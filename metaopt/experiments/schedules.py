@@ -209,7 +209,7 @@ def learn(problem: Problem) -> Learned:
             outer.lam,
             problem.batch,
             problem.data.validation,
-            estimator,
+            estimator=estimator,
             horizon=T,
         )
         losses.append(float(hg.outer_loss))

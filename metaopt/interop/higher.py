@@ -137,7 +137,7 @@ def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = Non
     >>> import torch, metaopt as mo
     >>> weight = torch.nn.Parameter(torch.zeros(1))
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w[0] - lam) ** 2).sum(), from_higher(torch.optim.SGD([weight], lr=0.5)))
-    >>> mo.hypergradient(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None, mo.RMD()).total
+    >>> mo.hypergradient(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None, estimator=mo.RMD()).total
     tensor([0.7500])
     """
     kind = type(optimizer)

@@ -7,7 +7,7 @@ The weights of the inner loop are the displacement :math:`w = \delta` and the hy
 :math:`\lambda = \phi`, so that every estimator has its meaning: exact reverse mode is MAML, the
 direct term alone is first-order MAML, truncated reverse mode lies between the two, and implicit
 differentiation with :math:`\mu > 0` is iMAML. By the same steps :math:`dL/d\phi` is
-``Hypergradient.init`` of the undisplaced problem.
+``Hypergradient.initial`` of the undisplaced problem.
 
 Finn et al. 2017, arXiv 1703.03400; iMAML: Rajeswaran et al. 2019, arXiv 1909.04630.
 """

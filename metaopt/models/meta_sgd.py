@@ -4,7 +4,7 @@ r"""Meta-SGD: every weight has a learned learning rate of its own.
     w_t = w_{t-1} - \lambda \odot \nabla_w \ell\big(f(x;\, w_{t-1}),\, y\big), \qquad \lambda \text{ shaped like } w
 
 Li et al. 2017, arXiv 1707.09835. The initial weights, which Meta-SGD also learns, are
-``Hypergradient.init``.
+``Hypergradient.initial``.
 """
 
 from __future__ import annotations

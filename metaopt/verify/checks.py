@@ -176,7 +176,7 @@ def _total(problem: Problem, horizon: int, estimator: Estimator) -> Tree:
             problem.lam,
             problem.batches,
             problem.outer_batch,
-            estimator,
+            estimator=estimator,
             horizon=horizon,
         )
     return result.total
