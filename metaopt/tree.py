@@ -55,6 +55,25 @@ def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     return map(lambda _: next(supply), spec.like)
 
 
+def leaves_like(tree: Tree, spec: Spec) -> list[Any]:
+    """The leaves in the order of ``spec``: those of a dict by key, whatever the order of its keys is.
+
+    >>> leaves_like({"b": 2, "a": 1}, flatten({"a": 0, "b": 0})[1])
+    [1, 2]
+
+    Raises:
+        ValueError: if the tree has another structure.
+    """
+    found: list[Any] = []
+    try:
+        map(lambda _, leaf: found.append(leaf), spec.like, tree)
+    except (ValueError, TypeError):
+        found = []
+    if len(found) != spec.num_leaves or any(_kind(type(leaf)) != _LEAF for leaf in found):
+        raise ValueError(f"its leaves are {names(tree)}, wanted are {names(spec.like)}")
+    return found
+
+
 # Trees are walked millions of times in a small problem, where torch's general walk costs a third of
 # the run: hence one of our own, for the containers torch knows. The kind of every type is looked up
 # once.

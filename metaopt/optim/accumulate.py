@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from metaopt import tree
+from metaopt import checks, tree
+from metaopt.optim.optimizer import Check
 from metaopt.optim.wrapper import Wrapper
 from metaopt.tree import Tree
 
@@ -23,10 +26,7 @@ class Accumulate(Wrapper):
 
     every: int = 1
 
-    def __post_init__(self) -> None:
-        """Check the number."""
-        if self.every < 1:
-            raise ValueError(f"Accumulate: every must be at least 1, got {self.every}")
+    ranges: ClassVar[Mapping[str, Check]] = {"every": checks.count}
 
     def init(self, w: Tree) -> Tree:
         """Zeros, and the wrapped optimiser's slots."""

@@ -9,15 +9,17 @@ Zeiler 2012, arXiv 1212.5701.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Adadelta(Optimizer):
     weight_decay: Hyper = 0.0
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "rho", "eps", "weight_decay")
+    ranges: ClassVar[Mapping[str, Check]] = {"rho": checks.unit_interval}
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""

@@ -11,15 +11,24 @@ and Stern 2018, arXiv 1804.04235.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
+
+
+def _non_negative_or_none(owner: object, name: str, value: Any) -> None:
+    if value is not None:
+        checks.non_negative(owner, name, value)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,12 @@ class Adafactor(Optimizer):
     weight_decay: Hyper = 0.0
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "eps", "d", "weight_decay")
+    ranges: ClassVar[Mapping[str, Check]] = {
+        "beta2_decay": partial(checks.within, low=-math.inf, high=0, closed="right"),
+        "eps": _non_negative_or_none,
+        "d": checks.positive,
+    }
+    pairs: ClassVar[tuple[str, ...]] = ("eps",)
 
     @property
     def elementwise(self) -> bool:

@@ -8,15 +8,17 @@ Duchi, Hazan and Singer 2011, JMLR 12.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Adagrad(Optimizer):
     eps: Hyper = 1e-10
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "lr_decay", "weight_decay", "eps")
+    ranges: ClassVar[Mapping[str, Check]] = {
+        "lr_decay": checks.non_negative,
+        "initial_accumulator_value": checks.non_negative,
+    }
 
     def init_leaf(self, w: Tensor) -> Slots:
         """The first value of the sum."""

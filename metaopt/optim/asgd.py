@@ -9,14 +9,16 @@ Polyak and Juditsky 1992, SIAM J. Control Optim. 30.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class ASGD(Optimizer):
     weight_decay: Hyper = 0.0
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "lambd", "alpha", "weight_decay")
+    ranges: ClassVar[Mapping[str, Check]] = {
+        "lambd": checks.non_negative,
+        "alpha": checks.non_negative,
+        "t0": checks.non_negative,
+    }
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""

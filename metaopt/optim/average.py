@@ -7,11 +7,12 @@ Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv 1703.01780.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metaopt import tree
-from metaopt.optim.optimizer import Hyper, per_leaf
+from metaopt import checks, tree
+from metaopt.optim.optimizer import Check, Hyper, per_leaf
 from metaopt.optim.wrapper import Wrapper
 from metaopt.tree import Tree
 
@@ -30,6 +31,7 @@ class EMA(Wrapper):
     decay: Hyper = 0.999
 
     hypers: ClassVar[tuple[str, ...]] = ("decay",)
+    ranges: ClassVar[Mapping[str, Check]] = {"decay": checks.unit_interval}
 
     def init(self, w: Tree) -> Tree:
         """The weights, and the wrapped optimiser's slots."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.optim import safe
-from metaopt.optim.optimizer import Hyper
+from metaopt.optim.optimizer import Check, Hyper
 from metaopt.optim.wrapper import Wrapper, value
 from metaopt.tree import Tree
 
@@ -26,6 +27,7 @@ class ClipValue(Wrapper):
     limit: Hyper = 1.0
 
     hypers: ClassVar[tuple[str, ...]] = ("limit",)
+    ranges: ClassVar[Mapping[str, Check]] = {"limit": checks.positive}
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
         """Clamped."""
@@ -47,6 +49,7 @@ class ClipNorm(Wrapper):
     max_norm: Hyper = 1.0
 
     hypers: ClassVar[tuple[str, ...]] = ("max_norm",)
+    ranges: ClassVar[Mapping[str, Check]] = {"max_norm": checks.positive}
 
     @property
     def elementwise(self) -> bool:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.optim.optimizer import Optimizer, Slots
+from metaopt.optim.wrapper import CONVERT
 from metaopt.tree import Tree
 
 
@@ -47,6 +48,15 @@ class Groups(Optimizer):
     groups: Sequence[tuple[Sequence[str], Optimizer]]
 
     hypers: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check that each group is a list of patterns and an optimiser."""
+        checks.instance(self, "groups", self.groups, (list, tuple), 'for instance [(["head.*"], optimiser), …]')
+        for group in self.groups:
+            checks.pair(self, "groups", group)
+            patterns, optimizer = group
+            checks.instance(self, "the patterns in groups", patterns, (list, tuple), 'for instance ["head.*"]')
+            checks.instance(self, "the optimiser in groups", optimizer, Optimizer, CONVERT)
 
     def init(self, w: Tree) -> Tree:
         """The groups' slots."""

@@ -10,15 +10,18 @@ Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Muon(Optimizer):
     dtype: torch.dtype | None = torch.bfloat16
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
+    ranges: ClassVar[Mapping[str, Check]] = {
+        "ns_coefficients": partial(checks.instance, kind=(tuple, list), remedy="three numbers (a, b, c)"),
+        "ns_steps": checks.count,
+        "dtype": partial(checks.instance, kind=(torch.dtype, type(None))),
+        "adjust_lr_fn": partial(checks.one_of, allowed=(None, "original", "match_rms_adamw")),
+    }
 
     @property
     def elementwise(self) -> bool:

@@ -10,15 +10,17 @@ Dozat 2016, "Incorporating Nesterov momentum into Adam".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed, moments, zeros
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class NAdam(Optimizer):
     decoupled_weight_decay: bool = False
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+    ranges: ClassVar[Mapping[str, Check]] = {"momentum_decay": checks.non_negative}
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros, and ones for the product."""

@@ -8,12 +8,14 @@ leaves; the pullback and the pushforward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.tree import Tree
 
 Hyper: TypeAlias = float | Tensor | Tree | Callable[[Tree, int], Any]
@@ -25,6 +27,21 @@ T.
 
 Slots: TypeAlias = dict[str, Tensor]
 
+Check: TypeAlias = Callable[[object, str, Any], None]
+"""Raises an error that names the owner, the field and the value; see :mod:`metaopt.checks`."""
+
+USUAL_RANGES: Mapping[str, Check] = {
+    "lr": checks.non_negative,
+    "weight_decay": checks.non_negative,
+    "eps": checks.non_negative,
+    "momentum": checks.unit_interval,
+    "betas": partial(checks.unit_interval, closed="left"),
+    "nesterov": checks.flag,
+    "amsgrad": checks.flag,
+    "decoupled_weight_decay": checks.flag,
+}
+"""What most optimisers mean by a name, and what it may be."""
+
 
 class Optimizer:
     """Base of all inner optimisers; a subclass is a frozen dataclass.
@@ -32,9 +49,33 @@ class Optimizer:
     Attributes:
         hypers: names of the fields that are hyperparameters; a field may hold a tuple of them
             (Adam's ``betas``).
+        ranges: what the fields may be, where :data:`USUAL_RANGES` does not say it.
+        pairs: the fields that hold two hyperparameters.
     """
 
     hypers: ClassVar[tuple[str, ...]] = ("lr",)
+    ranges: ClassVar[Mapping[str, Check]] = {}
+    pairs: ClassVar[tuple[str, ...]] = ("betas",)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that are out of range.
+
+        Raises:
+            ValueError: for a number out of its range.
+            TypeError: for something that is not a number and cannot give one.
+        """
+        ranges = {**USUAL_RANGES, **self.ranges}
+        for field in fields(self):  # pyright: ignore[reportArgumentType]  (every subclass is a dataclass)
+            check = ranges.get(field.name)
+            if check is None:
+                continue
+            setting = getattr(self, field.name)
+            entries = [setting]
+            if field.name in self.pairs:
+                checks.pair(self, field.name, setting)
+                entries = [setting] if callable(setting) else setting
+            for entry in entries:
+                check(self, field.name, entry)
 
     # -- to be written by each optimiser ---------------------------------------------------------
     def init_leaf(self, w: Tensor) -> Slots:
@@ -93,7 +134,7 @@ class Optimizer:
         values = {name: getattr(self, name) for name in self.hypers}
         if all([isinstance(value, (int, float)) for value in values.values()]):
             return [values] * spec.num_leaves
-        leaves = [per_leaf(value, lam, t, spec, name) for name, value in values.items()]
+        leaves = [per_leaf(value, lam, t, spec, name, pair=name in self.pairs) for name, value in values.items()]
         return [dict(zip(values, of_one, strict=True)) for of_one in zip(*leaves, strict=True)]
 
     @property
@@ -112,25 +153,31 @@ class Optimizer:
         return any([_is_callable(getattr(self, name)) for name in self.hypers])
 
 
-def per_leaf(value: Hyper, lam: Tree, t: int, spec: tree.Spec, name: str) -> list[Any]:
-    """A hyperparameter as one value per weight leaf (floats stay floats; a tuple gives a tuple per leaf).
+def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair: bool = False) -> list[Any]:
+    """A hyperparameter as one value per weight leaf; numbers stay numbers.
+
+    Args:
+        value: the hyperparameter.
+        lam: handed to it where it is a function.
+        t: number of the step.
+        spec: the structure of the weights.
+        name: for the error's text.
+        pair: whether it holds two hyperparameters; a leaf then gets a pair.
 
     Raises:
         ValueError: if a pytree does not have the structure of the weights.
     """
     if callable(value):
         value = value(lam, t)
+    if pair:
+        first, second = (per_leaf(entry, lam, t, spec, name) for entry in value)
+        return list(zip(first, second, strict=True))
     if value is None or isinstance(value, (int, float, Tensor)):
         return [value] * spec.num_leaves
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return list(zip(*(per_leaf(entry, lam, t, spec, name) for entry in value), strict=True))
-    flat, value_spec = tree.flatten(value)
-    if value_spec != spec:
-        raise ValueError(
-            f"{name} is a pytree, but not like the weights: its leaves are {tree.names(value)}, {len(flat)} against "
-            f"{spec.num_leaves}"
-        )
-    return flat
+    try:
+        return tree.leaves_like(value, spec)
+    except ValueError as error:
+        raise ValueError(f"{name} is a pytree, but not like the weights: {error}") from None
 
 
 def _is_callable(value: Any) -> bool:

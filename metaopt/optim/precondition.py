@@ -7,14 +7,16 @@ al. 2021, arXiv 1910.13603).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from metaopt import tree
-from metaopt.optim.optimizer import Optimizer
+from metaopt import checks, tree
+from metaopt.optim.optimizer import Check, Optimizer
 from metaopt.optim.wrapper import Wrapper
 from metaopt.tree import Tree
 
@@ -32,6 +34,8 @@ class Precondition(Wrapper):
     """
 
     transform: Callable[[Tree, Tree, int], Tree] = lambda g, lam, t: g
+
+    ranges: ClassVar[Mapping[str, Check]] = {"transform": partial(checks.function, signature="(g, lam, t) -> g")}
 
     @property
     def elementwise(self) -> bool:

@@ -9,15 +9,17 @@ Tieleman and Hinton 2012, lecture 6e; centred: Graves 2013, arXiv 1308.0850.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RMSprop(Optimizer):
     centered: bool = False
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    ranges: ClassVar[Mapping[str, Check]] = {"alpha": checks.unit_interval, "centered": checks.flag}
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""

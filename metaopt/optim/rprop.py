@@ -9,14 +9,17 @@ sign. Riedmiller and Braun 1993.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from metaopt import checks
 from metaopt.optim import safe
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Rprop(Optimizer):
     step_sizes: tuple[Hyper, Hyper] | Hyper = (1e-6, 50.0)
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "etas", "step_sizes")
+    ranges: ClassVar[Mapping[str, Check]] = {"etas": checks.positive, "step_sizes": checks.non_negative}
+    pairs: ClassVar[tuple[str, ...]] = ("etas", "step_sizes")
+
+    def __post_init__(self) -> None:
+        """Refuse what ``torch.optim.Rprop`` refuses."""
+        super().__post_init__()
+        if isinstance(self.etas, tuple):
+            checks.unit_interval(self, "etas[0]", self.etas[0], closed="neither")
+            checks.within(self, "etas[1]", self.etas[1], 1, math.inf, closed="neither")
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros; the first step size is set at t = 1."""

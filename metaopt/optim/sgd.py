@@ -8,13 +8,15 @@ r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metaopt.optim.optimizer import Hyper, Optimizer, Slots
+from metaopt import checks
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,11 @@ class SGD(Optimizer):
     nesterov: bool = False
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay")
+    ranges: ClassVar[Mapping[str, Check]] = {"dampening": checks.unit_interval}
 
     def __post_init__(self) -> None:
         """Refuse what ``torch.optim.SGD`` refuses."""
-        for name in ("lr", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f"SGD: {name} must not be negative, got {value}")
+        super().__post_init__()
         if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
             raise ValueError("SGD: nesterov=True needs momentum > 0 and dampening = 0")
 

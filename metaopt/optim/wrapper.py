@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from metaopt import checks
 from metaopt.optim.optimizer import Hyper, Optimizer
 from metaopt.tree import Tree
+
+CONVERT = "take one from mo.optim, or convert torch's with mo.interop.from_torch(optimizer, module)"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,11 @@ class Wrapper(Optimizer):
     optimizer: Optimizer
 
     hypers: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check the wrapped optimiser and the settings."""
+        checks.instance(self, "optimizer", self.optimizer, Optimizer, CONVERT)
+        super().__post_init__()
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
         """The gradient that the wrapped optimiser gets. Default: the same."""
