@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.trajectory.fixed_point import ratio
+from metaopt.trajectory._fixed_point import Remainders, ratio
 
 
 def problem(momentum=0.9, n=4, **options):
@@ -55,7 +55,7 @@ def test_remainders_are_undone_and_leave_nothing(T, momentum, seed):
     beta = ratio(momentum)
     first = v = torch.randint(-(2**55), 2**55, (5,), generator=generator)
     pushes = [torch.randint(-(2**50), 2**50, (5,), generator=generator) for _ in range(T)]
-    lost = mo.trajectory.Remainders(torch.zeros_like(v))
+    lost = Remainders(torch.zeros_like(v))
     for g in pushes:
         v = lost.multiply(v, *beta) + g
     for g in reversed(pushes):

@@ -13,6 +13,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.trajectory import interpolated
+from metaopt.trajectory._rows import Place, Rows
 from metaopt.trajectory._weighing import Allocations, weighed
 from metaopt.trajectory.interpolated import straight_line
 from metaopt.trajectory.revolve import reach
@@ -341,7 +342,7 @@ def test_drmads_graphs_are_made_one_by_one(why, monkeypatch):
 
 
 def test_big_states_are_copied_into_rows():
-    rows = mo.trajectory.Rows()
+    rows = Rows()
     states = [mo.InnerState({"a": torch.randn(200, 100), "n": 3}, {"momentum": torch.randn(7)}, t) for t in range(20)]
     kept = [rows.put(state) for state in states]
     assert all(
@@ -353,15 +354,19 @@ def test_big_states_are_copied_into_rows():
     assert rows.put(small) is small
 
 
-def test_a_place_is_written_over():
-    place = mo.trajectory.Place()
-    a, b = (mo.InnerState({"w": torch.randn(100, 20)}, {"momentum": torch.randn(7)}, t) for t in (1, 2))
-    first = place.put(a)
-    assert identical(first.w, a.w) and first.w["w"] is not a.w["w"]
-    second = place.put(b)
-    assert second.w["w"] is first.w["w"] and identical(second.slots, b.slots) and second.t == 2
+def test_two_places_are_written_in_turn():
+    place = Place()
+    states = [mo.InnerState({"w": torch.randn(100, 20)}, {"momentum": torch.randn(7)}, t) for t in range(4)]
+    kept = []
+    for state in states:
+        kept.append(place.put(state))
+        assert identical(kept[-1][:2], state[:2]) and kept[-1].w["w"] is not state.w["w"]
+    assert kept[2].w["w"] is kept[0].w["w"] and kept[3].w["w"] is kept[1].w["w"]
+    assert kept[1].w["w"] is not kept[0].w["w"]
+    other_shape = place.put(mo.InnerState({"w": torch.randn(1, 20)}, {}))
+    assert other_shape.w["w"].shape == (1, 20)
     small = mo.InnerState(torch.ones(3))
-    assert mo.trajectory.Place().put(small) is small
+    assert Place().put(small) is small
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from metaopt import replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory import Full, Interpolated, Last, Place, Trajectory
+from metaopt.trajectory import Full, Interpolated, Last, Trajectory
+from metaopt.trajectory._rows import Place
 from metaopt.trajectory.base import Moment
 from metaopt.tree import Tree
 

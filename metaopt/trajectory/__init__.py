@@ -6,7 +6,6 @@ from metaopt.trajectory.checked import Checked
 from metaopt.trajectory.checkpointed import Checkpointed
 from metaopt.trajectory.distilled import Distillate, Distilled
 from metaopt.trajectory.fingerprint import fingerprint
-from metaopt.trajectory.fixed_point import Remainders
 from metaopt.trajectory.full import Full
 from metaopt.trajectory.graphs import Graphs
 from metaopt.trajectory.interpolated import Interpolated
@@ -14,7 +13,6 @@ from metaopt.trajectory.last import Last
 from metaopt.trajectory.offloaded import Offloaded
 from metaopt.trajectory.reversible import Reversible
 from metaopt.trajectory.revolve import Placement
-from metaopt.trajectory.rows import Place, Rows
 from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
 
 __all__ = [
@@ -32,11 +30,8 @@ __all__ = [
     "Offloaded",
     "OnDevice",
     "OnDisk",
-    "Place",
     "Placement",
-    "Remainders",
     "Reversible",
-    "Rows",
     "Store",
     "Trajectory",
     "fingerprint",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from metaopt import replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
+from metaopt.trajectory._rows import Rows
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
-from metaopt.trajectory.rows import Rows
 from metaopt.tree import Tree
 
 
@@ -29,7 +29,7 @@ class Full:
 
     Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``,
     independent of activations; states of 64 KiB and more are copied into preallocated rows
-    (:mod:`metaopt.trajectory.rows`).
+    (:mod:`metaopt.trajectory._rows`).
     """
 
     @property

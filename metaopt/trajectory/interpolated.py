@@ -19,9 +19,9 @@ from metaopt import replay, tree
 from metaopt.inner.contract import Step, StepAtSeveral
 from metaopt.inner.state import InnerState
 from metaopt.replay import Rng
+from metaopt.trajectory._rows import ROWS, SMALL, is_tiny
 from metaopt.trajectory._weighing import weighed
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
-from metaopt.trajectory.rows import ROWS, SMALL, is_tiny
 from metaopt.tree import Tree
 
 

@@ -22,8 +22,8 @@ from metaopt.inner.step import InnerStep
 from metaopt.optim.optimizer import per_leaf
 from metaopt.optim.sgd import SGD
 from metaopt.replay import Rng
+from metaopt.trajectory._fixed_point import Remainders, ratio, to_fixed, to_float
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
-from metaopt.trajectory.fixed_point import Remainders, ratio, to_fixed, to_float
 from metaopt.tree import Tree
 
 

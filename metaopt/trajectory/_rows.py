@@ -14,7 +14,6 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
-from metaopt.tree import Tree
 
 ROWS = 16
 SMALL = 1 << 16
@@ -61,24 +60,29 @@ class Rows:
 
 
 class Place:
-    """Memory for one state, taken once: what changes from step to step is written over itself, for the same reason."""
+    """Memory for what a sweep carries, taken once, for the same reason as :class:`Rows`.
 
-    __slots__ = ("_small", "_there")
+    There are two places, written in turn. A step that passes a tensor on may hand back the
+    memory of the cotangent it was given, for several leaves and in any order. So nothing may be
+    written there before all of it is read.
+    """
+
+    __slots__ = ("_before", "_now", "_small")
 
     def __init__(self) -> None:
-        """Nothing is allocated yet."""
-        self._there: Tree = None
+        self._now: list[Tensor] = []
+        self._before: list[Tensor] = []
         self._small: bool | None = None  # found out with the first state
 
     def put(self, state: InnerState) -> InnerState:
-        """A copy, which lives until the next state of the same structure is put here.
-
-        The state itself where it is small.
-        """
+        """A copy, which lives until the state after the next is put here. A small state is not copied."""
         if self._small is None:
             self._small = is_tiny(state)
         if self._small:
             return state
-        if self._there is None:
-            self._there = tree.map(lambda x: torch.empty_like(x) if tree.is_float(x) else None, state)
-        return tree.map(lambda there, x: x if there is None else there.copy_(x), self._there, state)
+        values = tree.floats(state)
+        self._now, self._before = self._before, self._now
+        if [x.shape for x in self._now] != [x.shape for x in values]:
+            self._now = [torch.empty_like(x) for x in values]
+        places = iter(self._now)
+        return tree.map(lambda x: next(places).copy_(x) if tree.is_float(x) else x, state)
