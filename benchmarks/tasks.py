@@ -1,7 +1,7 @@
 """``python -m benchmarks.tasks``: exact RMD on a meta-batch of four tasks, one thread.
 
 Four ways: a loop over the tasks (four hypergradients, added), one stacked problem
-(`mo.meta.stacked`), one problem that loops inside its losses (`mo.meta.looped`), and that one a
+(`mo.vmapped`), one problem that loops inside its losses (`mo.looped`), and that one a
 task at a time (`mo.meta.in_task_chunks`). They take turns; a figure is the median over rounds of
 (its time / the loop's in the same round). Memory: growth of the resident set's peak, each in a
 process of its own.
@@ -33,14 +33,12 @@ def run(problem: Problem, way: str):
     if way == "loop over tasks":
         found = [mo.hypergradient(step, loss, w, lam, own[:-1], own[-1], estimator=mo.RMD()).total for own in data]
         return {name: sum(one[name] for one in found) for name in lam}
-    wrap = mo.meta.stacked if way == "stacked" else mo.meta.looped
+    wrap = mo.vmapped if way == "stacked" else mo.looped
     pair = (mo.inner_step(wrap(loss), step.optimizer), wrap(loss))
     if way == "looped, a task at a time":
         pair = mo.meta.in_task_chunks(*pair, 1)
     batches = [tree.stack(together) for together in zip(*data, strict=True)]
-    return mo.hypergradient(
-        *pair, mo.meta.replicated(w, TASKS), lam, batches[:-1], batches[-1], estimator=mo.RMD()
-    ).total
+    return mo.hypergradient(*pair, mo.replicated(w, TASKS), lam, batches[:-1], batches[-1], estimator=mo.RMD()).total
 
 
 def growth(problem: str, T: int, way: str) -> float | None:

@@ -43,7 +43,7 @@ from metaopt.estimators import (
     unroll,
 )
 from metaopt.functional import FunctionalModel, functional, merge, partition
-from metaopt.inner import InnerState, custom_step, inner_step
+from metaopt.inner import InnerState, Stacked, custom_step, inner_step, looped, replicated, vmapped
 from metaopt.meta import online
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ __all__ = [
     "OneStep",
     "OuterObjective",
     "Response",
+    "Stacked",
     "Terms",
     "TruncatedES",
     "TruncatedRMD",
@@ -109,15 +110,18 @@ __all__ = [
     "inner_step",
     "interop",
     "linsolve",
+    "looped",
     "merge",
     "meta",
     "models",
     "online",
     "optim",
     "partition",
+    "replicated",
     "tasks",
     "trajectory",
     "tree",
     "unroll",
     "verify",
+    "vmapped",
 ]

@@ -296,11 +296,11 @@ def test_compare_gives_a_table_a_picture_and_a_dict(tmp_path):
 def test_stacked_problems_are_the_sum_of_their_tasks():
     targets = torch.randn(3, 2, dtype=F64)
     loss = lambda w, lam, y: (lam * (w - y) ** 2).sum()  # noqa: E731
-    step = mo.inner_step(mo.meta.stacked(loss), mo.optim.SGD(lr=0.1))
-    outer = mo.meta.stacked(lambda w, lam, y: (w**2).sum())
+    step = mo.inner_step(mo.vmapped(loss), mo.optim.SGD(lr=0.1))
+    outer = mo.vmapped(lambda w, lam, y: (w**2).sum())
     lam = torch.ones(2, dtype=F64)
     problem = mo.verify.Problem(
-        "stack", step, outer, mo.meta.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets
+        "stack", step, outer, mo.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets
     )
     found = mo.diagnose.alignment(mo.OneStep(), problem, at=[4])
     one = mo.inner_step(loss, mo.optim.SGD(lr=0.1))

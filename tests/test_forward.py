@@ -147,7 +147,7 @@ def test_weights_without_axes_and_without_entries():
     assert close(mo.hypergradient(*args, estimator=mo.FMD()).total, mo.hypergradient(*args, estimator=mo.RMD()).total)
 
 
-@pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("stacked", [mo.vmapped, mo.looped], ids=lambda f: f.__name__)
 def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
     problems = [Problem(mo.optim.Adam(lr=0.1), seed) for seed in range(3)]
     together = problems[0]

@@ -131,7 +131,7 @@ def test_an_episode_is_a_meta_task():
         return torch.nn.functional.cross_entropy(model(mo.merge(w, lam), batch.x), batch.y)
 
     meta = mo.meta.MetaTraining(
-        mo.inner_step(mo.meta.stacked(loss), mo.optim.SGD(0.1)), mo.meta.stacked(loss), mo.OneStep(), horizon=2
+        mo.inner_step(mo.vmapped(loss), mo.optim.SGD(0.1)), mo.vmapped(loss), mo.OneStep(), horizon=2
     )
     outer = mo.meta.Outer(lam, lambda p: torch.optim.SGD(p, 0.1))
 

@@ -169,7 +169,7 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
 
 
 @given(seed=SEEDS, tasks=st.integers(1, 4))
-@pytest.mark.parametrize("stacked", [mo.meta.stacked, mo.meta.looped])
+@pytest.mark.parametrize("stacked", [mo.vmapped, mo.looped])
 @pytest.mark.parametrize(
     "estimator", [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.TruncatedRMD(2)], ids=lambda e: type(e).__name__
 )
@@ -194,7 +194,7 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, t
 
 
 def test_a_meta_batch_names_what_has_no_task_axis():
-    loss = mo.meta.looped(lambda w, lam, batch: (w["a"] * batch).sum())
+    loss = mo.looped(lambda w, lam, batch: (w["a"] * batch).sum())
     with pytest.raises(ValueError, match=r"\['b'\] has shape \(2,\)"):
         loss({"a": torch.ones(3, 2), "b": torch.ones(2)}, None, torch.ones(3, 2))
 

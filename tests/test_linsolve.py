@@ -23,7 +23,7 @@ from metaopt.linsolve import (
     Solution,
 )
 from metaopt.linsolve.base import solve_from
-from metaopt.meta import HyperSteps, stacked
+from metaopt.meta import HyperSteps, vmapped
 from metaopt.verify import cases, check
 from metaopt.verify.cases import ridge
 
@@ -248,8 +248,8 @@ def test_stacked_tasks_equal_a_loop_over_them():
     lam, targets = torch.zeros(3, dtype=F64), torch.randn(4, 3, dtype=F64)
     w0 = targets / 2  # the minimum at λ = 0
     step, loss = (
-        mo.inner_step(stacked(inner_loss), mo.optim.SGD(lr=0.1)),
-        stacked(lambda w, lam, batch: (w - 1).square().sum()),
+        mo.inner_step(vmapped(inner_loss), mo.optim.SGD(lr=0.1)),
+        vmapped(lambda w, lam, batch: (w - 1).square().sum()),
     )
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
         together = mo.hypergradient(step, loss, w0, lam, [targets], targets, estimator=mo.IFT(solver)).total

@@ -143,7 +143,7 @@ def test_stacked_tasks_are_the_sum_over_tasks(name):
     tasks = [task(model) for _ in range(TASKS)]
     batches = [tree.stack(batch) for batch in zip(*(batches for batches, _ in tasks), strict=True)]
     outer = tree.stack([outer for _, outer in tasks])
-    together = ours(model, mo.meta.replicated(w, TASKS), lam, batches, outer, mo.meta.stacked)
+    together = ours(model, mo.replicated(w, TASKS), lam, batches, outer, mo.vmapped)
     alone = [ours(model, w, lam, *each) for each in tasks]
     same(together.total, tree.add(alone[0].total, alone[1].total))
     accuracy = torch.vmap(model.accuracy, in_dims=(0, None, 0))(together.state.w, lam, outer)
@@ -191,13 +191,13 @@ def _detached(model, w, lam, batch):
 
 
 @pytest.mark.parametrize("name", WEIGHT_NETS)
-@pytest.mark.parametrize("wrap", [lambda loss: loss, mo.meta.stacked], ids=["one", "stacked"])
+@pytest.mark.parametrize("wrap", [lambda loss: loss, mo.vmapped], ids=["one", "stacked"])
 def test_weight_nets_step_has_true_products_in_every_form(name, wrap):
     model = WEIGHT_NETS[name]()
     w, lam = model.init()
     batch = images()[0]
-    if wrap is mo.meta.stacked:
-        w, batch = mo.meta.replicated(w, 2), tree.stack([batch, images()[1]])
+    if wrap is mo.vmapped:
+        w, batch = mo.replicated(w, 2).w, tree.stack([batch, images()[1]])
     step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     state = step.init(w, lam)
     direction, lam_dot, alpha = (
@@ -357,9 +357,9 @@ def test_drawn_noise_is_replayed_by_the_sweep():
     given = ours(lft, w, lam, [(x, y, lft.noise()) for x, y in batches], outer)
     same(drawn.total, given.total, 1e-14)
     assert tree.norm(drawn.total) > 0
-    many = mo.meta.stacked(lft.inner_loss)
+    many = mo.vmapped(lft.inner_loss)
     two = [tree.stack([batch, batch]) for batch in batches]
-    losses = [float(many(mo.meta.replicated(w, 2), lam, two[0])) for _ in range(2)]
+    losses = [float(many(mo.replicated(w, 2).w, lam, two[0])) for _ in range(2)]
     assert losses[0] != losses[1]
 
 

@@ -112,8 +112,8 @@ def test_bome_sees_stacked_tasks_as_one_problem():
     w, lam, x = t64([1.0, 2.0], [0.5, -1.0]), t64(0.3, -0.2), t64([1.0, 0.5], [2.0, -1.0])
     sgd = mo.optim.SGD(lr=0.02)
     stacked = mo.hypergradient(
-        mo.inner_step(mo.meta.stacked(inner), sgd),
-        mo.meta.stacked(outer),
+        mo.inner_step(mo.vmapped(inner), sgd),
+        mo.vmapped(outer),
         w,
         lam,
         [x] * 4,
@@ -163,8 +163,8 @@ def test_bome_solves_a_bilevel_problem_up_to_its_rate():
 )
 def test_meta_batch_is_the_sum_over_tasks(estimator):
     one = small_problem()
-    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.optim.SGD(lr=0.1))
-    outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
+    stacked = mo.inner_step(mo.vmapped(one.step.inner_loss), mo.optim.SGD(lr=0.1))
+    outer = mo.vmapped(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
     together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total

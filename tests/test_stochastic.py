@@ -388,8 +388,8 @@ def test_identical_copies_are_noticed():
 def test_meta_batch(estimator):
     """Two stacked tasks: with the methods' noise in λ, shared by the tasks, the result is the sum over tasks."""
     one = small_problem()
-    stacked = mo.inner_step(mo.meta.stacked(one.step.inner_loss), mo.optim.SGD(lr=0.1))
-    outer = mo.meta.stacked(lambda w, lam, _: one.outer(w, lam, None))
+    stacked = mo.inner_step(mo.vmapped(one.step.inner_loss), mo.optim.SGD(lr=0.1))
+    outer = mo.vmapped(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
     together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total

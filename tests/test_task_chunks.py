@@ -20,10 +20,10 @@ def loss(w, lam, batch):
     return ((torch.tanh(x @ w["body"]) @ lam["head"] - y) ** 2).mean() + lam["decay"].exp() * (w["body"] ** 2).sum()
 
 
-def problem(optimizer, wrap=mo.meta.stacked):
+def problem(optimizer, wrap=mo.vmapped):
     torch.manual_seed(0)
     lam = {"head": torch.randn(3, 1, dtype=F64), "decay": torch.tensor(-3.0, dtype=F64)}
-    w0 = mo.meta.replicated({"body": 0.5 * torch.randn(2, 3, dtype=F64)}, TASKS)
+    w0 = mo.replicated({"body": 0.5 * torch.randn(2, 3, dtype=F64)}, TASKS)
 
     def draw():
         return (torch.randn(TASKS, 4, 2, dtype=F64), torch.randn(TASKS, 4, 1, dtype=F64))
@@ -43,13 +43,13 @@ def assert_equal(a, b):
         assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("wrap", [mo.meta.stacked, mo.meta.looped], ids=["stacked", "looped"])
+@pytest.mark.parametrize("wrap", [mo.vmapped, mo.looped], ids=["stacked", "looped"])
 @pytest.mark.parametrize("case", ESTIMATORS, ids=[case.name for case in ESTIMATORS])
 def test_every_estimator(case, wrap):
     step, outer_loss, *rest = problem(mo.optim.SGD(lr=0.1, momentum=0.9), wrap)
     whole = run(step, outer_loss, rest, case.make(T))
-    for chunk_size in (1, 2, 7):
-        parts = run(*mo.meta.in_task_chunks(step, outer_loss, chunk_size), rest, case.make(T))
+    for tasks_at_once in (1, 2, 7):
+        parts = run(*mo.meta.in_task_chunks(step, outer_loss, tasks_at_once), rest, case.make(T))
         assert_equal(parts.total, whole.total)
         assert_equal(parts.state.w, whole.state.w)
     assert float(tree.norm(whole.total)) > 1e-3
@@ -80,13 +80,13 @@ def test_online():
 def test_one_chunk_of_graphs_at_a_time():
     torch.manual_seed(0)
     wide = 4096
-    lam, w0 = torch.randn(1, wide), mo.meta.replicated(torch.zeros(wide, 1), 8)
+    lam, w0 = torch.randn(1, wide), mo.replicated(torch.zeros(wide, 1), 8)
     data = torch.randn(8, 16, 1), torch.randn(8, 16, 1)
 
     def inner(w, lam, batch):
         return ((torch.tanh(batch[0] @ lam) @ w - batch[1]) ** 2).mean()
 
-    step, outer_loss = mo.inner_step(mo.meta.stacked(inner), mo.optim.SGD(lr=0.1)), mo.meta.stacked(inner)
+    step, outer_loss = mo.inner_step(mo.vmapped(inner), mo.optim.SGD(lr=0.1)), mo.vmapped(inner)
 
     def peak(step, outer_loss):
         return peak_bytes(lambda: mo.hypergradient(step, outer_loss, w0, lam, [data] * 3, data, estimator=mo.RMD()))

@@ -22,7 +22,7 @@ from metaopt.meta import (
     Reptile,
     SizeWarning,
     replicated,
-    stacked,
+    vmapped,
 )
 
 F64 = torch.float64
@@ -249,8 +249,8 @@ def outer(w, lam, target):
 )
 @pytest.mark.parametrize("initialisation", [Reptile(0.5), FOMAML(0.01), Fixed()], ids=lambda i: type(i).__name__)
 def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
-    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
-    training = MetaTraining(step, stacked(outer), estimator, 4, initialisation=initialisation, calibration_period=10)
+    step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
+    training = MetaTraining(step, vmapped(outer), estimator, 4, initialisation=initialisation, calibration_period=10)
     state = Outer(torch.zeros(2, dtype=F64), sgd)
     reports = list(training.runs(torch.zeros(2, dtype=F64), state, task_of, 15))
     assert len(reports) == 15
@@ -260,13 +260,13 @@ def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
 
 
 def test_offline_meta_training_is_one_exact_hypergradient_per_run():
-    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
-    training = MetaTraining(step, stacked(outer), mo.RMD(), 4)
+    step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
+    training = MetaTraining(step, vmapped(outer), mo.RMD(), 4)
     lam, phi = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
     (report,) = training.runs(phi, Outer(lam, sgd), task_of, 1)
     task = task_of(1)
     hg = mo.hypergradient(
-        step, stacked(outer), replicated(phi, 3), lam, task.batches, task.outer_batches[0], estimator=mo.RMD()
+        step, vmapped(outer), replicated(phi, 3), lam, task.batches, task.outer_batches[0], estimator=mo.RMD()
     )
     assert torch.allclose(report.lam, lam - 0.1 * hg.total, atol=1e-15)
 
@@ -278,8 +278,8 @@ def test_calibration_happens_when_it_is_due():
         asked.append(run)
         return task_of(run)
 
-    step = mo.inner_step(stacked(inner), mo.optim.SGD(lr=0.1))
-    training = MetaTraining(step, stacked(outer), mo.HyperDistill(gamma=0.5, example_axis=1), 4, calibration_period=2)
+    step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
+    training = MetaTraining(step, vmapped(outer), mo.HyperDistill(gamma=0.5, example_axis=1), 4, calibration_period=2)
     thetas = [
         r.estimator.theta
         for r in training.runs(torch.zeros(2, dtype=F64), Outer(torch.zeros(2, dtype=F64), sgd), tasks, 4)
@@ -305,7 +305,7 @@ def trained(path, stop_after=None):
     def inner_loss(w, lam, batch):
         return ((w - batch).tanh().square().sum(-1) * lam.exp().sum()).mean()
 
-    step = mo.inner_step(stacked(inner_loss), mo.optim.SGD(lr=0.3, momentum=0.9))
+    step = mo.inner_step(vmapped(inner_loss), mo.optim.SGD(lr=0.3, momentum=0.9))
     outer = Outer(
         torch.zeros(2, dtype=F64),
         functools.partial(torch.optim.Adam, lr=0.1),
@@ -313,7 +313,7 @@ def trained(path, stop_after=None):
     )
     training = MetaTraining(
         step,
-        stacked(inner_loss),
+        vmapped(inner_loss),
         mo.HyperDistill(0.9, example_axis=1),
         4,
         initialisation=Reptile(0.5),

@@ -212,7 +212,7 @@ def test_recomputing_does_not_move_running_statistics():
 def test_captured_running_statistics_under_vmap():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     model = mo.functional(net)
-    w, x = mo.meta.replicated(model.params, 2), torch.randn(2, 5, 4, dtype=F64)
+    w, x = mo.replicated(model.params, 2).w, torch.randn(2, 5, 4, dtype=F64)
     together = torch.vmap(model)(w, x)  # nobody asks for the statistics: they are left out
     assert torch.allclose(together, torch.stack([model(model.params, one) for one in x]), atol=1e-14)
     with pytest.raises(RuntimeError, match="running_mean"):  # one set of statistics cannot be moved by two tasks
@@ -220,21 +220,21 @@ def test_captured_running_statistics_under_vmap():
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_dropout_in_a_stacked_problem_is_replayed(randomness, chunk_size):
+@pytest.mark.parametrize("tasks_at_once", [None, 1])
+def test_dropout_in_a_stacked_problem_is_replayed(randomness, tasks_at_once):
     model = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 1)).double())
-    loss = mo.meta.stacked(
-        lambda w, lam, x: lam * model(w, x).pow(2).mean(), chunk_size=chunk_size, randomness=randomness
+    loss = mo.vmapped(
+        lambda w, lam, x: lam * model(w, x).pow(2).mean(), tasks_at_once=tasks_at_once, randomness=randomness
     )
     xs = [torch.randn(2, 5, 4, dtype=F64) for _ in range(T)]
     step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     assert agrees(
-        step, lambda w, lam, _: tree.norm(w), mo.meta.replicated(model.params, 2), torch.tensor(0.7, dtype=F64), xs
+        step, lambda w, lam, _: tree.norm(w), mo.replicated(model.params, 2).w, torch.tensor(0.7, dtype=F64), xs
     )
 
 
 def test_dropout_in_a_stacked_problem_must_say_how_it_is_random():
-    loss = mo.meta.stacked(lambda w, lam, x: lam * F.dropout(w * x).sum(), randomness="error")
+    loss = mo.vmapped(lambda w, lam, x: lam * F.dropout(w * x).sum(), randomness="error")
     step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     with pytest.raises(RuntimeError, match="randomness"):
         mo.hypergradient(

@@ -12,6 +12,7 @@ from metaopt.inner.chunk import Chunk
 from metaopt.inner.contract import Linearized, Stationary, Step, StepAtSeveral, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.inner.tangents import Tangents
+from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
@@ -48,6 +49,11 @@ class CountedStep:
     def __init__(self, step: Step, cost: Cost) -> None:
         """Wrap ``step``; ``cost`` is added to."""
         self.step, self.cost = step, cost
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights have a task axis first."""
+        return is_stacked(self.step)
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """As the wrapped step."""

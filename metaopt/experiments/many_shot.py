@@ -75,7 +75,7 @@ class Setting:
 
     def outer_loss(self, w: Tree, lam: Tree, batch: Any) -> torch.Tensor:
         """Mean over the tasks."""
-        return looped(self.model.outer_loss)(w, lam, batch) / len(batch[0])
+        return looped(self.model.outer_loss, reduction="mean")(w, lam, batch)
 
     def task(self, run: int) -> MetaTask:
         """The tasks of an inner run; the calibrations' runs (≤ 0) have seeds of their own."""

@@ -20,7 +20,7 @@ from metaopt.estimators import IFT, RMD, DrMAD, Estimator, FirstOrder, HyperDist
 from metaopt.estimators.outer import OuterLoss
 from metaopt.inner import ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
-from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, stacked
+from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, vmapped
 from metaopt.models import ANIL, sinusoid_net
 from metaopt.optim import SGD
 from metaopt.tasks import Sinusoid
@@ -174,10 +174,10 @@ def setup(config: SinusoidConfig, seed: int) -> Setup:
         torch.manual_seed(seed)
         anil = ANIL.of(sinusoid_net(), weights=["6.*"], loss=torch.nn.functional.mse_loss)
     phi, lam = anil.init()
-    step: Step = inner_step(stacked(anil.inner_loss), SGD(lr=config.inner_lr, momentum=config.momentum))
+    step: Step = inner_step(vmapped(anil.inner_loss), SGD(lr=config.inner_lr, momentum=config.momentum))
     if config.constant_momentum:
         step = ConstantSlots(step)
-    return Setup(anil, step, stacked(anil.outer_loss), phi, lam)
+    return Setup(anil, step, vmapped(anil.outer_loss), phi, lam)
 
 
 def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
@@ -217,7 +217,7 @@ def test_error(anil: ANIL, step: Step, phi: Tree, lam: Tree, config: SinusoidCon
     for _ in range(config.horizon):
         state = step(state, lam, tasks.train)
     with torch.no_grad():
-        return float(stacked(anil.outer_loss)(state.w, lam, tasks.test)) / config.test_tasks
+        return float(vmapped(anil.outer_loss)(state.w, lam, tasks.test)) / config.test_tasks
 
 
 test_error.__test__ = False  # type: ignore[attr-defined]  (its name is no test's)

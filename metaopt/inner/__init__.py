@@ -11,6 +11,18 @@ from metaopt.inner.reweighted import AsymmetricUpdateError, reweighted
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep, inner_step
 from metaopt.inner.tangents import Tangents
+from metaopt.inner.tasks import (
+    Looped,
+    Ragged,
+    Stacked,
+    TaskLoss,
+    Vmapped,
+    for_all_tasks,
+    is_stacked,
+    looped,
+    replicated,
+    vmapped,
+)
 
 __all__ = [
     "Adjoint",
@@ -24,14 +36,24 @@ __all__ = [
     "InnerState",
     "InnerStep",
     "Linearized",
+    "Looped",
+    "Ragged",
     "ReverseOverReverse",
+    "Stacked",
     "Stationary",
     "Step",
     "Tangents",
+    "TaskLoss",
+    "Vmapped",
     "chunked",
     "closed_over",
     "custom_step",
+    "for_all_tasks",
     "in_chunks",
     "inner_step",
+    "is_stacked",
+    "looped",
+    "replicated",
     "reweighted",
+    "vmapped",
 ]

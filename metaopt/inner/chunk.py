@@ -22,6 +22,7 @@ from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.inner.tangents import Tangents
+from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
@@ -36,6 +37,11 @@ class Chunk:
 
     step: Step
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights have a task axis first."""
+        return is_stacked(self.step)
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """As the single step."""

@@ -18,6 +18,7 @@ from metaopt import tree
 from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.inner.tangents import Tangents
+from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
@@ -34,6 +35,11 @@ class ConstantSlots:
     """
 
     step: Step
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights have a task axis first."""
+        return is_stacked(self.step)
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """As ``step``."""

@@ -33,7 +33,9 @@ from metaopt.inner.contract import InnerLoss, Linearized, Stationary, Wrt, check
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.state import InnerState
 from metaopt.inner.tangents import InnerTangents
+from metaopt.inner.tasks import Stacked, TaskLoss, is_stacked
 from metaopt.optim.optimizer import Optimizer
+from metaopt.optim.per_task import PerTask
 from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
 
@@ -45,7 +47,8 @@ def inner_step(
 
     Args:
         inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
-        optimizer: an inner optimiser, e.g. ``mo.optim.SGD(lr=0.1)``. A ``torch.optim`` one is
+        optimizer: an inner optimiser, e.g. ``mo.optim.SGD(lr=0.1)``. Over stacked tasks one that
+            looks at whole tensors is mapped over them (:class:`metaopt.optim.PerTask`). A ``torch.optim`` one is
             in-place and cannot be differentiated: convert it with :mod:`metaopt.interop`.
         adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or
             ``mo.inner.ForwardOverReverse()``.
@@ -64,6 +67,13 @@ def inner_step(
         raise TypeError(
             f"optimizer must come from metaopt.optim, e.g. mo.optim.SGD(lr=0.1); got {type(optimizer).__name__}"
         )
+    if isinstance(inner_loss, TaskLoss) and inner_loss.reduction != "sum":
+        raise ValueError(
+            "the inner loss of stacked tasks is their sum: a mean divides the learning rate of each task by the number "
+            'of tasks. Take reduction="sum" (the default)'
+        )
+    if is_stacked(inner_loss) and not optimizer.elementwise:
+        optimizer = PerTask(optimizer)
     step = InnerStep(inner_loss, optimizer, adjoint)
     if compile is False:
         return step
@@ -93,12 +103,18 @@ class InnerStep:
         default_factory=list, init=False, repr=False, compare=False
     )  # not empty: a gradient's graph has been checked
 
+    @property
+    def stacked(self) -> bool:
+        """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
+        return is_stacked(self.inner_loss)
+
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights (detached) and fresh slots.
 
         Raises:
             ValueError: if a weight is not a floating-point tensor.
         """
+        w = w.w if isinstance(w, Stacked) else w
         check_weights(w)
         w = tree.detach(w)
         return InnerState(w, self.optimizer.init(w), self.optimizer.steps_taken)

@@ -1,6 +1,6 @@
 """The loops around an estimator: online, offline, over tasks."""
 
-from metaopt.meta.batch import looped, replicated, stacked
+from metaopt.inner.tasks import Ragged, Stacked, looped, replicated, vmapped
 from metaopt.meta.bounds import bounded
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
@@ -22,14 +22,16 @@ __all__ = [
     "MetaTraining",
     "OnlineReport",
     "Outer",
+    "Ragged",
     "Reptile",
     "SignStep",
     "SizeWarning",
+    "Stacked",
     "TaskChunks",
     "bounded",
     "in_task_chunks",
     "looped",
     "online",
     "replicated",
-    "stacked",
+    "vmapped",
 ]

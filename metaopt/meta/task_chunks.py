@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.inner import InnerState, Linearized, Stationary, Step, Tangents
 from metaopt.inner.contract import Wrt
-from metaopt.meta.batch import Loss
+from metaopt.inner.tasks import Loss, TaskLoss, is_stacked
 from metaopt.tree import Tree
 
 
@@ -34,36 +35,53 @@ class InTaskChunks(NamedTuple):
     """
 
     step: Step
-    outer_loss: Loss
+    outer_loss: TaskLoss
 
 
-def in_task_chunks(step: Step, outer_loss: Loss, chunk_size: int) -> InTaskChunks:
-    """The same Φ and outer loss of a stacked meta-batch, at most ``chunk_size`` tasks at a time.
+def in_task_chunks(step: Step, outer_loss: Loss, tasks_at_once: int) -> InTaskChunks:
+    """The same Φ and outer loss of a stacked meta-batch, at most ``tasks_at_once`` tasks at a time.
 
     Every estimator takes them in place of the originals, online and offline, and gets the same
     numbers to rounding; random draws come in another order. Cost: one more evaluation of the outer
-    loss. Memory: the graphs of ``chunk_size`` tasks; what keeps graphs on purpose
+    loss. Memory: the graphs of ``tasks_at_once`` tasks; what keeps graphs on purpose
     (:class:`~metaopt.trajectory.Graphs`, the 1-step method's training step, forward mode), or is
     built from the inner loss alone (EvoGrad, DARTS and its kin), holds all tasks at once.
 
     Args:
-        step: made of a loss from :func:`stacked` or :func:`looped`.
-        outer_loss: a sum over tasks from one of the two.
-        chunk_size: tasks at a time; the last chunk may be smaller.
+        step: made of a loss from :func:`metaopt.vmapped` or :func:`metaopt.looped`.
+        outer_loss: a loss over tasks from one of the two.
+        tasks_at_once: tasks at a time; the last chunk may be smaller.
 
     Raises:
-        ValueError: if ``chunk_size`` is less than 1.
+        ValueError: if ``tasks_at_once`` is less than 1.
+        TypeError: if the step or the outer loss is not one of stacked tasks.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is a number of tasks, at least 1, got {chunk_size}")
+    if tasks_at_once < 1:
+        raise ValueError(f"tasks_at_once is a number of tasks, at least 1, got {tasks_at_once}")
+    if not is_stacked(step):
+        raise TypeError("the step is not one of stacked tasks: make its inner loss with mo.vmapped or mo.looped")
+    if not isinstance(outer_loss, TaskLoss):
+        raise TypeError(
+            f"outer_loss must come from mo.vmapped or mo.looped, so that it can be split into tasks; got {outer_loss!r}"
+        )
+    return InTaskChunks(TaskChunks(step, tasks_at_once), LossInChunks(outer_loss, outer_loss.reduction, tasks_at_once))
 
-    def total(w: Tree, lam: Tree, batch: Any) -> Tensor:
-        def part(w_i: Tree, batch_i: Any) -> Tensor:
-            return checkpoint(outer_loss, w_i, lam, batch_i, use_reentrant=False)
 
-        return torch.stack([part(w_i, batch_i) for w_i, batch_i in _parts((w, batch), chunk_size)]).sum()
+@dataclass(frozen=True)
+class LossInChunks(TaskLoss):
+    """The loss of a meta-batch, the graphs of a few tasks at a time; see :func:`in_task_chunks`."""
 
-    return InTaskChunks(TaskChunks(step, chunk_size), total)
+    tasks_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        """The settings were checked by :func:`in_task_chunks`."""
+
+    @override
+    def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        parts = _parts((w, batch), self.tasks_at_once)
+        assert isinstance(self.loss, TaskLoss)
+        losses = [checkpoint(self.loss.each, w_i, lam, batch_i, use_reentrant=False) for w_i, batch_i in parts]
+        return torch.cat(losses)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,12 @@ class TaskChunks:
     """Φ of a stacked meta-batch, a few tasks at a time; see :func:`in_task_chunks`."""
 
     step: Step
-    chunk_size: int
+    tasks_at_once: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights have a task axis first."""
+        return is_stacked(self.step)
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """As the step of all tasks."""
@@ -85,7 +108,7 @@ class TaskChunks:
         """The graphs of all parts."""
         return LinearizedParts(
             [self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)],
-            self.chunk_size,
+            self.tasks_at_once,
         )
 
     def vjp(
@@ -107,7 +130,7 @@ class TaskChunks:
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         """As the step of all tasks, in parts again."""
         found = self.step.stationary(state, rate)
-        return found._replace(step=TaskChunks(found.step, self.chunk_size))
+        return found._replace(step=TaskChunks(found.step, self.tasks_at_once))
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """As the step of all tasks."""
@@ -122,17 +145,17 @@ class TaskChunks:
         return _joined([u for u, _ in found]), _sum([bar for _, bar in found])
 
     def _parts(self, *stacked: Tree) -> Iterator[tuple[Tree, ...]]:
-        return _parts(stacked, self.chunk_size)
+        return _parts(stacked, self.tasks_at_once)
 
 
 class LinearizedParts:
     """The parts of Φ at one point."""
 
-    __slots__ = ("_chunk_size", "_parts")
+    __slots__ = ("_parts", "_tasks_at_once")
 
-    def __init__(self, parts: list[Linearized], chunk_size: int) -> None:
+    def __init__(self, parts: list[Linearized], tasks_at_once: int) -> None:
         """Keep them."""
-        self._parts, self._chunk_size = parts, chunk_size
+        self._parts, self._tasks_at_once = parts, tasks_at_once
 
     @property
     def state(self) -> InnerState:
@@ -141,15 +164,15 @@ class LinearizedParts:
 
     def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
         """Part by part."""
-        bars = _parts((cotangent,), self._chunk_size)
+        bars = _parts((cotangent,), self._tasks_at_once)
         return _gathered(part.pullback(bar, wrt) for part, (bar,) in zip(self._parts, bars, strict=True))
 
 
-def _parts(stacked: tuple[Tree, ...], chunk_size: int) -> Iterator[tuple[Tree, ...]]:
+def _parts(stacked: tuple[Tree, ...], tasks_at_once: int) -> Iterator[tuple[Tree, ...]]:
     """The trees cut along the first axis of their tensors; leaves that are no tensors are shared."""
     tasks = next(leaf.shape[0] for leaf in tree.leaves(stacked) if isinstance(leaf, Tensor))
-    for start in range(0, tasks, chunk_size):
-        rows = slice(start, start + chunk_size)
+    for start in range(0, tasks, tasks_at_once):
+        rows = slice(start, start + tasks_at_once)
         yield tree.map(lambda leaf, rows=rows: _cut(leaf, rows, tasks), stacked)
 
 

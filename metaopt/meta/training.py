@@ -13,7 +13,7 @@ from metaopt.estimators.hypergradient import Batches, each, evaluate
 from metaopt.estimators.outer import OuterLoss, OuterObjective, outer_gradient
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.meta.batch import replicated
+from metaopt.inner.tasks import replicated
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.initialisation import Fixed, Initialisation
 from metaopt.meta.online import HyperSteps, run_online
@@ -68,7 +68,7 @@ class MetaTraining:
     An estimator with ``online`` moves λ during each run, any other once at its end.
 
     Attributes:
-        step: Φ of the stacked problem (see :func:`metaopt.meta.stacked`).
+        step: Φ of the stacked problem (see :func:`metaopt.vmapped`).
         outer_loss: outer loss of the stacked problem.
         estimator: the estimator.
         horizon: T.

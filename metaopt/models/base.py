@@ -21,7 +21,7 @@ Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 class MetaModel(ABC):
     """A split of a model into weights ``w`` (adapted to a task) and hyperparameters ``lam`` (shared by all tasks). Subclasses add settings only.
 
-    The losses are functions of one task; :func:`metaopt.meta.stacked` makes those of a meta-batch
+    The losses are functions of one task; :func:`metaopt.vmapped` makes those of a inner.tasks
     out of them.
 
     Attributes:
