@@ -369,11 +369,14 @@ def diagnose_on_sinusoid(
 
 @app.command("verify")
 def verify(
-    name: Annotated[str | None, typer.Argument(help="An estimator, e.g. DrMAD; default: all of them.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="An estimator, trajectory, optimiser or solver, e.g. DrMAD; default: all.")
+    ] = None,
+    first: Annotated[bool, typer.Option("--first", help="Stop at the first failure.")] = False,
 ) -> None:
-    """Hold every estimator to its own formula, and to the exact hypergradient where theory makes it exact; fails if one is off."""
+    """Hold every part to a reference: estimators to their formulas and to closed forms, trajectories and steps to plain torch."""
     try:
-        passed = command.run(name)
+        passed = command.run(name, first=first)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     raise typer.Exit(0 if passed else 1)

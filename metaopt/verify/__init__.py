@@ -1,11 +1,27 @@
-"""Proving an estimator or a step, ours or a user's: closed forms, slow references, checks."""
+"""Proving an estimator or a step, ours or a user's: closed forms, plain torch, slow references, checks."""
 
-from metaopt.verify import cases, command, formulas, memory, reference, sampled, strategies
+from metaopt.verify import (
+    cases,
+    command,
+    formulas,
+    loops,
+    memory,
+    parts,
+    reference,
+    runs,
+    sampled,
+    steps,
+    strategies,
+    subjects,
+    table,
+    tables,
+)
 from metaopt.verify.cases import Problem
-from metaopt.verify.checks import Report, Row, check
+from metaopt.verify.checks import check
 from metaopt.verify.command import run
 from metaopt.verify.formulas import Formula, WholeFormula
 from metaopt.verify.reference import Estimate, Jacobians
+from metaopt.verify.report import Report, Row
 
 __all__ = [
     "Estimate",
@@ -19,9 +35,16 @@ __all__ = [
     "check",
     "command",
     "formulas",
+    "loops",
     "memory",
+    "parts",
     "reference",
     "run",
+    "runs",
     "sampled",
+    "steps",
     "strategies",
+    "subjects",
+    "table",
+    "tables",
 ]

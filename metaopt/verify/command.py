@@ -1,65 +1,85 @@
-"""What ``metaopt verify`` runs."""
+"""What ``metaopt verify`` runs and prints."""
 
 from __future__ import annotations
 
-from metaopt import estimators
-from metaopt.estimators import Estimator
-from metaopt.verify.checks import Report, Row, verify_class
+import time
+from collections.abc import Iterator
+
+from metaopt.verify.report import Report, Row, worst
+from metaopt.verify.subjects import Subject, subjects
+from metaopt.verify.table import Table
+
+PROPERTIES = ("its own inputs", "a second call", "vjp · x = y · jvp", "linearity", "every leaf")
+"""What needs no reference, and is left out of the summary."""
+
+SHOWN = 20
+"""Failures that are printed one by one."""
 
 
-def run(name: str | None = None) -> bool:
-    """Verify every public estimator (a line per reference), or the one called ``name`` (a line per check); print the table; whether all passed.
+def run(name: str | None = None, *, first: bool = False) -> bool:
+    """Verify everything, or what is called ``name``; print tables; whether all passed.
 
-    "own formula": the estimator against its formula written out with dense matrices; "closed form":
-    against the true hypergradient, where the last column says why theory makes it exact.
+    Without a name there is a line for each subject; with one, a line per comparison.
+
+    Args:
+        name: an estimator, trajectory, optimiser, solver, or way through a step.
+        first: whether to stop at the first failure.
 
     Raises:
-        ValueError: for a name that no estimator has.
+        ValueError: for a name that nothing has.
     """
-    classes = public_estimators()
-    if name is not None and name not in classes:
-        raise ValueError(f"no estimator is called {name!r}; there are {', '.join(classes)}")
-    reports = [verify_class(kind) for key, kind in classes.items() if name in (None, key)]
-    print(table(reports, every_row=name is not None))
+    known = subjects()
+    chosen = [subject for subject in known if name in (None, subject.name)]
+    if not chosen:
+        raise ValueError(f"nothing is called {name!r}; there are {', '.join(subject.name for subject in known)}")
+    start = time.perf_counter()
+    reports = list(_reports(chosen, first=first))
+    _print(summary(reports) if name is None else reports[0].table)
+    failures = [(report, row) for report in reports for row in report.failures]
+    for report, row in failures[:SHOWN]:
+        print(f"{report.name} failed on {row.case} against {row.against}: error {row.error:.2e} {row.note}".rstrip())
+    if len(failures) > SHOWN:
+        print(f"… and {len(failures) - SHOWN} more; metaopt verify NAME shows every comparison")
+    count = sum(len(report.rows) for report in reports)
+    verdict = f"{len(failures)} FAILED" if failures else "all passed"
+    print(f"{count} comparisons, {verdict}, {time.perf_counter() - start:.0f} s")
     return all(report.passed for report in reports)
 
 
-def public_estimators() -> dict[str, type[Estimator]]:
-    """The concrete estimators at the front door, by name."""
-    found = {name: getattr(estimators, name) for name in estimators.__all__}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
-    }
+def _reports(chosen: list[Subject], *, first: bool) -> Iterator[Report]:
+    for subject in chosen:
+        rows: list[Row] = []
+        for row in subject.guarded():
+            rows.append(row)
+            if first and not row.passed:
+                yield Report(subject.name, tuple(rows))
+                return
+        yield Report(subject.name, tuple(rows))
 
 
-def table(reports: list[Report], *, every_row: bool = False) -> str:
-    """One line per estimator and reference (or per check), in plain text; below it every failure."""
-    cells = [("estimator", "case" if every_row else "passed", "against", "error", "tolerance", "exact by theory", "")]
+def summary(reports: list[Report]) -> Table:
+    """One line per subject: how many comparisons passed, the worst error, and what it was held to."""
+    cells: list[tuple[str, ...]] = []
     for report in reports:
-        for row in report.rows if every_row else _worst(report):
-            verdict = "ok" if row.passed else "FAILED"
-            cells.append(
-                (report.name, row.case, row.against, f"{row.error:.1e}", f"{row.tolerance:.0e}", row.note, verdict)
-            )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
-    failures = [(report, row) for report in reports for row in report.failures]
-    lines += [
-        f"{report.name} failed on {row.case} against {row.against}: error {row.error:.2e} {row.note}".rstrip()
-        for report, row in failures
-    ]
-    return "\n".join(lines)
+        passed = len(report.rows) - len(report.failures)
+        cells.append(
+            (report.name, f"{passed} of {len(report.rows)}", f"{worst(report.rows).error:.0e}", _held_to(report))
+        )
+    bad = frozenset(number for number, report in enumerate(reports) if not report.passed)
+    return Table("Everything held to a reference", ("what", "passed", "worst", "held to"), tuple(cells), bad)
 
 
-def _worst(report: Report) -> list[Row]:
-    """One row per reference: the worst error, how many passed."""
-    summary = []
-    for against in dict.fromkeys(row.against for row in report.rows):
-        rows = [row for row in report.rows if row.against == against]
-        worst = max(rows, key=lambda row: row.error)
-        notes = ", ".join(dict.fromkeys(row.note for row in rows if row.note))
-        summary.append(worst._replace(case=f"{sum(row.passed for row in rows)} of {len(rows)}", note=notes))
-    return summary
+def _held_to(report: Report) -> str:
+    """The references, and where theory makes an approximation exact."""
+    parts = []
+    for against in dict.fromkeys(row.against for row in report.rows if row.against not in PROPERTIES):
+        notes = dict.fromkeys(row.note for row in report.rows if row.against == against and row.note)
+        where = f" ({', '.join(notes)})" if against == "closed form" and notes else ""
+        parts.append(f"{against}{where}")
+    return ", ".join(parts)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table.rich())

@@ -54,13 +54,13 @@ class Formula(NamedTuple):
             from dense matrices alone.
         exact_where: whether theory makes it the true hypergradient on this problem, and why;
             ``None`` where it does not.
-        applies: whether the formula can be evaluated on this problem.
+        unless: why the formula cannot be evaluated on this problem; ``None`` where it can.
     """
 
     make: Callable[[Problem, int], Estimator]
     indirect: Callable[[Problem, int, Any, Tensor], Tensor]
     exact_where: Callable[[Problem, int, Any], str | None]
-    applies: Callable[[Problem], bool] = lambda problem: True
+    unless: Callable[[Problem], str | None] = lambda problem: None
 
     def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
         """Both terms, over flattened λ."""
@@ -76,13 +76,13 @@ class WholeFormula(NamedTuple):
         make: problem and horizon to the estimator as it is verified.
         total: ``(problem, horizon, estimator) -> `` the hypergradient over flattened λ.
         exact_where: as for :class:`Formula`.
-        applies: as for :class:`Formula`.
+        unless: as for :class:`Formula`.
     """
 
     make: Callable[[Problem, int], Estimator]
     total: Callable[[Problem, int, Any], Tensor]
     exact_where: Callable[[Problem, int, Any], str | None]
-    applies: Callable[[Problem], bool] = lambda problem: True
+    unless: Callable[[Problem], str | None] = lambda problem: None
 
     def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
         """Both terms, over flattened λ."""
@@ -228,14 +228,17 @@ def _when_isotropic(problem: Problem, horizon: int, estimator: HyperDistill) -> 
     return "T = 1" if horizon == 1 else "isotropic" if problem.contraction == estimator.gamma else None
 
 
-def _one_batch(problem: Problem) -> bool:
-    return all(batch is problem.batches[0] for batch in problem.batches)
+def _many_batches(problem: Problem) -> str | None:
+    """The formula averages states; what it would average batches to is random."""
+    same = all(batch is problem.batches[0] for batch in problem.batches)
+    return None if same else "the formula is for one batch that repeats"
 
 
-def _has_fixed_rate(problem: Problem) -> bool:
-    """Whether the inner loss sees λ; methods that differentiate only the loss cannot see a learning rate."""
+def _learned_rate(problem: Problem) -> str | None:
+    """Methods that differentiate only the loss cannot see a learning rate."""
     optimizer = getattr(problem.step, "optimizer", None)
-    return isinstance(getattr(optimizer, "lr", None), float)
+    fixed = isinstance(getattr(optimizer, "lr", None), float)
+    return None if fixed else "λ is the learning rate, which the method cannot see: it differentiates the loss alone"
 
 
 ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
@@ -246,18 +249,18 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     FMD: Formula(lambda p, T: FMD(), _all_steps, _always),
     FDS: WholeFormula(lambda p, T: FDS(window=T), _shared, _when_alone),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
-    IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _has_fixed_rate),
+    IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _learned_rate),
     HyperDistill: Formula(
-        lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _one_batch
+        lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _many_batches
     ),
     ForwardGradient: Formula(lambda p, T: ForwardGradient(directions=2), _projected, _when_single),
     DARTS: Formula(lambda p, T: DARTS(), _one_step, _when_complete),
-    SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _has_fixed_rate),
-    SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _has_fixed_rate),
-    F2SA: WholeFormula(lambda p, T: F2SA(rate=0.2, multiplier=10.0), sampled.f2sa, _never, _has_fixed_rate),
-    BOME: WholeFormula(lambda p, T: BOME(rate=0.05), sampled.bome, _never, _has_fixed_rate),
+    SAMA: Formula(lambda p, T: SAMA(), _preconditioned, _never, _learned_rate),
+    SOBA: Formula(lambda p, T: SOBA(rate=0.1), _single_loop, _never, _learned_rate),
+    F2SA: WholeFormula(lambda p, T: F2SA(rate=0.2, multiplier=10.0), sampled.f2sa, _never, _learned_rate),
+    BOME: WholeFormula(lambda p, T: BOME(rate=0.05), sampled.bome, _never, _learned_rate),
     EvoGrad: WholeFormula(
-        lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _has_fixed_rate
+        lambda p, T: EvoGrad(copies=3, sigma=0.3, temperature=0.5), sampled.evograd, _never, _learned_rate
     ),
     AntitheticES: WholeFormula(lambda p, T: AntitheticES(pairs=2), sampled.evolution(sampled.one_noise), _never),
     NRES: WholeFormula(lambda p, T: NRES(pairs=2), sampled.evolution(sampled.one_noise), _never),

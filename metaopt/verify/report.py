@@ -1,0 +1,106 @@
+"""What a verification found: one row per comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from typing_extensions import override
+
+from metaopt.verify.table import Table
+
+
+class Row(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        case: the problem, or the property of a step.
+        against: what it was compared with.
+        error: relative to the reference's norm where that is above 1, else absolute.
+        tolerance: what the error may be.
+        note: what went wrong, or why theory makes the comparison exact.
+    """
+
+    case: str
+    against: str
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance (NaN is not)."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Every comparison of one estimator, step, trajectory, optimiser or solver.
+
+    ``print(report)`` shows a table; a notebook shows it as HTML.
+
+    Attributes:
+        name: what was verified.
+        rows: the comparisons.
+        skipped: what could not be compared, and why, one sentence each.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether there were comparisons, and all passed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The comparisons that did not pass."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed, failed, or why nothing was compared."""
+        if not self.rows:
+            return "nothing was checked"
+        count = f"{len(self.rows) - len(self.failures)} of {len(self.rows)} checks"
+        return f"passed, {count}" if self.passed else f"FAILED, {count}"
+
+    @property
+    def table(self) -> Table:
+        """One line per comparison."""
+        cells = [
+            ("ok" if row.passed else "FAIL", row.case, row.against, f"{row.error:.1e}", row.note) for row in self.rows
+        ]
+        bad = frozenset(number for number, row in enumerate(self.rows) if not row.passed)
+        return Table(f"{self.name}: {self.verdict}", ("", "case", "against", "error", "note"), tuple(cells), bad)
+
+    @override
+    def __repr__(self) -> str:
+        shown = self.table.text() if self.rows else self.table.title
+        return "\n".join([shown, *[f"  skipped: {reason}" for reason in self._reasons()]])
+
+    def _repr_html_(self) -> str:
+        reasons = "".join(f"<li>{reason}</li>" for reason in self._reasons())
+        return self.table.html() + (f"<p>Skipped:</p><ul>{reasons}</ul>" if reasons else "")
+
+    def _reasons(self) -> tuple[str, ...]:
+        """Why something was left out: always where nothing was compared, else only in a few words."""
+        if not self.rows and not self.skipped:
+            return ("no problem was given",)
+        return self.skipped
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``|got - want| / max(|want|, 1)``; infinite where the sizes differ."""
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got - want).norm() / want.norm().clamp_min(1.0))
+
+
+def worst(rows: Iterable[Row]) -> Row:
+    """The row that is furthest off for its tolerance; NaN is further than anything."""
+    return max(rows, key=lambda row: (not row.passed, row.error))

@@ -1,0 +1,201 @@
+"""A step Φ held to the contract of a step: pure, replayable, and with the derivatives that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import replay, tree
+from metaopt.inner.contract import Step
+from metaopt.inner.state import InnerState
+from metaopt.tree import Tree, unvector, vector
+from metaopt.verify.reference import jacobians
+from metaopt.verify.report import Report, Row, relative_error
+
+DIFFERENCES = 1e-6
+"""What extrapolated finite differences are good for."""
+
+HIDDEN = (
+    "two calls with the same arguments and random state differ: hidden state, or randomness that does not arrive "
+    "with the batch"
+)
+
+
+def check_step(step: Step, w: Tree, lam: Tree, batch: Any = None, *, tolerance: float = 1e-10, seed: int = 0) -> Report:
+    """Every property of a step at ``(w, lam, batch)``, after one step from there.
+
+    Purity, exact replay, use of λ; ``vjp`` against dense Jacobians and in its parts, its linearity,
+    ``jvp`` against finite differences, and both against each other.
+
+    Args:
+        step: Φ.
+        w: float64 weights to start from.
+        lam: float64 hyperparameters.
+        batch: a batch.
+        tolerance: relative error allowed.
+        seed: of the random directions.
+
+    Raises:
+        ValueError: without weights or hyperparameters, or for another dtype than float64.
+    """
+    _check_float64(w, lam)
+    state = step.init(w, lam)
+    rows = [_purity(step, state, lam, batch), _replay(step, state, lam, batch)]
+    if all(row.passed for row in rows):  # derivatives of an impure step mean nothing
+        with replay.preserved(state):
+            state = step(state, lam, batch)  # a state whose slots are not all zero
+        rows += derivative_rows(step, state, lam, batch, tolerance=tolerance, seed=seed)
+    return Report(_name(step), tuple(rows))
+
+
+def derivative_rows(
+    step: Step, state: InnerState, lam: Tree, batch: Any, *, tolerance: float = 1e-10, seed: int = 0
+) -> list[Row]:
+    """The derivatives of a step at one state, held to references that do not use them."""
+    with replay.preserved(state):
+        probe = _Probe(step, state, lam, batch, replay.snapshot(state), torch.Generator().manual_seed(seed))
+        return list(_derivatives(probe, tolerance))
+
+
+def _purity(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
+    given = (state, lam, batch)
+    before = tree.clone(given)
+    with replay.preserved(state):
+        step(state, lam, batch)
+    pairs = zip(tree.names(given), tree.leaves(before), tree.leaves(given), strict=True)
+    changed = [name for name, x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
+    note = f"changed (state, lam, batch){', '.join(changed)}" if changed else ""
+    return Row("purity", "its own inputs", float(len(changed)), 0.0, note)
+
+
+def _replay(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
+    rng = replay.snapshot(state)
+    with replay.preserved(state):
+        first = step(state, lam, batch)
+        replay.restore(rng)
+        second = step(state, lam, batch)
+    error = float((vector(first) - vector(second)).abs().max())
+    return Row("replay", "a second call", error, 0.0, HIDDEN if error else "")
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A step at one point, and random directions there."""
+
+    step: Step
+    state: InnerState
+    lam: Tree
+    batch: Any
+    rng: replay.Rng
+    generator: torch.Generator
+
+    def again(self) -> None:
+        """What the step draws is drawn again."""
+        replay.restore(self.rng)
+
+    def noise(self, like: Tree) -> Tree:
+        """A random direction."""
+        return tree.map(self._noise, like)
+
+    def _noise(self, x: Any) -> Any:
+        if not tree.is_float(x):
+            return x
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+    def direction(self) -> InnerState:
+        """A direction for the state.
+
+        Slots move by a share of themselves: a second moment is tiny, and must stay positive in the
+        differences.
+        """
+        dot = self.noise(self.state)
+        slots = tree.map(lambda x, d: x.abs() * d if tree.is_float(x) else x, self.state.slots, dot.slots)
+        return dot._replace(slots=slots)
+
+    def pulled(self, cotangent: InnerState) -> tuple[Tensor, Tree]:
+        """``(αA, αB)`` as one vector, and ``αB`` as it came."""
+        self.again()
+        state_bar, lam_bar = self.step.vjp(self.state, self.lam, self.batch, cotangent)
+        assert state_bar is not None
+        return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, self.lam))]), lam_bar
+
+    def parts(self, cotangent: InnerState) -> Tensor:
+        """The same, each part asked for alone."""
+        self.again()
+        state_bar, _ = self.step.vjp(self.state, self.lam, self.batch, cotangent, wrt="state")
+        self.again()
+        _, lam_bar = self.step.vjp(self.state, self.lam, self.batch, cotangent, wrt="lam")
+        return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, self.lam))])
+
+    def value(self, point: Tensor) -> Tensor:
+        """The new state, flattened, at flattened ``(state, λ)``."""
+        self.again()
+        n = vector(self.state).numel()
+        return vector(self.step(unvector(point[:n], self.state), unvector(point[n:], self.lam), self.batch))
+
+
+def _derivatives(probe: _Probe, tolerance: float) -> Iterator[Row]:
+    step, state, lam, batch = probe.step, probe.state, probe.lam, probe.batch
+    one, two = probe.noise(state), probe.noise(state)
+    state_dot, lam_dot = probe.direction(), probe.noise(lam)
+    bar, lam_bar = probe.pulled(one)
+    yield _uses_lam(lam, lam_bar)
+
+    probe.again()
+    pushed = vector(step.jvp(state, lam, batch, state_dot, lam_dot))
+    dots = torch.cat([vector(state_dot), vector(lam_dot)])
+    error = relative_error((bar @ dots)[None], (vector(one) @ pushed)[None])
+    yield Row("dot product", "vjp · x = y · jvp", error, tolerance)
+
+    probe.again()
+    A, B = jacobians(step, state, lam, batch)
+    dense = vector(one) @ torch.cat([A, B], 1)
+    yield Row("vjp", "dense Jacobian", relative_error(bar, dense), tolerance)
+    yield Row("vjp, in parts", "dense Jacobian", relative_error(probe.parts(one), dense), tolerance)
+
+    no_slots = vector(one._replace(slots=tree.zeros_like(one.slots))) @ torch.cat([A, B], 1)
+    weights_only, _ = probe.pulled(one._replace(slots=None))
+    yield Row("vjp, slots None", "dense Jacobian", relative_error(weights_only, no_slots), tolerance)
+
+    yield Row("jvp", "differences", relative_error(pushed, _slope(probe, dots)), max(tolerance, DIFFERENCES))
+    both = probe.pulled(tree.add(tree.scale(2.0, one), two)._replace(t=state.t))[0]
+    sum_of_both = 2.0 * bar + probe.pulled(two)[0]
+    yield Row("pullback", "linearity", relative_error(both, sum_of_both), tolerance)
+
+
+def _uses_lam(lam: Tree, lam_bar: Tree) -> Row:
+    pairs = zip(tree.names(lam), tree.leaves(lam_bar), strict=True)
+    unused = [name for name, leaf in pairs if leaf is None or not bool(leaf.any())]
+    note = f"Φ ignores lam at {', '.join(unused)}" if unused else ""
+    return Row("uses lam", "every leaf", float(len(unused)), 0.0, note)
+
+
+def _slope(probe: _Probe, dots: Tensor, radius: float = 1e-5) -> Tensor:
+    """Central differences along ``dots`` at two radii, extrapolated: the error is of fourth order."""
+    at = torch.cat([vector(probe.state), vector(probe.lam)])
+
+    def central(h: float) -> Tensor:
+        return (probe.value(at + h * dots) - probe.value(at - h * dots)) / (2 * h)
+
+    coarse, fine = central(radius), central(radius / 2)
+    return fine + (fine - coarse) / 3
+
+
+def _name(step: Step) -> str:
+    fn: Callable[..., Any] | None = getattr(step, "fn", None)
+    return f"step {getattr(fn, '__name__', type(step).__name__)}"
+
+
+def _check_float64(w: Tree, lam: Tree) -> None:
+    for what, value in (("w", w), ("lam", lam)):
+        if not tree.floats(value):
+            raise ValueError(f"checking a step needs {what}: verify.check(step, w, lam, batch)")
+        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True):
+            if tree.is_float(leaf) and leaf.dtype != torch.float64:
+                raise ValueError(
+                    f"{what} at {name} is {leaf.dtype}: finite differences and 1e-10 need float64, use .double()"
+                )
