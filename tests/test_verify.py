@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from metaopt.cli import app
 from metaopt.estimators import Estimator, Response
 from metaopt.estimators.reverse import sweep
 from metaopt.inner import InnerState
-from metaopt.verify import cases, check, command, formulas, reference
+from metaopt.verify import cases, check, command, formulas, loops, reference, subjects
 
 CASES = pytest.mark.parametrize("make", cases.CLOSED_FORMS, ids=lambda make: make.__name__)
 DRAWS = {
@@ -90,9 +90,18 @@ def test_evograd_tends_to_its_limit():
     torch.testing.assert_close(hg.total, want, rtol=0.03, atol=0.003)
 
 
-@pytest.mark.parametrize("name", command.public_estimators())
-def test_every_public_estimator_passes(name, capsys):
+@pytest.mark.parametrize("name", [subject.name for subject in subjects.subjects()])
+def test_every_public_part_passes(name, capsys):
     assert command.run(name), capsys.readouterr().out
+
+
+def test_a_loop_in_plain_torch_uses_nothing_of_the_engine():
+    for loop in loops.loops():
+        truth = loop.truth(4)
+        broken = replace(loop, problem=replace(loop.problem, step=None)).truth(4)
+        torch.testing.assert_close(broken.total, truth.total, rtol=0, atol=0)
+        assert truth.total.norm() > 1e-3
+        assert truth.initial.norm() > 1e-3
 
 
 SIZES = {"sigma": st.floats(0.05, 1.0), "seed": st.integers(0, 1000)}
@@ -137,18 +146,55 @@ def test_an_estimator_without_a_row_fails(monkeypatch):
     assert not command.run("DrMAD")
 
 
+@pytest.mark.parametrize(
+    ("table", "name"), [("TRAJECTORIES", "Full"), ("OPTIMIZERS", "SGD"), ("SOLVERS", "GMRES")], ids=lambda x: x
+)
+def test_a_part_without_a_row_fails(table, name, monkeypatch, capsys):
+    left = [case for case in getattr(subjects, table) if case.name.split(",")[0] != name]
+    monkeypatch.setattr(subjects, table, left)
+    assert not command.run(name)
+    assert f"{name} has no row in metaopt.verify.tables" in capsys.readouterr().out
+
+
+def test_a_report_says_why_nothing_was_checked():
+    class Mine(mo.FirstOrder):
+        pass
+
+    unknown = type("Unknown", (Estimator,), {name: lambda *_: None for name in ("init", "advance", "respond")})()
+    for report, why in [
+        (check(unknown), "Unknown has no formula and does not claim to be exact: add"),
+        (check(mo.IFT(), problems=[cases.schedule]), "cannot see"),
+        (check(mo.HyperDistill(), problems=[cases.non_commuting]), "one batch that repeats"),
+        (check(mo.RMD(), problems=[]), "no problem was given"),
+    ]:
+        assert not report.passed
+        assert "nothing was checked" in repr(report)
+        assert why in repr(report)
+        assert why in report._repr_html_()
+    assert "nothing was checked" not in repr(check(Mine()))
+
+
+def test_the_first_failure_stops_the_command(monkeypatch, capsys):
+    row = formulas.ENTRIES[mo.DrMAD]
+    monkeypatch.setitem(formulas.ENTRIES, mo.DrMAD, row._replace(indirect=lambda *args: 1.01 * row.indirect(*args)))
+    assert not command.run("DrMAD", first=True)
+    assert capsys.readouterr().out.count("DrMAD failed on") == 1
+
+
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match="no estimator is called 'Nonsense'; there are"):
+    with pytest.raises(ValueError, match="nothing is called 'Nonsense'; there are"):
         command.run("Nonsense")
 
 
 def test_the_command_line_prints_a_line_per_check():
     result = CliRunner().invoke(app, ["verify", "DrMAD"])
     assert result.exit_code == 0, result.output
-    lines = [line.split() for line in result.output.splitlines() if line.startswith("DrMAD")]
-    assert all(line[-1] == "ok" for line in lines)
-    assert ["DrMAD", "quadratic,", "T=6", "closed", "form"] in [line[:5] for line in lines]
+    lines = [line.split() for line in result.output.splitlines() if "T=6" in line]
+    assert len(lines) == 10 + 6  # A and B are constant in six of them
+    assert all(line[0] == "ok" for line in lines)
+    assert "DrMAD: passed, 52 of 52 checks" in result.output
     assert "A, B constant" in result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 80
 
 
 def test_the_command_line_fails_where_an_estimator_does(monkeypatch):

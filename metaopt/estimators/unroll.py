@@ -144,10 +144,10 @@ class _Run:
 
     def warn_of_undeclared(self, w0: Tree, lam: Tree) -> None:
         """One evaluation of the inner loss, to see what else it depends on."""
-        first = next(iter(each(self.batches, self.horizon)))
         step = with_closed_over(self.step, self.closed) if self.closed else self.step
         full = tree.detach((lam, list(self.closed)) if self.closed else lam)
-        with replay.preserved(w0):
+        with replay.preserved(w0):  # the batch itself may be drawn
+            first = next(iter(each(self.batches, self.horizon)))
             found = undeclared(step, step.init(w0, full), full, first)
         if found:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])

@@ -30,7 +30,7 @@ class Problem:
         outer_loss: ``(w, lam, batch) -> scalar``.
         w0: initial weights.
         lam: hyperparameters.
-        batches: ``D_1 … D_T``.
+        batches: ``D_1 … D_T``, or ``t -> D_t``.
         outer_batch: what the outer loss is taken on.
         exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form
             is known.
@@ -48,7 +48,7 @@ class Problem:
     outer_loss: Callable[[Tree, Tree, Any], Tensor]
     w0: Tree
     lam: Tree
-    batches: list[Any]
+    batches: Any
     outer_batch: Any = None
     exact: Callable[[int], Tree] | None = None
     constant_jacobians: bool = False

@@ -259,7 +259,8 @@ def delay_line(size: int) -> Loop:
         return InnerState(w, {"s": torch.zeros_like(w["a"])})
 
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
-        *w, s = turn(*parts[0], *parts[1], lam, batch)
+        (a, b, c), (s,) = parts
+        *w, s = turn(a, b, c, s, lam, batch)
         return [w, [s]]
 
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:

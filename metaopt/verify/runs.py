@@ -127,8 +127,10 @@ def answer(loop: Loop, estimator: Estimator, horizon: int) -> Answer:
     _seed(loop)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        hg = hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, p.outer_batch, estimator, horizon=horizon)
-    initial = None if hg.init is None else vector(hg.init)
+        hg = hypergradient(
+            p.step, p.outer_loss, p.w0, p.lam, p.batches, p.outer_batch, estimator=estimator, horizon=horizon
+        )
+    initial = None if hg.initial is None else vector(hg.initial)
     return Answer(vector(hg.total), initial, vector(hg.state.w), torch.get_rng_state())
 
 
