@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +12,9 @@ import typer
 
 from metaopt import __version__
 from metaopt.experiments import (
-    compare,
     diagnose,
     diagnose_many_shot,
     diagnose_sinusoid,
-    many_shot,
     many_shot_report,
     many_shot_settings,
     noisy_labels,
@@ -24,20 +22,43 @@ from metaopt.experiments import (
     rotation,
     sinusoid,
 )
+from metaopt.experiments.experiment import Experiment
 from metaopt.experiments.image_data import Source
+from metaopt.experiments.pictures import show
 from metaopt.verify import command
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Differentiate through training: compare estimators, verify them."
 )
-
-
 compare_app = typer.Typer(no_args_is_help=True, help="Run an experiment with several estimators side by side.")
 app.add_typer(compare_app, name="compare")
 diagnose_app = typer.Typer(
     no_args_is_help=True, help="How close each estimator's hypergradients are to the exact ones."
 )
 app.add_typer(diagnose_app, name="diagnose")
+
+Estimators = Annotated[str | None, typer.Option(help="Comma-separated keys; default: all of them, or the paper's.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Independent runs of every method.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the pictures and the JSON of every run; the same folder again goes on there.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
+Data = Annotated[str, typer.Option(help="glyphs, mnist, fashion-mnist, cifar10, cifar100, tinyimagenet or folder.")]
+Root = Annotated[Path, typer.Option(help="Where the data set's files are (or, for folder, the folder).")]
+Size = Annotated[int | None, typer.Option(min=8, help="Height and width to work at; default: the profile's.")]
+Small = Annotated[
+    bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set's files where they are missing.")]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Inner runs of meta-training (M); default: the profile's.")]
+Fomaml = Annotated[bool, typer.Option("--fomaml", help="FOMAML instead of Reptile for the initial weights (table 6).")]
+Stable = Annotated[
+    bool,
+    typer.Option(
+        "--stable/--printed", help="Bound the hypergradient's norm by 1 and hold the momentum constant in A, for all."
+    ),
+]
+Problems = Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -48,17 +69,14 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
-Estimators = Annotated[str | None, typer.Option(help="Comma-separated keys; default: all.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Independent meta-training runs of every method.")]
-Out = Annotated[Path, typer.Option(help="Folder for the picture and the JSON of every run.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
-
-
+# -- compare -------------------------------------------------------------------------------------
 @compare_app.command("sinusoid")
 def compare_sinusoid(
     estimators: Estimators = None,
@@ -75,104 +93,47 @@ def compare_sinusoid(
     config = sinusoid.SinusoidConfig(
         meta_iterations=meta_iterations, clip_norm=clip_norm or None, constant_momentum=not exact_momentum
     )
-    methods, runs = _run_all(
-        sinusoid.METHODS, _names(estimators), lambda _: None, sinusoid.run, config, seeds, out, workers
-    )
-    curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
-    own_options = [method.title for method in methods if method.overrides]
-    compare.draw_curves(
-        curves, out / "convergence.png", ylabel="outer loss after T = 30 inner steps", dashed=own_options
-    )
-    title = f"Sinusoid, meta-test error over {config.test_tasks} tasks, M = {meta_iterations}, {seeds} seeds"
-    compare.show(compare.table(methods, runs, config.FAILED_AT, title))
-    typer.echo(f"options: {config.options}")
-    for method in methods:
-        if method.overrides:
-            typer.echo(f"  except {method.title}: {replace(config, **method.overrides).options}")
-    for run in runs:
-        if run.failure:
-            typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
-    typer.echo(f"wrote {out / 'convergence.png'} and {out / 'runs.json'}")
+    _compare(sinusoid.EXPERIMENT, config, _keys(estimators), seeds, out, workers)
 
 
-Data = Annotated[str, typer.Option(help="glyphs, cifar10, cifar100, tinyimagenet, fashion-mnist or folder.")]
-Root = Annotated[Path, typer.Option(help="Where the data set's files are (or, for folder, the folder).")]
-Size = Annotated[int | None, typer.Option(min=8, help="Height and width to work at; default: the profile's.")]
-Small = Annotated[
-    bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")
-]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the data set's files where they are missing.")]
-Iterations = Annotated[int | None, typer.Option(min=1, help="Inner runs of meta-training (M); default: the profile's.")]
-Fomaml = Annotated[bool, typer.Option("--fomaml", help="FOMAML instead of Reptile for the initial weights (table 6).")]
-Stable = Annotated[
-    bool,
-    typer.Option(
-        "--stable/--printed", help="Bound the hypergradient's norm by 1 and hold the momentum constant in A, for all."
-    ),
-]
+def _many_shot_command(model: str, default: Sequence[str], summary: str) -> None:
+    """Add ``metaopt compare MODEL``; the models share their options."""
+
+    @compare_app.command(model, help=summary)
+    def compare_many_shot(
+        data: Data = "glyphs",
+        root: Root = Path("data"),
+        small: Small = False,
+        estimators: Estimators = None,
+        seeds: Seeds = 5,
+        meta_iterations: Iterations = None,
+        size: Size = None,
+        fomaml: Fomaml = False,
+        stable: Stable = True,
+        download: Download = False,
+        out: Out = Path("results") / model,
+        workers: Workers = None,
+    ) -> None:
+        source = Source(data, root, size, download)
+        config = many_shot_settings.configure(
+            model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations
+        )
+        _compare(many_shot_report.EXPERIMENT, config, _keys(estimators) or default, seeds, out, workers)
 
 
-@compare_app.command("anil")
-def compare_anil(
-    data: Data = "glyphs",
-    root: Root = Path("data"),
-    small: Small = False,
-    estimators: Estimators = None,
-    seeds: Seeds = 5,
-    meta_iterations: Iterations = None,
-    size: Size = None,
-    fomaml: Fomaml = False,
-    stable: Stable = True,
-    download: Download = False,
-    out: Out = Path("results/anil"),
-    workers: Workers = None,
-) -> None:
-    """ANIL on many-shot image tasks: table 2 of the HyperDistill paper."""
-    source = Source(data, root, size, download)
-    _many_shot("anil", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
-
-
-@compare_app.command("warpgrad")
-def compare_warpgrad(
-    data: Data = "glyphs",
-    root: Root = Path("data"),
-    small: Small = False,
-    estimators: Estimators = None,
-    seeds: Seeds = 5,
-    meta_iterations: Iterations = None,
-    size: Size = None,
-    fomaml: Fomaml = False,
-    stable: Stable = True,
-    download: Download = False,
-    out: Out = Path("results/warpgrad"),
-    workers: Workers = None,
-) -> None:
-    """WarpGrad on many-shot image tasks: tables 2 and 6, figures 2, 4-6 and 11-13 of the HyperDistill paper."""
-    source = Source(data, root, size, download)
-    _many_shot("warpgrad", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
-
-
-@compare_app.command("meta-weight-net")
-def compare_meta_weight_net(
-    data: Data = "glyphs",
-    root: Root = Path("data"),
-    small: Small = False,
-    estimators: Estimators = None,
-    seeds: Seeds = 5,
-    meta_iterations: Iterations = None,
-    size: Size = None,
-    fomaml: Fomaml = False,
-    stable: Stable = True,
-    download: Download = False,
-    out: Out = Path("results/meta-weight-net"),
-    workers: Workers = None,
-) -> None:
-    """MetaWeightNet on many-shot image tasks with 40 % random labels.
-
-    Table 2 and figure 7 of the HyperDistill paper.
-    """
-    source = Source(data, root, size, download)
-    _many_shot("meta-weight-net", source, small, estimators, seeds, meta_iterations, fomaml, stable, out, workers)
+_many_shot_command(
+    "anil", many_shot_settings.TABLE_2, "ANIL on many-shot image tasks: table 2 of the HyperDistill paper."
+)
+_many_shot_command(
+    "warpgrad",
+    many_shot_settings.TABLE_2,
+    "WarpGrad on many-shot image tasks: tables 2 and 6, figures 2, 4-6 and 11-13 of the HyperDistill paper.",
+)
+_many_shot_command(
+    "meta-weight-net",
+    many_shot_settings.TABLE_2_WEIGHTS,
+    "MetaWeightNet on many-shot image tasks with 40 % random labels: table 2 and figure 7 of the HyperDistill paper.",
+)
 
 
 @compare_app.command("noisy-labels")
@@ -190,26 +151,16 @@ def compare_noisy_labels(
     out: Out = Path("results/noisy-labels"),
     workers: Workers = None,
 ) -> None:
-    """MetaWeightNet against wrong labels on Fashion-MNIST.
-
-    EvoGrad's experiment, figure 7 and two-stage training as in HyperDistill's.
-    """
+    """MetaWeightNet against wrong labels: EvoGrad's experiment, HyperDistill's figure 7 and two-stage training."""
     config = noisy_labels.NoisyLabelsConfig(
         root, download, examples, clean, rate, steps=steps, evaluate_every=max(1, steps // 20)
     )
-    once = functools.partial(compare.once, noisy_labels.run, noisy_labels.NoisyLabelsRun, out / "runs")
-    prepare = functools.partial(noisy_labels.prepare, config=config, seed=0)
-    methods, runs = _run_all(noisy_labels.METHODS, _names(estimators), prepare, once, config, seeds, out, workers)
-    pictures = noisy_labels_report.draw(methods, runs, config, out)
-    compare.show(noisy_labels_report.table(methods, runs, f"Fashion-MNIST, {rate:.0%} wrong labels, {seeds} seeds"))
-    _close(config.options, runs, [*pictures, out / "runs.json"])
+    _compare(noisy_labels_report.EXPERIMENT, config, _keys(estimators), seeds, out, workers)
 
 
 @compare_app.command("rotation")
 def compare_rotation(
-    data: Annotated[
-        str, typer.Option(help="mnist, fashion-mnist, cifar10, … or folder (one sub-folder of images per class).")
-    ] = "mnist",
+    data: Data = "mnist",
     root: Root = Path("data"),
     size: Size = 28,
     estimators: Estimators = None,
@@ -225,55 +176,46 @@ def compare_rotation(
 ) -> None:
     """Learning the angle by which test images are turned: EvoGrad's experiment."""
     config = rotation.RotationConfig(Source(data, root, size, download), degrees, train, validation, test, epochs)
-    once = functools.partial(compare.once, rotation.run, rotation.RotationRun, out / "runs")
-    prepare = functools.partial(rotation.prepare, config=config, seed=0)
-    methods, runs = _run_all(rotation.METHODS, _names(estimators), prepare, once, config, seeds, out, workers)
-    pictures = rotation.draw(methods, runs, config, out)
-    compare.show(rotation.table(methods, runs, f"{data}, test images turned by {degrees:g}°, {seeds} seeds"))
-    _close(config.options, runs, [*pictures, out / "runs.json"])
+    _compare(rotation.EXPERIMENT, config, _keys(estimators), seeds, out, workers)
 
 
-def _run_all(
-    known: Sequence[Any],
-    chosen: Sequence[str] | None,
-    prepare: Callable[[Any], object],
-    once: Callable[..., Any],
-    config: Any,
-    seeds: int,
-    out: Path,
-    workers: int | None,
-    saved: Callable[[Any], Any] = lambda run: run,
-) -> tuple[list[Any], list[Any]]:
-    """The chosen methods and their runs, of which ``saved`` is written.
-
-    ``prepare`` fails for missing files before any process starts.
-    """
+def _compare(
+    experiment: Experiment[Any], config: Any, keys: Sequence[str] | None, seeds: int, out: Path, workers: int | None
+) -> None:
+    """Run what has not been run yet, then print the table and say what was written."""
     try:
-        methods = compare.select(known, chosen)
+        methods = experiment.select(keys)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--estimators") from error
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        prepare(methods[0])
-        runs = compare.run_all(once, methods, config, seeds, workers=workers)
-    except (ValueError, FileNotFoundError) as error:
+        runs = experiment.conduct(methods, config, seeds, out, workers=workers)
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    compare.save([saved(run) for run in runs], config, out / "runs.json")
-    return methods, runs
-
-
-def _names(estimators: str | None) -> list[str] | None:
-    return estimators.split(",") if estimators else None
-
-
-def _close(options: str, runs: list[Any], written: list[Path]) -> None:
-    typer.echo(f"options: {options}")
+    except KeyboardInterrupt:
+        again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        typer.echo(f"\nstopped; what has finished is kept in {out}. To go on: {again}", err=True)
+        raise typer.Exit(130) from None
+    written = [*experiment.draw(methods, runs, config, out), out / "runs.json"]
+    show(experiment.table(methods, runs, config))
+    typer.echo(f"{seeds} seed{'s' if seeds > 1 else ''}; options: {config.options}")
+    for method in methods:
+        if method.configured(config).options != config.options:
+            typer.echo(f"  except {method.title}: {method.configured(config).options}")
     for run in runs:
         if run.failure:
             typer.echo(f"failed: {run.method}, seed {run.seed}: {run.failure}")
-    typer.echo("wrote " + ", ".join(str(path) for path in written))
+    _echo_written(written)
 
 
+def _keys(estimators: str | None) -> list[str] | None:
+    return estimators.split(",") if estimators else None
+
+
+def _echo_written(paths: Sequence[Path]) -> None:
+    typer.echo("wrote " + ", ".join(str(path) for path in paths))
+
+
+# -- diagnose ------------------------------------------------------------------------------------
 @diagnose_app.command("warpgrad")
 def diagnose_on_warpgrad(
     data: Data = "glyphs",
@@ -285,7 +227,7 @@ def diagnose_on_warpgrad(
     finished: Annotated[
         Path | None, typer.Option(help="State file of a finished run, for a second look: results/warpgrad/runs/….pt.")
     ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 2,
+    problems: Problems = 2,
     every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 25,
     out: Out = Path("results/diagnose-warpgrad"),
 ) -> None:
@@ -298,48 +240,9 @@ def diagnose_on_warpgrad(
     )
     try:
         stages = diagnose_many_shot.run(config, out, finished=finished, problems=problems, every=every)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    compare.show(
-        diagnose.table(
-            stages, f"WarpGrad on {data}, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"
-        )
-    )
-    typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
-
-
-def _many_shot(
-    model: str,
-    source: Source,
-    small: bool,
-    estimators: str | None,
-    seeds: int,
-    meta_iterations: int | None,
-    fomaml: bool,
-    stable: bool,
-    out: Path,
-    workers: int | None,
-) -> None:
-    config = many_shot_settings.configure(
-        model, source, small=small, stable=stable, fomaml=fomaml, meta_iterations=meta_iterations
-    )
-    default = many_shot_settings.TABLE_2_WEIGHTS if model == "meta-weight-net" else many_shot_settings.TABLE_2
-    chosen, once = _names(estimators) or default, functools.partial(many_shot.run, folder=out / "runs")
-    methods, runs = _run_all(
-        many_shot_settings.METHODS,
-        chosen,
-        lambda _: many_shot.prepare(config, seed=0),
-        once,
-        config,
-        seeds,
-        out,
-        workers,
-        saved=lambda run: run._replace(lam=None),
-    )
-    pictures = many_shot_report.draw(methods, runs, config, out)
-    title = f"{model} on {source.name}, {config.test_tasks} test tasks, M = {config.meta_iterations}, T = {config.horizon}, {seeds} seeds"
-    compare.show(many_shot_report.table(methods, runs, config, title))
-    _close(config.options, runs, [*pictures, out / "runs.json"])
+    _diagnosed(stages, f"WarpGrad on {data}, T = {config.horizon}", problems, out)
 
 
 @diagnose_app.command("sinusoid")
@@ -347,7 +250,7 @@ def diagnose_on_sinusoid(
     meta_iterations: Annotated[
         int, typer.Option(min=1, help="Inner runs of meta-training before the second look.")
     ] = 30,
-    problems: Annotated[int, typer.Option(min=1, help="Meta-batches of new tasks at each stage.")] = 4,
+    problems: Problems = 4,
     every: Annotated[int, typer.Option(min=1, help="Inner steps between two comparisons along a run.")] = 5,
     gamma: Annotated[float, typer.Option(min=0, max=1, help="HyperDistill's decay.")] = 0.9,
     seed: Annotated[int, typer.Option(help="Of the network and the tasks.")] = 0,
@@ -359,24 +262,23 @@ def diagnose_on_sinusoid(
     """
     config = sinusoid.SinusoidConfig(meta_iterations=meta_iterations)
     stages = diagnose_sinusoid.run(config, out, problems=problems, every=every, gamma=gamma, seed=seed)
-    compare.show(
-        diagnose.table(
-            stages, f"Sinusoid, T = {config.horizon}: median over {problems} meta-batches, against exact RMD"
-        )
-    )
-    typer.echo(f"wrote {out / 'figure3.png'}, {out / 'figure4.png'} and {out / 'diagnosis.json'}")
+    _diagnosed(stages, f"Sinusoid, T = {config.horizon}", problems, out)
 
 
+def _diagnosed(stages: Sequence[diagnose.Stage], what: str, problems: int, out: Path) -> None:
+    """The table, and what was written."""
+    show(diagnose.table(stages, f"{what}: median over {problems} meta-batches, against exact RMD"))
+    _echo_written([out / "figure3.png", out / "figure4.png", out / "diagnosis.json"])
+
+
+# -- verify --------------------------------------------------------------------------------------
 @app.command("verify")
 def verify(
-    name: Annotated[
-        str | None, typer.Argument(help="An estimator, trajectory, optimiser or solver, e.g. DrMAD; default: all.")
-    ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Stop at the first failure.")] = False,
+    name: Annotated[str | None, typer.Argument(help="An estimator, e.g. DrMAD; default: all of them.")] = None,
 ) -> None:
-    """Hold every part to a reference: estimators to their formulas and to closed forms, trajectories and steps to plain torch."""
+    """Hold every estimator to its own formula, and to the exact hypergradient where theory makes it exact."""
     try:
-        passed = command.run(name, first=first)
+        passed = command.run(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     raise typer.Exit(0 if passed else 1)

@@ -3,7 +3,6 @@
 import json
 import math
 import struct
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -13,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from metaopt.cli import app
-from metaopt.experiments import compare, noisy_labels, rotation
+from metaopt.experiments import noisy_labels, rotation
 from metaopt.experiments.statistics import summarise
 
 METHODS = {method.key: method for method in noisy_labels.METHODS}
@@ -46,10 +45,10 @@ def config(fashion):
 @pytest.mark.parametrize("key", METHODS)
 def test_same_seed_same_numbers_and_the_random_state_is_left_alone(config, key):
     before = torch.get_rng_state()
-    first, second = (json.dumps(noisy_labels.run(METHODS[key], config, seed=0)._replace(seconds=0.0)) for _ in range(2))
-    assert first == second
+    first, second = (noisy_labels.run(METHODS[key], config, seed=0) for _ in range(2))
+    assert repr(replace(first, seconds=0.0)) == repr(replace(second, seconds=0.0))  # NaN is NaN
     found = noisy_labels.run(METHODS[key], config, seed=1)
-    assert found.curve != json.loads(first)[5] and len(found.curve) == len(found.ratios) == 4
+    assert found.curve != first.curve and len(found.curve) == len(found.ratios) == 4
     assert found.curve[-1] == found.accuracy and found.ratios[-1] == found.ratio
     assert sum(found.right_losses) + sum(found.wrong_losses) == 200 and not found.failure
     assert math.isnan(found.two_stage) == (METHODS[key].estimator is None)
@@ -119,34 +118,9 @@ def test_a_broken_run_is_reported(config):
     ) or "nan" in found.failure
 
 
-def test_a_finished_run_is_read_and_other_settings_are_refused(config, tmp_path):
-    calls = []
-
-    def run(*arguments):
-        calls.append(arguments)
-        return noisy_labels.run(*arguments)
-
-    kept = [compare.once(run, noisy_labels.NoisyLabelsRun, tmp_path, METHODS["frozen"], config, 0) for _ in range(2)]
-    assert len(calls) == 1 and json.dumps(kept[0]) == json.dumps(kept[1])
-    with pytest.raises(ValueError, match=r"frozen-0.json holds a run with other settings \(lr\)"):
-        compare.once(run, noisy_labels.NoisyLabelsRun, tmp_path, METHODS["frozen"], replace(config, lr=0.5), 0)
-
-
 @pytest.mark.parametrize("method", [*noisy_labels.METHODS, *rotation.METHODS], ids=lambda method: method.key)
 def test_a_finished_run_is_known_again_in_another_process(method):
     assert " at 0x" not in repr(method)
-
-
-def stumble(method, config, seed):
-    (config / f"{method.key}-{seed}").touch()
-    time.sleep(0.05)
-    raise ValueError("stumbled")
-
-
-def test_an_error_is_told_before_the_other_runs(tmp_path):
-    with pytest.raises(ValueError, match="stumbled"):
-        compare.run_all(stumble, noisy_labels.METHODS, tmp_path, seeds=10, workers=1)
-    assert 1 <= len(list(tmp_path.iterdir())) < 50
 
 
 def test_command_writes_table_pictures_and_json(fashion, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metaopt.cli import app
-from metaopt.experiments import compare, rotation
+from metaopt.experiments import experiment, rotation
 from metaopt.experiments.image_data import Source
 from metaopt.models.rotation import rotate
 
@@ -51,7 +51,7 @@ def config(pictures):
 @pytest.mark.parametrize("key", METHODS)
 def test_same_seed_same_numbers_and_the_random_state_is_left_alone(config, key):
     before = torch.get_rng_state()
-    first, second = (rotation.run(METHODS[key], config, seed=0)._replace(seconds=0.0) for _ in range(2))
+    first, second = (replace(rotation.run(METHODS[key], config, seed=0), seconds=0.0) for _ in range(2))
     assert first == second and not first.failure and len(first.curve) == len(first.angles) == 3
     assert (first.accuracy, first.angle) == (first.curve[-1], first.angles[-1])
     expected = {"baseline": 0.0, "told": 30.0}
@@ -86,7 +86,7 @@ def test_one_step_turns_the_right_way(config):
 
 
 def test_command_writes_table_pictures_and_json(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "run_all", in_this_process)
+    monkeypatch.setattr(experiment, "run_all", in_this_process)
     sizes = [
         "--size",
         "16",

@@ -28,6 +28,7 @@ from metaopt.diagnose.results import shown
 from metaopt.estimators import Estimator, HyperDistill
 from metaopt.estimators.hyperdistill import SizeSamples
 from metaopt.experiments.decayed_sum import DecayedSum
+from metaopt.experiments.files import write_text
 from metaopt.verify import Problem
 
 
@@ -83,9 +84,8 @@ def diagnose(
     out.mkdir(parents=True, exist_ok=True)
     figure_3(measured).savefig(out / "figure3.png", dpi=140)
     figure_4(measured, thetas).savefig(out / "figure4.png", dpi=140)
-    (out / "diagnosis.json").write_text(
-        json.dumps([_plain(stage) for stage in measured], indent=1, allow_nan=False) + "\n"
-    )
+    plain = [_plain(stage) for stage in measured]
+    write_text(out / "diagnosis.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return measured
 
 

@@ -6,15 +6,15 @@ Before meta-training, and at a finished run's end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
 from metaopt.experiments.diagnose import Stage, diagnose
-from metaopt.experiments.many_shot import ManyShotRun, Setting, prepare
-from metaopt.experiments.many_shot_settings import RATE, ManyShotConfig
+from metaopt.experiments.experiment import settings_of
+from metaopt.experiments.many_shot import Setting, earlier, prepare
+from metaopt.experiments.many_shot_settings import RATE, ManyShotConfig, hyperdistill
 from metaopt.linsolve import Neumann
-from metaopt.meta import Checkpoint, replicated
+from metaopt.meta import replicated
 from metaopt.tree import Tree
 from metaopt.verify import Problem
 
@@ -55,19 +55,16 @@ def run(
     Raises:
         ValueError: if ``finished`` is a run of another configuration, or not finished.
     """
-    setting, phi, lam = prepare(config, seed)
+    method = hyperdistill(gamma)
+    setting, phi, lam = prepare(method, config, seed)
     stages = {"before meta-training": _problems(setting, phi, lam, problems)}
     thetas: list[float] = []
     if finished is not None:
-        found = Checkpoint.load(finished)
-        result = found.notes.get("result")
-        if not isinstance(result, ManyShotRun) or found.notes["config"] != asdict(config):
-            raise ValueError(
-                f"{finished} is no finished run of this configuration; give the options that the comparison was run "
-                "with"
-            )
-        stages[f"after {found.run} runs"] = _problems(setting, found.phi, result.lam, problems)
-        thetas = result.theta
+        found = earlier(finished, settings_of(method, config, seed))
+        if found.run < config.meta_iterations:
+            raise ValueError(f"{finished} has done {found.run} of {config.meta_iterations} runs; finish it first")
+        stages[f"after {found.run} runs"] = _problems(setting, found.phi, found.notes["lam"], problems)
+        thetas = list(found.notes["course"].theta)
     at = sorted({1, config.horizon, *range(every, config.horizon + 1, every)})
     return diagnose(
         stages,

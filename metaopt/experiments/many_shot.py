@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,43 +20,63 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metaopt.estimators import HyperDistill
+from metaopt.experiments.experiment import Method, Run, check_settings, settings_of
 from metaopt.experiments.image_data import Splits, load
-from metaopt.experiments.many_shot_settings import PAPER_COLUMNS, ManyShotConfig, Method
+from metaopt.experiments.many_shot_settings import MODELS, ManyShotConfig
 from metaopt.inner import ConstantSlots, Step, inner_step
-from metaopt.meta import FOMAML, Checkpoint, HyperSteps, MetaTask, MetaTraining, Outer, Reptile, looped, replicated
+from metaopt.meta import (
+    FOMAML,
+    Checkpoint,
+    Initialisation,
+    MetaReport,
+    MetaTask,
+    MetaTraining,
+    Outer,
+    Reptile,
+    looped,
+    replicated,
+)
 from metaopt.models import ANIL, MetaModel, MetaWeightNet, SigmoidAbove, WarpGrad, conv_net
 from metaopt.optim import SGD
 from metaopt.tasks import Episodes, label_noise
 from metaopt.tree import Tree
 
 
-class ManyShotRun(NamedTuple):
-    """One meta-training run of one method, and its meta-test.
+@dataclass(frozen=True, kw_only=True)
+class ManyShotRun(Run):
+    """One meta-training run of one method, and its meta-test; ``seconds`` are per inner run.
 
     Attributes:
-        method: key of the method.
-        seed: of the initial weights and of all tasks.
         accuracy: on test images of unseen classes, mean over the meta-test's tasks; NaN if the run
             broke off.
         curve: outer loss per task at the end of each inner run (figure 2).
         validation: (runs done, accuracy on the validation classes) (figure 5).
         theta: HyperDistill's θ at each run, else empty.
         products: αA and αB products per inner run, calibration spread over the runs.
-        seconds: per inner run, mean over this process' runs.
-        failure: what went wrong, or "".
-        lam: the hyperparameters learned.
+        weights: what a MetaWeightNet gives examples whose losses are :data:`LOSSES` (figure 7),
+            else empty.
     """
 
-    method: str
-    seed: int
     accuracy: float
     curve: list[float]
     validation: list[tuple[int, float]]
     theta: list[float]
     products: float
-    seconds: float
-    failure: str
-    lam: Tree
+    weights: list[float]
+
+
+LOSSES = torch.linspace(0, 6, 200)
+"""Losses for which the learned weights are drawn."""
+
+
+class Course(NamedTuple):
+    """What is noted along a run; see :class:`ManyShotRun`. ``products`` and ``seconds`` are of all inner runs."""
+
+    curve: tuple[float, ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+    theta: tuple[float, ...] = ()
+    products: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,9 +105,14 @@ class Setting:
         episode = self._episodes(self.splits.train).sample(c.meta_batch, seed=_seed(self.seed, _TRAIN, number))
         return MetaTask(episode.batches, episode.outer_batches, c.meta_batch)
 
-    def accuracies(self, phi: Tree, lam: Tree, data: Any, tasks: int, kind: int) -> Iterator[float]:
-        """Test accuracy after an inner run from ``phi``, task by task, a meta-batch at a time."""
-        c, step = self.config, self.step
+    def accuracy(self, phi: Tree, lam: Tree, data: Any, tasks: int, kind: int) -> float:
+        """Mean accuracy on test images after an inner run from ``phi``."""
+        return statistics.fmean(self._accuracies(phi, lam, data, tasks, kind))
+
+    def _accuracies(self, phi: Tree, lam: Tree, data: Any, tasks: int, kind: int) -> Iterator[float]:
+        """Task by task, a meta-batch at a time."""
+        c = self.config
+        step = self.step
         episodes = self._episodes(data)
         for start in range(0, tasks, c.meta_batch):
             count = min(c.meta_batch, tasks - start)
@@ -108,8 +134,13 @@ class Setting:
         )
 
 
-def prepare(config: ManyShotConfig, seed: int) -> tuple[Setting, Tree, Tree]:
-    """The setting, the initial weights of one task, and λ. Deterministic in ``(config, seed)``."""
+def prepare(_: Method, config: ManyShotConfig, seed: int) -> tuple[Setting, Tree, Tree]:
+    """The setting, the initial weights of one task, and λ: the same for every method.
+
+    Raises:
+        FileNotFoundError: if a file of images is missing.
+        ValueError: if one is damaged, if there are too few images, or no such model or initialisation.
+    """
     splits = load(config.source, ways=config.ways, per_class=2 * config.shots)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,7 +166,7 @@ def build(config: ManyShotConfig, shape: torch.Size) -> MetaModel:
         return MetaWeightNet.of(
             net(blocks=3), functools.partial(cross_entropy, reduction="none"), hidden=200, squash=SigmoidAbove(0.1)
         )
-    raise ValueError(f"no meta-model is called {config.model!r}; there are {', '.join(PAPER_COLUMNS)}")
+    raise ValueError(f"no meta-model is called {config.model!r}; there are {', '.join(MODELS)}")
 
 
 def run(method: Method, config: ManyShotConfig, seed: int, folder: Path | None = None) -> ManyShotRun:
@@ -146,16 +177,17 @@ def run(method: Method, config: ManyShotConfig, seed: int, folder: Path | None =
         config: the settings.
         seed: of everything.
         folder: where the run's state is kept after each inner run; a run that was broken off goes
-            on from there, a finished one is read.
+            on from there.
 
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: if the folder holds a run with other settings, or a damaged file.
     """
+    setting, phi, lam = prepare(method, config, seed)
+    settings = settings_of(method, config, seed)
+    config = method.configured(config)
     path = folder / f"{method.key}-{seed}.pt" if folder else None
-    resume, notes = _earlier(path, config)
-    if isinstance(notes.get("result"), ManyShotRun):
-        return notes["result"]
-    setting, phi, lam = prepare(config, seed)
+    resume = earlier(path, settings) if path and path.exists() else None
+    course = resume.notes["course"] if resume else Course()
     outer = Outer(
         lam,
         functools.partial(torch.optim.SGD, lr=config.outer_lr, momentum=0.9),
@@ -164,95 +196,100 @@ def run(method: Method, config: ManyShotConfig, seed: int, folder: Path | None =
         ),
         clip_norm=config.clip_norm,
     )
-    failure, report = "", None
-    notes["clock"] = time.perf_counter()
+    if resume:
+        phi = resume.phi
+    training = training_of(method, config, setting)
+    failure = ""
+    clock = time.perf_counter()
     try:
-        for report in _training(setting, method).runs(phi, outer, setting.task, config.meta_iterations, resume=resume):
-            notes = _noted(notes, setting, report)
+        for report in training.runs(phi, outer, setting.task, config.meta_iterations, resume=resume):
+            phi = report.phi
+            course = noted(course, report, time.perf_counter() - clock)
+            if config.validate_every and report.run % config.validate_every == 0:
+                course = validated(course, setting, report)
             if path:
-                report.checkpoint(outer, notes).save(path)
+                report.checkpoint(outer, {"settings": settings, "course": course, "lam": report.lam}).save(path)
+            clock = time.perf_counter()
     except FloatingPointError as error:
         failure = str(error)
-    phi = report.phi if report else (resume.phi if resume else phi)
-    accuracies = (
-        [] if failure else list(setting.accuracies(phi, outer.lam, setting.splits.test, config.test_tasks, _TEST))
+    accuracy = math.nan
+    if not failure:
+        accuracy = setting.accuracy(phi, outer.lam, setting.splits.test, config.test_tasks, _TEST)
+    runs = max(1, len(course.curve))
+    return ManyShotRun(
+        method=method.key,
+        seed=seed,
+        seconds=course.seconds / runs,
+        failure=failure,
+        accuracy=accuracy,
+        curve=list(course.curve),
+        validation=list(course.validation),
+        theta=list(course.theta),
+        products=course.products / runs,
+        weights=weights_of(setting.model, outer.lam),
     )
-    done = max(1, len(notes["curve"]))
-    result = ManyShotRun(
-        method.key,
-        seed,
-        sum(accuracies) / len(accuracies) if accuracies else math.nan,
-        notes["curve"],
-        notes["validation"],
-        notes["theta"],
-        notes["products"] / done,
-        notes["seconds"] / done,
-        failure,
-        outer.lam,
-    )
-    if path:
-        Checkpoint(done, phi, outer.state_dict(), method.estimator, {**notes, "result": result}).save(path)
-    return result
 
 
-def _training(setting: Setting, method: Method) -> MetaTraining:
-    c = setting.config
-    hyper_steps = HyperSteps(every=c.hyper_interval) if method.last is None else HyperSteps(last=method.last)
-    if c.initialisation not in ("reptile", "fomaml"):
-        raise ValueError(f"initialisation is 'reptile' or 'fomaml', got {c.initialisation!r}")
-    initialisation = Reptile(rate=1.0) if c.initialisation == "reptile" else FOMAML(rate=c.inner_lr)
+def training_of(method: Method, config: ManyShotConfig, setting: Setting) -> MetaTraining:
+    """Meta-training with this method."""
+    if config.initialisation not in INITIALISATIONS:
+        raise ValueError(f"initialisation is {' or '.join(INITIALISATIONS)}, got {config.initialisation!r}")
     return MetaTraining(
         setting.step,
         setting.outer_loss,
-        method.estimator,
-        c.horizon,
-        hyper_steps,
-        initialisation,
-        calibration_period=c.calibration_period,
+        method.moving,
+        config.horizon,
+        config.hyper_steps,
+        INITIALISATIONS[config.initialisation](config.inner_lr),
+        calibration_period=config.calibration_period,
     )
 
 
-def _earlier(path: Path | None, config: ManyShotConfig) -> tuple[Checkpoint | None, dict[str, Any]]:
-    """Where an earlier call had got to, and its notes; fresh notes otherwise."""
-    fresh = {
-        "config": asdict(config),
-        "curve": [],
-        "validation": [],
-        "theta": [],
-        "products": 0,
-        "seconds": 0.0,
-        "clock": 0.0,
-    }
-    if path is None or not path.exists():
-        return None, fresh
+INITIALISATIONS: Mapping[str, Callable[[float], Initialisation]] = {
+    "reptile": lambda _: Reptile(rate=1.0),
+    "fomaml": lambda inner_lr: FOMAML(rate=inner_lr),
+}
+"""How the initial weights are learned, given the inner learning rate."""
+
+
+def earlier(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
+    """Where an earlier call had got to.
+
+    Raises:
+        ValueError: if the file is damaged, or was made with other settings.
+    """
     found = Checkpoint.load(path)
-    if found.notes["config"] != fresh["config"]:
-        different = [key for key, value in fresh["config"].items() if found.notes["config"].get(key) != value]
-        raise ValueError(
-            f"{path} holds a run with other settings ({', '.join(different)}); choose another --out, or remove it"
-        )
-    return found, found.notes
+    check_settings(path, found.notes["settings"], settings)
+    return found
 
 
-def _noted(notes: dict[str, Any], setting: Setting, report: Any) -> dict[str, Any]:
-    """The notes after one more inner run. A meta-validation is not counted as time."""
-    seconds = notes["seconds"] + time.perf_counter() - notes["clock"]
-    c, validation = setting.config, notes["validation"]
-    if c.validate_every and report.run % c.validate_every == 0:
-        found = list(
-            setting.accuracies(report.phi, report.lam, setting.splits.validation, c.validation_tasks, _VALIDATION)
-        )
-        validation = [*validation, (report.run, sum(found) / len(found))]
-    theta = [report.estimator.theta] if isinstance(report.estimator, HyperDistill) else []
-    return {
-        **notes,
-        "curve": [*notes["curve"], report.outer_losses[-1]],
-        "validation": validation,
-        "theta": notes["theta"] + theta,
-        "products": notes["products"] + report.cost.products,
-        "seconds": seconds,
-        "clock": time.perf_counter(),
-    }
+def noted(course: Course, report: MetaReport, seconds: float) -> Course:
+    """The course after one more inner run."""
+    theta = course.theta
+    if isinstance(report.estimator, HyperDistill):
+        theta = (*theta, report.estimator.theta)
+    return course._replace(
+        curve=(*course.curve, report.outer_losses[-1]),
+        theta=theta,
+        products=course.products + report.cost.products,
+        seconds=course.seconds + seconds,
+    )
+
+
+def validated(course: Course, setting: Setting, report: MetaReport) -> Course:
+    """The course after a meta-validation, which is not counted as time."""
+    accuracy = setting.accuracy(
+        report.phi, report.lam, setting.splits.validation, setting.config.validation_tasks, _VALIDATION
+    )
+    return course._replace(validation=(*course.validation, (report.run, accuracy)))
+
+
+def weights_of(model: MetaModel, lam: Tree) -> list[float]:
+    """The weights that a MetaWeightNet gives to examples by their losses; empty for another model."""
+    if not isinstance(model, MetaWeightNet):
+        return []
+    with torch.no_grad():
+        return model.weights(lam, LOSSES).flatten().tolist()
 
 
 _TRAIN, _VALIDATION, _TEST = 0, 1, 2

@@ -6,25 +6,28 @@ Tables 2, 3, 6 and figures 2, 4-7, 11-13 of the HyperDistill paper, as far as th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from metaopt.estimators import HyperDistill
-from metaopt.experiments import compare
-from metaopt.experiments.many_shot import ManyShotRun, build
-from metaopt.experiments.many_shot_settings import PAPER_COLUMNS, ManyShotConfig, Method
+from metaopt.experiments import many_shot
+from metaopt.experiments.experiment import Experiment, Method
+from metaopt.experiments.many_shot import LOSSES, ManyShotRun
+from metaopt.experiments.many_shot_settings import METHODS, ManyShotConfig
+from metaopt.experiments.pictures import draw_curves
 from metaopt.experiments.statistics import summarise
-from metaopt.models import MetaWeightNet
 
 
-def table(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManyShotConfig, title: str) -> Table:
+def table(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManyShotConfig) -> Table:
     """One row per method: meta-test accuracy over seeds, cost, the paper's accuracy (on its own data)."""
+    title = (
+        f"{config.model} on {config.source.name}, {config.test_tasks} test tasks, "
+        f"M = {config.meta_iterations}, T = {config.horizon}"
+    )
     shown = Table(
         title=title,
         caption="mean ± 95 % CI over the seeds that did not fail; paper: TinyImageNet (ANIL), CIFAR100 (the others)",
@@ -40,7 +43,7 @@ def table(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySh
             f"{summary.failed}/{len(mine)}",
             f"{np.mean([run.products for run in mine]):.0f}",
             f"{np.median([run.seconds for run in mine]):.1f}",
-            method.paper[PAPER_COLUMNS.index(config.model)],
+            method.published(config.model),
         )
     return shown
 
@@ -49,7 +52,7 @@ def draw(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySho
     """Every picture that the runs allow; returns the files."""
     of = {method.title: [run for run in runs if run.method == method.key] for method in methods}
     paths = [out / "convergence.png"]
-    compare.draw_curves(
+    draw_curves(
         {title: [run.curve for run in mine] for title, mine in of.items()},
         paths[-1],
         ylabel=f"outer loss after T = {config.horizon}",
@@ -59,13 +62,13 @@ def draw(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySho
         curves = {
             title: [[100 * accuracy for _, accuracy in run.validation] for run in mine] for title, mine in of.items()
         }
-        compare.draw_curves(
+        draw_curves(
             curves, paths[-1], ylabel="meta-validation accuracy, %", every=config.validate_every, yscale="linear"
         )
     if any(run.theta for run in runs):
         paths.append(out / "theta.png")
         fitted = {title: [run.theta for run in mine] for title, mine in of.items() if any(run.theta for run in mine)}
-        compare.draw_curves(fitted, paths[-1], ylabel="θ", yscale="linear")
+        draw_curves(fitted, paths[-1], ylabel="θ", yscale="linear")
     paths.append(out / "cost.png")
     draw_cost(of, paths[-1])
     if sum(isinstance(method.estimator, HyperDistill) for method in methods) > 1:
@@ -73,7 +76,7 @@ def draw(methods: Sequence[Method], runs: Sequence[ManyShotRun], config: ManySho
         draw_gammas(methods, runs, paths[-1])
     if config.model == "meta-weight-net":
         paths.append(out / "weights.png")
-        draw_weights(of, config, paths[-1])
+        draw_weights(of, paths[-1])
     return paths
 
 
@@ -116,18 +119,17 @@ def draw_gammas(methods: Sequence[Method], runs: Sequence[ManyShotRun], path: Pa
     figure.savefig(path, dpi=150)
 
 
-def draw_weights(runs: dict[str, list[ManyShotRun]], config: ManyShotConfig, path: Path) -> None:
+def draw_weights(runs: Mapping[str, Sequence[ManyShotRun]], path: Path) -> None:
     """Figure 7: the learned weight of an example against its loss, one curve per seed."""
-    model: Any = build(config, torch.Size((1, config.source.size or 28, config.source.size or 28)))
-    assert isinstance(model, MetaWeightNet)
-    losses = torch.linspace(0, 6, 200)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (title, mine) in enumerate(runs.items()):
         for i, run in enumerate(mine):
-            with torch.no_grad():
-                axes.plot(losses, model.weights(run.lam, losses), color=f"C{number}", label=title if i == 0 else None)
+            axes.plot(LOSSES, run.weights, color=f"C{number}", label=title if i == 0 else None)
     axes.set(xlabel="loss of an example", ylabel="its weight")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+EXPERIMENT = Experiment("many-shot", METHODS, ManyShotRun, many_shot.prepare, many_shot.run, table, draw, goes_on=True)

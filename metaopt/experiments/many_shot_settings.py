@@ -3,61 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from metaopt.estimators import IFT, RMD, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
+from metaopt.estimators import IFT, RMD, DrMAD, FirstOrder, HyperDistill, OneStep
+from metaopt.experiments.experiment import Method
 from metaopt.experiments.image_data import Source
 from metaopt.linsolve import Neumann
+from metaopt.meta import HyperSteps
 
-
-class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        key: its name on the command line.
-        title: its name in the table.
-        estimator: the estimator.
-        last: λ moves during the last so many inner steps only, at each of them; ``None``: during
-            all, every ``hyper_interval`` steps.
-        paper: accuracy in table 2, in the order of :data:`PAPER_COLUMNS`.
-    """
-
-    key: str
-    title: str
-    estimator: Estimator
-    last: int | None = None
-    paper: tuple[str, str, str] = ("–", "–", "–")
-
-
-PAPER_COLUMNS = ("anil", "warpgrad", "meta-weight-net")
-"""ANIL on TinyImageNet, WarpGrad on CIFAR100, MetaWeightNet on CIFAR100."""
+MODELS = ("anil", "warpgrad", "meta-weight-net")
+"""Table 2 has ANIL on TinyImageNet, the others on CIFAR100."""
 
 RATE = 0.01
 """The inner learning rate, which is also the rate of the Neumann series."""
 
 
-def hyperdistill(gamma: float, pi: Any = "theta") -> Method:
+def table_2(anil: str, warpgrad: str, meta_weight_net: str) -> dict[str, str]:
+    """Published accuracies by model."""
+    return {"anil": anil, "warpgrad": warpgrad, "meta-weight-net": meta_weight_net}
+
+
+def neumann(terms: int, last: int, paper: dict[str, str] | str = "–") -> Method:
+    """Implicit differentiation by so many terms, λ moving during the last so many inner steps only."""
+    return Method(
+        f"ift-{terms}-{last}",
+        f"N.IFT({terms}, {last})",
+        IFT(Neumann(terms, rate=RATE), converged=None, solved=None),
+        paper=paper,
+        settings={"hyper_steps": HyperSteps(last=last)},
+    )
+
+
+def hyperdistill(gamma: float, pi: Any = "theta", paper: dict[str, str] | str = "–") -> Method:
     """HyperDistill with this γ; π = 1 in appendix I and for MetaWeightNet."""
     name = "hyperdistill" if pi == "theta" else "hyperdistill-pi1"
     title = "HyperDistill" if pi == "theta" else "HyperDistill, π = 1"
-    return Method(f"{name}-{gamma:g}", f"{title}, γ = {gamma:g}", HyperDistill(gamma=gamma, pi=pi, example_axis=1))
+    estimator = HyperDistill(gamma=gamma, pi=pi, example_axis=1)
+    return Method(f"{name}-{gamma:g}", f"{title}, γ = {gamma:g}", estimator, paper=paper)
 
 
 METHODS = (
-    Method("fo", "FO", FirstOrder(), paper=("53.62 ± .06", "58.16 ± .52", "N/A")),
-    Method("one-step", "1-step", OneStep(), paper=("53.90 ± .43", "58.18 ± .52", "58.45 ± .40")),
-    Method("drmad", "DrMAD", DrMAD(), paper=("49.84 ± 1.35", "55.13 ± .64", "57.03 ± .42")),
-    Method("ift-2-25", "N.IFT(2, 25)", IFT(Neumann(2, rate=RATE), converged=None, solved=None), last=25),
-    Method(
-        "ift-5-10",
-        "N.IFT(5, 10)",
-        IFT(Neumann(5, rate=RATE), converged=None, solved=None),
-        last=10,
-        paper=("53.76 ± .31", "58.88 ± .65", "59.34 ± .27"),
-    ),
-    Method("ift-10-5", "N.IFT(10, 5)", IFT(Neumann(10, rate=RATE), converged=None, solved=None), last=5),
+    Method("fo", "FO", FirstOrder(), paper=table_2("53.62 ± .06", "58.16 ± .52", "N/A")),
+    Method("one-step", "1-step", OneStep(), paper=table_2("53.90 ± .43", "58.18 ± .52", "58.45 ± .40")),
+    Method("drmad", "DrMAD", DrMAD(), paper=table_2("49.84 ± 1.35", "55.13 ± .64", "57.03 ± .42")),
+    neumann(2, last=25),
+    neumann(5, last=10, paper=table_2("53.76 ± .31", "58.88 ± .65", "59.34 ± .27")),
+    neumann(10, last=5),
     hyperdistill(0.9),
-    hyperdistill(0.99)._replace(paper=("56.37 ± .27", "60.91 ± .27", "60.82 ± .33")),
+    hyperdistill(0.99, paper=table_2("56.37 ± .27", "60.91 ± .27", "60.82 ± .33")),
     hyperdistill(0.999),
     hyperdistill(0.9999),
     *(hyperdistill(gamma, "plain") for gamma in (0.0, 0.9, 0.99, 0.999, 0.9999)),
@@ -87,7 +80,7 @@ class ManyShotConfig:
         channels: of every convolution.
         inner_lr: learning rate of the inner SGD (momentum 0.9).
         outer_lr: learning rate of λ's SGD (momentum 0.9), linearly to 0 over the M runs.
-        hyper_interval: λ moves at every such inner step.
+        hyper_steps: when λ moves.
         clip_norm: bound on the norm of each hypergradient, averaged over tasks; ``None``: none.
         constant_momentum: hold the momentum buffer constant in A.
         calibration_period: runs between fits of HyperDistill's θ.
@@ -109,7 +102,7 @@ class ManyShotConfig:
     channels: int = 32
     inner_lr: float = RATE
     outer_lr: float = 1e-3
-    hyper_interval: int = 2
+    hyper_steps: HyperSteps = HyperSteps(every=2)
     clip_norm: float | None = None
     constant_momentum: bool = False
     calibration_period: int = 50
@@ -125,10 +118,15 @@ class ManyShotConfig:
         clipping = "no clipping" if self.clip_norm is None else f"hypergradient norm at most {self.clip_norm:g}"
         momentum = "held constant in A" if self.constant_momentum else "differentiated"
         return (
-            f"{clipping}, momentum {momentum}, hyper-steps every {self.hyper_interval} inner steps (N.IFT: each of "
-            "the last), calibration every "
+            f"{clipping}, momentum {momentum}, hyper-steps at {self._when}, calibration every "
             f"{self.calibration_period} runs, {self.initialisation}, λ by SGD {self.outer_lr:g}"
         )
+
+    @property
+    def _when(self) -> str:
+        if self.hyper_steps.last is not None:
+            return f"each of the last {self.hyper_steps.last} inner steps"
+        return f"every {self.hyper_steps.every} inner steps"
 
 
 def configure(

@@ -1,6 +1,4 @@
-r"""Learning to weight examples with wrong labels: MetaWeightNet on Fashion-MNIST, after Shu et al.
-
-2019 and section 5.3 of EvoGrad's paper.
+"""Learning to weight examples with wrong labels: MetaWeightNet on Fashion-MNIST (section 5.3 of EvoGrad's paper).
 
 A classifier is trained on 10,000 images of which 40 % have one of two wrong classes; λ, the weight
 net, moves at every step by the loss of 1,000 clean images. Each method is held against the same
@@ -19,13 +17,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from metaopt.estimators import Estimator, EvoGrad, HyperDistill, OneStep
+from metaopt.estimators import EvoGrad, HyperDistill, OneStep
+from metaopt.experiments.experiment import Method, Run
 from metaopt.experiments.schedules import Data, Part, of_images
 from metaopt.experiments.supervised import Supervised
 from metaopt.inner import inner_step
@@ -45,24 +43,8 @@ class AllAlike:
         return torch.ones_like(x)
 
 
-class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        key: its name on the command line.
-        title: its name in the table.
-        estimator: what moves λ; ``None``: λ stays at its random initial values.
-        squash: the weight net's output to weights.
-    """
-
-    key: str
-    title: str
-    estimator: Estimator | None = None
-    squash: Squash = SigmoidAbove()
-
-
 METHODS = (
-    Method("uniform", "uniform weights", squash=AllAlike()),
+    Method("uniform", "uniform weights", settings={"squash": AllAlike()}),
     Method("frozen", "frozen random net"),
     Method("one-step", "1-step", OneStep()),
     Method("hyperdistill", "HyperDistill, π = 1, γ = .99", HyperDistill(gamma=0.99, pi="plain")),
@@ -93,6 +75,7 @@ class NoisyLabelsConfig:
         outer_lr: learning rate of λ's Adam.
         clip_norm: bound on the norm of each hypergradient; ``None``: none.
         evaluate_every: steps between two evaluations.
+        squash: the weight net's output to weights.
     """
 
     root: Path = Path("data")
@@ -109,6 +92,7 @@ class NoisyLabelsConfig:
     outer_lr: float = 1e-3
     clip_norm: float | None = None
     evaluate_every: int = 100
+    squash: Squash = SigmoidAbove()
 
     @property
     def options(self) -> str:
@@ -123,12 +107,11 @@ class NoisyLabelsConfig:
         )
 
 
-class NoisyLabelsRun(NamedTuple):
-    """One run of one method.
+@dataclass(frozen=True, kw_only=True)
+class NoisyLabelsRun(Run):
+    """One run of one method; ``seconds`` are of the first stage, evaluations included.
 
     Attributes:
-        method: key of the method.
-        seed: of the images drawn, their noise, the initial weights and the batches.
         accuracy: on the test images after the last step, in per cent; NaN if the run broke off.
         two_stage: the same of a second classifier, trained with the weight net as it was found; NaN
             where λ did not move.
@@ -140,12 +123,8 @@ class NoisyLabelsRun(NamedTuple):
         right_losses: histogram of the losses of images with the right label, after the last step;
             the last bin holds all higher ones.
         wrong_losses: of those with a wrong one.
-        seconds: of the first stage, evaluations included.
-        failure: what went wrong, or "".
     """
 
-    method: str
-    seed: int
     accuracy: float
     two_stage: float
     ratio: float
@@ -154,8 +133,6 @@ class NoisyLabelsRun(NamedTuple):
     weights: list[float]
     right_losses: list[float]
     wrong_losses: list[float]
-    seconds: float
-    failure: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +198,7 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
         )
         loss = functools.partial(cross_entropy, reduction="none")
         model = MetaWeightNet.of(
-            net, loss, hidden=config.weight_net, squash=method.squash, coefficients=batch_normalised
+            net, loss, hidden=config.weight_net, squash=method.configured(config).squash, coefficients=batch_normalised
         )
     problem = Problem(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
     return problem, *model.init()
@@ -230,8 +207,11 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
 def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     """Both stages of one method; deterministic in ``(method, config, seed)``."""
     problem, w0, lam0 = prepare(method, config, seed)
-    started, failure, w, lam = time.perf_counter(), "", w0, lam0
-    curve, ratios = [], []
+    w, lam = w0, lam0
+    failure = ""
+    curve: list[float] = []
+    ratios: list[float] = []
+    started = time.perf_counter()
     try:
         for t, w, lam in problem.training.run(w0, lam0, method.estimator):
             if t % config.evaluate_every == 0:
@@ -239,7 +219,8 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
                 ratios.append(problem.ratio(lam, problem.losses(w)))
     except FloatingPointError as error:
         failure = str(error)
-    seconds, losses = time.perf_counter() - started, problem.losses(w)
+    seconds = time.perf_counter() - started
+    losses = problem.losses(w)
     two_stage = math.nan
     if method.estimator is not None and not failure:
         *_, (_, second, _) = problem.training.run(w0, lam, None)
@@ -247,18 +228,18 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     with torch.no_grad():
         weights = problem.model.weights(lam, torch.linspace(0, HIGHEST_LOSS, BINS))
     return NoisyLabelsRun(
-        method.key,
-        seed,
-        math.nan if failure else problem.accuracy(w, lam),
-        two_stage,
-        math.nan if failure else problem.ratio(lam, losses),
-        curve,
-        ratios,
-        weights.tolist(),
-        _histogram(losses[~problem.wrong]),
-        _histogram(losses[problem.wrong]),
-        seconds,
-        failure,
+        method=method.key,
+        seed=seed,
+        seconds=seconds,
+        failure=failure,
+        accuracy=math.nan if failure else problem.accuracy(w, lam),
+        two_stage=two_stage,
+        ratio=math.nan if failure else problem.ratio(lam, losses),
+        curve=curve,
+        ratios=ratios,
+        weights=weights.tolist(),
+        right_losses=_histogram(losses[~problem.wrong]),
+        wrong_losses=_histogram(losses[problem.wrong]),
     )
 
 

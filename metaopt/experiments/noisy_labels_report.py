@@ -13,22 +13,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from metaopt.experiments import compare
-from metaopt.experiments.noisy_labels import BINS, HIGHEST_LOSS, Method, NoisyLabelsConfig, NoisyLabelsRun
+from metaopt.experiments import noisy_labels
+from metaopt.experiments.experiment import Experiment, Method
+from metaopt.experiments.noisy_labels import BINS, HIGHEST_LOSS, METHODS, NoisyLabelsConfig, NoisyLabelsRun
+from metaopt.experiments.pictures import draw_curves
 from metaopt.experiments.statistics import summarise
 
 CONTROL = "frozen"
 """Key of the method that the others are held against."""
 
 
-def table(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], title: str) -> Table:
+def table(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], config: NoisyLabelsConfig) -> Table:
     """One row per method.
 
     Accuracy, its gain over the frozen net on the same seeds, the second stage, and the weights'
     ratio.
     """
     shown = Table(
-        title=title,
+        title=f"Fashion-MNIST, {config.rate:.0%} wrong labels",
         caption="mean ± 95 % CI over the seeds that did not fail; gain: over the frozen random net, seed by seed",
     )
     for column in ("method", "accuracy, %", "gain", "two stages, %", "weight right / wrong", "failed", "s / run"):
@@ -55,7 +57,7 @@ def draw(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], config: Nois
     """Accuracy along training, and the weighting curves; returns the files."""
     paths = [out / "accuracy.png", out / "weights.png"]
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
-    compare.draw_curves(
+    draw_curves(
         curves, paths[0], ylabel="test accuracy, %", xlabel="steps", every=config.evaluate_every, yscale="linear"
     )
     draw_weights(methods, runs, paths[1])
@@ -91,3 +93,6 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
     grid[1, 0].set_ylabel("training images")
     grid[1, 0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+EXPERIMENT = Experiment("noisy-labels", METHODS, NoisyLabelsRun, noisy_labels.prepare, noisy_labels.run, table, draw)

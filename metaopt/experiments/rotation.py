@@ -12,18 +12,19 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from metaopt.estimators import Estimator, EvoGrad, OneStep
-from metaopt.experiments import compare
+from metaopt.estimators import EvoGrad, OneStep
+from metaopt.experiments.experiment import Experiment, Method, Run
 from metaopt.experiments.image_data import Source, read, split_images
+from metaopt.experiments.pictures import draw_curves
 from metaopt.experiments.schedules import Data, Part
 from metaopt.experiments.statistics import summarise
 from metaopt.experiments.supervised import Supervised
@@ -33,30 +34,11 @@ from metaopt.models.rotation import rotate
 from metaopt.optim import Adam
 from metaopt.tree import Tree
 
-
-class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        key: its name on the command line.
-        title: its name in the table.
-        estimator: what moves the angle; ``None``: it stays.
-        told: whether the right angle is given at the start.
-        paper: published accuracy, on all of MNIST.
-    """
-
-    key: str
-    title: str
-    estimator: Estimator | None = None
-    told: bool = False
-    paper: str = "–"
-
-
 METHODS = (
     Method("baseline", "baseline, no rotation", paper="81.79"),
     Method("one-step", "1-step", OneStep()),
     Method("evograd", "EvoGrad, K = 2", EvoGrad(around="after", unit_rate=True), paper="98.11"),
-    Method("told", "angle given", told=True),
+    Method("told", "angle given", settings={"told": True}),
 )
 """EvoGrad at its published σ and τ, perturbing the weights after the ordinary step, as published for this experiment."""
 
@@ -75,6 +57,7 @@ class RotationConfig:
         batch: images of an inner and of an outer batch.
         lr: learning rate of the inner Adam.
         outer_lr: learning rate of the angle's Adam, in radians.
+        told: whether the right angle is given at the start.
     """
 
     source: Source = Source("mnist")
@@ -86,6 +69,7 @@ class RotationConfig:
     batch: int = 100
     lr: float = 1e-3
     outer_lr: float = 1e-2
+    told: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,29 +87,22 @@ class RotationConfig:
         )
 
 
-class RotationRun(NamedTuple):
-    """One run of one method.
+@dataclass(frozen=True, kw_only=True)
+class RotationRun(Run):
+    """One run of one method; ``seconds`` include the evaluations.
 
     Attributes:
-        method: key of the method.
-        seed: of the images drawn, the initial weights and the batches.
         accuracy: on the turned test images after the last step, in per cent; NaN if the run broke
             off.
         angle: after the last step, in degrees.
         curve: accuracy after every epoch.
         angles: angle after every epoch.
-        seconds: of the run, evaluations included.
-        failure: what went wrong, or "".
     """
 
-    method: str
-    seed: int
     accuracy: float
     angle: float
     curve: list[float]
     angles: list[float]
-    seconds: float
-    failure: str
 
 
 def lenet(channels: int, size: int, classes: int) -> nn.Sequential:
@@ -176,7 +153,7 @@ def prepare(method: Method, config: RotationConfig, seed: int) -> tuple[Rotation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = lenet(data.train.x.shape[1], data.train.x.shape[-1], len(digits.names))
-    model = Rotation.of(net, cross_entropy, degrees=config.degrees if method.told else 0.0)
+    model = Rotation.of(net, cross_entropy, degrees=config.degrees if method.configured(config).told else 0.0)
     return model, data, *model.init()
 
 
@@ -193,8 +170,10 @@ def run(method: Method, config: RotationConfig, seed: int) -> RotationRun:
         optimizer=functools.partial(torch.optim.Adam, lr=config.outer_lr),
         seed=seed,
     )
-    started, failure = time.perf_counter(), ""
-    curve, angles = [], []
+    started = time.perf_counter()
+    failure = ""
+    curve: list[float] = []
+    angles: list[float] = []
     try:
         for t, w_t, lam_t in training.run(w, lam, method.estimator):
             if t % config.steps_per_epoch == 0:
@@ -202,12 +181,21 @@ def run(method: Method, config: RotationConfig, seed: int) -> RotationRun:
                 angles.append(math.degrees(float(lam_t["angle"])))
     except FloatingPointError as error:
         failure = str(error)
-    last = (math.nan, math.nan) if failure else (curve[-1], angles[-1])
-    return RotationRun(method.key, seed, *last, curve, angles, time.perf_counter() - started, failure)
+    return RotationRun(
+        method=method.key,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        failure=failure,
+        accuracy=math.nan if failure else curve[-1],
+        angle=math.nan if failure else angles[-1],
+        curve=curve,
+        angles=angles,
+    )
 
 
-def table(methods: list[Method], runs: list[RotationRun], title: str) -> Table:
+def table(methods: Sequence[Method], runs: Sequence[RotationRun], config: RotationConfig) -> Table:
     """One row per method: accuracy and angle over seeds."""
+    title = f"{config.source.name}, test images turned by {config.degrees:g}°"
     shown = Table(title=title, caption="mean ± 95 % CI over the seeds that did not fail; paper: all of MNIST")
     for column in ("method", "accuracy, %", "angle, degrees", "failed", "s / run", "paper"):
         shown.add_column(column, justify="left" if column == "method" else "right")
@@ -217,12 +205,17 @@ def table(methods: list[Method], runs: list[RotationRun], title: str) -> Table:
         angle_shown = f"{angle.mean:.2f}" if method.estimator is None else angle.interval()
         seconds = f"{summarise([run.seconds for run in mine]).median:.1f}"
         shown.add_row(
-            method.title, accuracy.interval(), angle_shown, f"{accuracy.failed}/{len(mine)}", seconds, method.paper
+            method.title,
+            accuracy.interval(),
+            angle_shown,
+            f"{accuracy.failed}/{len(mine)}",
+            seconds,
+            method.published("rotation"),
         )
     return shown
 
 
-def draw(methods: list[Method], runs: list[RotationRun], config: RotationConfig, out: Path) -> list[Path]:
+def draw(methods: Sequence[Method], runs: Sequence[RotationRun], config: RotationConfig, out: Path) -> list[Path]:
     """Accuracy and angle by epoch; returns the files."""
     paths = [out / "accuracy.png", out / "angle.png"]
     for path, pick, ylabel in (
@@ -230,8 +223,11 @@ def draw(methods: list[Method], runs: list[RotationRun], config: RotationConfig,
         (paths[1], "angles", "angle, degrees"),
     ):
         curves = {method.title: [getattr(run, pick) for run in runs if run.method == method.key] for method in methods}
-        compare.draw_curves(curves, path, ylabel=ylabel, xlabel="epochs", yscale="linear")
+        draw_curves(curves, path, ylabel=ylabel, xlabel="epochs", yscale="linear")
     return paths
+
+
+EXPERIMENT = Experiment("rotation", METHODS, RotationRun, prepare, run, table, draw)
 
 
 def _grey(images: Tensor) -> Tensor:

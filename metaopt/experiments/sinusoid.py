@@ -10,14 +10,20 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from rich.table import Table
 
-from metaopt.estimators import IFT, RMD, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
+from metaopt.estimators import IFT, RMD, DrMAD, FirstOrder, HyperDistill, OneStep
 from metaopt.estimators.outer import OuterLoss
+from metaopt.experiments.experiment import Experiment, Method, Run
+from metaopt.experiments.pictures import draw_curves
+from metaopt.experiments.statistics import summarise
 from metaopt.inner import ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
 from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, vmapped
@@ -25,27 +31,6 @@ from metaopt.models import ANIL, sinusoid_net
 from metaopt.optim import SGD
 from metaopt.tasks import Sinusoid
 from metaopt.tree import Tree
-
-
-class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        key: its name on the command line.
-        title: its name in the table.
-        estimator: the estimator.
-        hyper_steps: when λ moves (online estimators).
-        paper: the paper's figure, mean ± 95 % CI over 5 runs, or "–".
-        overrides: settings of :class:`SinusoidConfig` in which this row differs from the others.
-    """
-
-    key: str
-    title: str
-    estimator: Estimator
-    hyper_steps: HyperSteps = HyperSteps()
-    paper: str = "–"
-    overrides: Mapping[str, Any] = {}
-
 
 PRINTED = {"clip_norm": None, "constant_momentum": False}
 """Exactly as the papers print it: the true derivative of momentum SGD, no clipping, θ fitted every 50 runs."""
@@ -57,19 +42,19 @@ METHODS = (
     Method("fo", "FO", FirstOrder(), paper=".567 ± .193"),
     Method("one-step", "1-step", OneStep(), paper=".670 ± .283"),
     Method("drmad", "DrMAD", DrMAD(), paper="1.086 ± .176"),
-    Method("drmad-printed", "DrMAD, as printed", DrMAD(), paper="1.086 ± .176", overrides=PRINTED),
+    Method("drmad-printed", "DrMAD, as printed", DrMAD(), paper="1.086 ± .176", settings=PRINTED),
     Method(
         "ift-5-5",
         "N.IFT(5, 5)",
         IFT(Neumann(5, rate=0.01), converged=None, solved=None),
-        HyperSteps(last=5),
+        settings={"hyper_steps": HyperSteps(last=5)},
         paper=".502 ± .146",
     ),
     Method(
         "ift-2-10",
         "N.IFT(2, 10)",
         IFT(Neumann(2, rate=0.01), converged=None, solved=None),
-        HyperSteps(last=10),
+        settings={"hyper_steps": HyperSteps(last=10)},
         paper=".502 ± .146",
     ),
     Method("hyperdistill", "HyperDistill, γ=.9", HyperDistill(gamma=0.9, example_axis=1), paper=".327 ± .052"),
@@ -78,15 +63,15 @@ METHODS = (
         "HyperDistill, as printed, γ=.99",
         HyperDistill(gamma=0.99, example_axis=1),
         paper=".327 ± .052",
-        overrides=PRINTED,
+        settings=PRINTED,
     ),
     Method(
         "hyperdistill-refitted",
         "HyperDistill, θ re-fitted",
         HyperDistill(gamma=0.9, example_axis=1),
-        overrides=REFITTED,
+        settings=REFITTED,
     ),
-    Method("rmd", "RMD (exact), offline", RMD(), overrides=PRINTED),
+    Method("rmd", "RMD (exact), offline", RMD(), settings=PRINTED),
 )
 
 
@@ -107,6 +92,7 @@ class SinusoidConfig:
         constant_momentum: hold the momentum buffer constant in A (see
             :class:`metaopt.inner.ConstantSlots`).
         calibration_period: runs between fits of HyperDistill's θ.
+        hyper_steps: when λ moves, for the methods that move it during the run.
         test_tasks: tasks of the meta-test.
     """
 
@@ -120,6 +106,7 @@ class SinusoidConfig:
     clip_norm: float | None = 1.0
     constant_momentum: bool = True
     calibration_period: int = 50
+    hyper_steps: HyperSteps = HyperSteps()
     test_tasks: int = 1000
 
     FAILED_AT: ClassVar[float] = 3.0
@@ -133,26 +120,19 @@ class SinusoidConfig:
         return f"{clipping}, momentum {momentum}, calibration every {self.calibration_period} runs"
 
 
-class SinusoidRun(NamedTuple):
-    """One meta-training run of one method, and its meta-test.
+@dataclass(frozen=True, kw_only=True)
+class SinusoidRun(Run):
+    """One meta-training run of one method, and its meta-test; ``seconds`` are per inner run.
 
     Attributes:
-        method: key of the method.
-        seed: of the initial weights and of all tasks.
         test_error: mean squared error over the test tasks; NaN if the run broke off.
         curve: outer loss per task at the end of each inner run.
         products: αA and αB products per inner run, calibration spread over the runs.
-        seconds: per inner run, mean.
-        failure: what went wrong, or "".
     """
 
-    method: str
-    seed: int
     test_error: float
     curve: list[float]
     products: float
-    seconds: float
-    failure: str
 
 
 class Setup(NamedTuple):
@@ -166,6 +146,11 @@ class Setup(NamedTuple):
     outer_loss: OuterLoss
     phi: Tree
     lam: Tree
+
+
+def setup_of(_: Method, config: SinusoidConfig, seed: int) -> Setup:
+    """The network of one seed, the same for every method."""
+    return setup(config, seed)
 
 
 def setup(config: SinusoidConfig, seed: int) -> Setup:
@@ -182,19 +167,21 @@ def setup(config: SinusoidConfig, seed: int) -> Setup:
 
 def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     """Meta-train and meta-test once. Deterministic in ``(method, config, seed)``."""
-    config = replace(config, **method.overrides)
+    config = method.configured(config)
     anil, step, outer_loss, phi, lam = setup(config, seed)
     outer = Outer(lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
     training = MetaTraining(
         step,
         outer_loss,
-        method.estimator,
+        method.moving,
         config.horizon,
-        method.hyper_steps,
+        config.hyper_steps,
         Reptile(rate=1.0),
         calibration_period=config.calibration_period,
     )
-    curve, products, failure = [], 0, ""
+    curve: list[float] = []
+    products = 0
+    failure = ""
     start = time.perf_counter()
     try:
         for report in training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations):
@@ -207,7 +194,15 @@ def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     error = math.nan if failure else test_error(anil, step, phi, outer.lam, config, seed)
     if not failure and not error < config.FAILED_AT:
         failure = f"test error {error:.3g}"
-    return SinusoidRun(method.key, seed, error, curve, products / max(1, len(curve)), seconds, failure)
+    return SinusoidRun(
+        method=method.key,
+        seed=seed,
+        seconds=seconds,
+        failure=failure,
+        test_error=error,
+        curve=curve,
+        products=products / max(1, len(curve)),
+    )
 
 
 def test_error(anil: ANIL, step: Step, phi: Tree, lam: Tree, config: SinusoidConfig, seed: int) -> float:
@@ -231,3 +226,46 @@ def meta_task(config: SinusoidConfig, seed: int, run: int) -> MetaTask:
     number = run if run > 0 else _RUNS // 2 - run
     tasks = Sinusoid(config.shots, config.shots).sample(config.meta_batch, seed=seed * _RUNS + number)
     return MetaTask([tasks.train] * config.horizon, [tasks.test] * config.horizon, config.meta_batch)
+
+
+def table(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: SinusoidConfig) -> Table:
+    """One row per method.
+
+    Median, mean ± 95 % CI, failed seeds, products and seconds per inner run, the paper's figure.
+    """
+    shown = Table(
+        title=f"Sinusoid, meta-test error over {config.test_tasks} tasks, M = {config.meta_iterations}",
+        caption="median over all seeds (a failed one counts as infinite); mean ± 95 % CI over those that did not fail",
+    )
+    for column in ("method", "median", "mean ± 95 % CI", "failed", "products / run", "ms / run", "paper"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for method in methods:
+        mine = [run for run in runs if run.method == method.key]
+        summary = summarise([run.test_error for run in mine], config.FAILED_AT)
+        interval = "–" if math.isnan(summary.half_width) else f"{summary.mean:.3f} ± {summary.half_width:.3f}"
+        shown.add_row(
+            method.title,
+            f"{summary.median:.3f}",
+            interval,
+            f"{summary.failed}/{len(mine)}",
+            f"{np.median([run.products for run in mine]):.0f}",
+            f"{1e3 * np.median([run.seconds for run in mine]):.0f}",
+            method.published("sinusoid"),
+        )
+    return shown
+
+
+def draw(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: SinusoidConfig, out: Path) -> list[Path]:
+    """Figure 8: the outer loss along meta-training; methods with settings of their own are dashed."""
+    curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
+    path = out / "convergence.png"
+    draw_curves(
+        curves,
+        path,
+        ylabel=f"outer loss after T = {config.horizon} inner steps",
+        dashed=[method.title for method in methods if method.settings],
+    )
+    return [path]
+
+
+EXPERIMENT = Experiment("sinusoid", METHODS, SinusoidRun, setup_of, run, table, draw)

@@ -1,0 +1,25 @@
+"""Files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a kill or a full disk at any moment leaves the old one or the new one.
+
+    Raises:
+        OSError: if it cannot be written; it names the path.
+    """
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        os.unlink(unfinished)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
