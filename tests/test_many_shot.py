@@ -155,7 +155,7 @@ def test_missing_data_is_named_before_anything_runs(tmp_path):
         ["compare", "anil", "--data", "cifar100", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")],
     )
     assert result.exit_code == 2
-    assert "nowhere" in result.output.replace("\n", "").replace("│ │", "")
+    assert "nowhere" in "".join(line.strip("│ ") for line in result.output.splitlines())
     result = CliRunner().invoke(app, ["compare", "anil", "--data", "imaginary", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "imaginary" in result.output
 

@@ -154,7 +154,7 @@ def test_missing_files_are_named(tmp_path):
     result = CliRunner().invoke(
         app, ["compare", "noisy-labels", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
     )
-    assert result.exit_code == 2 and "nowhere" in result.output.replace("\n", "").replace("│ │", "")
+    assert result.exit_code == 2 and "nowhere" in "".join(line.strip("│ ") for line in result.output.splitlines())
 
 
 def test_an_interval_needs_two_seeds():

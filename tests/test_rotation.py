@@ -118,7 +118,9 @@ def test_command_writes_table_pictures_and_json(pictures, tmp_path, monkeypatch)
 def test_mnist_is_read_and_what_cannot_be_is_named(tmp_path):
     arguments = ["compare", "rotation", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "train-images-idx3-ubyte" in result.output.replace("\n", "").replace("│ │", "")
+    assert result.exit_code == 2 and "train-images-idx3-ubyte" in "".join(
+        line.strip("│ ") for line in result.output.splitlines()
+    )
     place = tmp_path / "MNIST" / "raw"
     place.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 5)):
