@@ -54,7 +54,8 @@ there are 2 pairs or directions where a method draws them; the counts grow in pr
 def expense(make: Callable[[int], mo.Estimator], T: int, size: int = 4) -> tuple[mo.Cost, int]:
     """What is counted, and the peak in bytes, at ``T`` steps and ``size`` hyperparameters of 4,096 weights."""
     torch.manual_seed(0)
-    w0, target = torch.randn(4096), torch.randn(4096)
+    w0 = torch.randn(4096)
+    target = torch.randn(4096)
     lam = torch.zeros(size)
 
     def inner_loss(w, lam, batch):
@@ -83,7 +84,8 @@ def expense(make: Callable[[int], mo.Estimator], T: int, size: int = 4) -> tuple
 
 def law(at: Callable[[int], int], unit: str) -> str:
     """``a + bT`` through two horizons, in words; empty where it is zero throughout."""
-    first, second = at(8), at(16)
+    first = at(8)
+    second = at(16)
     slope = (second - first) / 8
     constant = first - 8 * slope
     text = {0.0: "", 1.0: "T"}.get(slope, f"{slope:g}T")
@@ -128,7 +130,8 @@ def page() -> str:
     """The whole page."""
     rows = []
     for case in ESTIMATORS:
-        estimator, cost = case.make(8), cost_of(case.make)
+        estimator = case.make(8)
+        cost = cost_of(case.make)
         traits, (by_step, by_size) = estimator.traits, growth(case.make)
         longer = traits.sees not in ("nothing", "the last step")
         marks = [mark(traits.high_dimensional), mark(estimator.online), mark(not by_step), mark(longer)]

@@ -49,7 +49,8 @@ def difference_to_torch(case: OptimizerCase) -> str:
     torch.manual_seed(0)
     w = {"a": torch.randn(3, 2), "b": torch.randn(4)}
     params = [x.clone().requires_grad_() for x in w.values()]
-    theirs, ours = case.torch(params), case.make()
+    theirs = case.torch(params)
+    ours = case.make()
     slots = ours.init(w)
     for t in range(1, 21):
         g = tree.map(torch.randn_like, w)
@@ -63,7 +64,8 @@ def difference_to_torch(case: OptimizerCase) -> str:
 
 def transposed(case: OptimizerCase) -> str:
     torch.manual_seed(0)
-    w0, batch = {"a": torch.randn(3, 2), "b": torch.randn(4)}, {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    w0 = {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    batch = {"a": torch.randn(3, 2), "b": torch.randn(4)}
     step = mo.inner_step(lambda w, lam, b: sum(((lam * w[k] - b[k]).tanh() ** 2).sum() for k in w), case.make())
     lam = torch.tensor(0.7)
     state = step(step.init(w0, lam), lam, batch)
@@ -71,7 +73,8 @@ def transposed(case: OptimizerCase) -> str:
         mo.InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t)
         for _ in range(2)
     )
-    forward, lam_dot = step.jvp(state, lam, batch, dot, torch.tensor(0.3)), torch.tensor(0.3)
+    forward = step.jvp(state, lam, batch, dot, torch.tensor(0.3))
+    lam_dot = torch.tensor(0.3)
     state_bar, lam_bar = step.vjp(state, lam, batch, bar)
     left = tree.dot((forward.w, forward.slots), (bar.w, bar.slots))
     right = tree.dot((dot.w, dot.slots), (state_bar.w, state_bar.slots)) + tree.dot(lam_dot, tree.filled(lam_bar, lam))

@@ -48,7 +48,8 @@ class DecayedSum(Estimator):
         """The weights, and the sum."""
 
         def pullback(alpha: Tree) -> Response:
-            total, weight = tree.map(lambda _: None, lam), 1.0
+            total = tree.map(lambda _: None, lam)
+            weight = 1.0
             with replay.preserved(state):
                 for moment in Full().moments(carry, step, state):
                     _, product = moment.pullback(step, InnerState(alpha, None, state.t), "lam")

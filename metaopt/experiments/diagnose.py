@@ -101,7 +101,8 @@ def _stage(
         raise ValueError(
             f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed"
         )
-    aside, rest = problems[0], problems[1:]
+    aside = problems[0]
+    rest = problems[1:]
     samples = distill.size_samples(aside.step, aside.lam, finished_run(aside))
     fitted = calibrated({"HyperDistill": distill}, aside)["HyperDistill"]
     assert isinstance(fitted, HyperDistill)
@@ -177,7 +178,8 @@ def figure_4(stages: Sequence[Stage], thetas: Sequence[float] = ()) -> Figure:
 
 
 def _samples(axes: Any, stage: Stage, letter: str) -> None:
-    x, y = stage.samples.x.numpy(), stage.samples.y.numpy()
+    x = stage.samples.x.numpy()
+    y = stage.samples.y.numpy()
     points = axes.scatter(x, y, c=np.arange(1, len(x) + 1), s=18, cmap="viridis")
     axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"θ = {stage.theta:.3g}")
     axes.figure.colorbar(points, ax=axes, label="horizon s")

@@ -71,7 +71,8 @@ def train(start: Setup, config: SinusoidConfig, distill: HyperDistill, seed: int
         initialisation=Reptile(rate=1.0),
         calibration_period=config.calibration_period,
     )
-    phi, thetas = start.phi, []
+    phi = start.phi
+    thetas = []
     for report in training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations):
         phi = report.phi
         assert isinstance(report.estimator, HyperDistill)

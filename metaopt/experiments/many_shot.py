@@ -128,7 +128,8 @@ class Setting:
     def _episodes(self, data: Any) -> Episodes:
         c = self.config
         corruption = label_noise.uniform if c.corruption else None
-        crop, flip = max(1, data.images.shape[-1] // 8), self.splits.flip
+        crop = max(1, data.images.shape[-1] // 8)
+        flip = self.splits.flip
         return Episodes(
             data, c.ways, c.shots, c.shots, c.batch_size, crop=crop, flip=flip, corruption=corruption, rate=c.corruption
         )
@@ -292,7 +293,9 @@ def weights_of(model: MetaModel, lam: Tree) -> list[float]:
         return model.weights(lam, LOSSES).flatten().tolist()
 
 
-_TRAIN, _VALIDATION, _TEST = 0, 1, 2
+_TRAIN = 0
+_VALIDATION = 1
+_TEST = 2
 _APART = 5_000_000
 
 

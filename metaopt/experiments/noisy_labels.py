@@ -52,7 +52,8 @@ METHODS = (
 )
 """EvoGrad at its published σ and τ; ``unit_rate`` gives it 1-step's size, so that Adam's ε does not count."""
 
-HIGHEST_LOSS, BINS = 10.0, 100
+HIGHEST_LOSS = 10.0
+BINS = 100
 """The weighting curve is drawn for losses from zero to here; so many points and bins."""
 
 
@@ -207,7 +208,8 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
 def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     """Both stages of one method; deterministic in ``(method, config, seed)``."""
     problem, w0, lam0 = prepare(method, config, seed)
-    w, lam = w0, lam0
+    w = w0
+    lam = lam0
     failure = ""
     curve: list[float] = []
     ratios: list[float] = []

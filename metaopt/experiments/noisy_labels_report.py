@@ -71,7 +71,8 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
     """
     figure = Figure(figsize=(2.6 * len(methods), 4.2), layout="constrained")
     grid = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False)
-    losses, edges = np.linspace(0, HIGHEST_LOSS, BINS), np.linspace(0, HIGHEST_LOSS, BINS + 1)
+    losses = np.linspace(0, HIGHEST_LOSS, BINS)
+    edges = np.linspace(0, HIGHEST_LOSS, BINS + 1)
     for (above, below), method in zip(grid.T, methods, strict=True):
         mine = [run for run in runs if run.method == method.key]
         for run in mine:

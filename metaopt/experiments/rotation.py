@@ -201,7 +201,8 @@ def table(methods: Sequence[Method], runs: Sequence[RotationRun], config: Rotati
         shown.add_column(column, justify="left" if column == "method" else "right")
     for method in methods:
         mine = [run for run in runs if run.method == method.key]
-        accuracy, angle = summarise([run.accuracy for run in mine]), summarise([run.angle for run in mine])
+        accuracy = summarise([run.accuracy for run in mine])
+        angle = summarise([run.angle for run in mine])
         angle_shown = f"{angle.mean:.2f}" if method.estimator is None else angle.interval()
         seconds = f"{summarise([run.seconds for run in mine]).median:.1f}"
         shown.add_row(

@@ -172,7 +172,8 @@ def build(data: Data, config: SchedulesConfig) -> Problem:
     source = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        size, classes = flat.train.x.shape[1], 1 + int(flat.train.y.max())
+        size = flat.train.x.shape[1]
+        classes = 1 + int(flat.train.y.max())
         network = nn.Sequential(nn.Linear(size, config.hidden), nn.ReLU(), nn.Linear(config.hidden, classes))
     order = torch.stack(
         [torch.randperm(len(flat.train.y), generator=source)[: config.batch] for _ in range(config.steps)]
@@ -191,7 +192,8 @@ class Learned(NamedTuple):
 
 def learn(problem: Problem) -> Learned:
     """FDS: from all zeros by sign steps. The mean validation gradient is over all validation examples."""
-    config, dtype = problem.config, problem.data.train.x.dtype
+    config = problem.config
+    dtype = problem.data.train.x.dtype
     T = config.steps
     lam: dict[str, Tensor] = {"lr": torch.zeros(config.windows, dtype=dtype)}
     lam |= {name: torch.zeros(1, dtype=dtype) for name in ("momentum", "weight_decay")}
@@ -199,8 +201,11 @@ def learn(problem: Problem) -> Learned:
     limits = {"lr": (0.0, None), "momentum": (0.0, config.highest_momentum), "weight_decay": (0.0, None)}
     groups = [{"params": [lam[name]], "lr": size} for name, size in zip(lam, config.sign_steps, strict=True)]
     outer = Outer(lam, SignStep(groups), project=bounded(limits))
-    step, started = _scheduled(problem), time.perf_counter()
-    losses, schedules, products = [], [outer.lam], 0
+    step = _scheduled(problem)
+    started = time.perf_counter()
+    losses = []
+    schedules = [outer.lam]
+    products = 0
     for _ in range(config.outer_steps):
         hg = hypergradient(
             step,
@@ -235,7 +240,8 @@ def random_search(problem: Problem) -> list[float]:
     Rates log-uniform in [1e-3, 1], momentum uniform below its bound, weight decay log-uniform in
     [1e-6, 1e-2].
     """
-    config, dtype = problem.config, problem.data.train.x.dtype
+    config = problem.config
+    dtype = problem.data.train.x.dtype
     source = torch.Generator().manual_seed(1000 + config.seed)
     accuracies = []
     for _ in range(config.searches):
@@ -251,7 +257,8 @@ def random_search(problem: Problem) -> list[float]:
 
 def greedy(problem: Problem, rate: float) -> float:
     """Accuracy after one run in which λ (one rate, momentum, weight decay, from 0) follows the 1-step hypergradient of a validation minibatch."""
-    config, dtype = problem.config, problem.data.train.x.dtype
+    config = problem.config
+    dtype = problem.data.train.x.dtype
     validation = problem.data.validation
     source = torch.Generator().manual_seed(2000 + config.seed)
     chosen = [torch.randperm(len(validation.y), generator=source)[: config.batch] for _ in range(config.steps)]
@@ -285,7 +292,8 @@ def of_images(
         )
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[: examples + validation]
     x = train.images.float() / 255
-    mean, deviation = x.mean(), x.std()
+    mean = x.mean()
+    deviation = x.std()
     parts = [Part((x[rows] - mean) / deviation, train.labels[rows]) for rows in (order[:examples], order[examples:])]
     return Data(parts[0], parts[1], Part((test.images.float() / 255 - mean) / deviation, test.labels))
 

@@ -93,7 +93,8 @@ def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImage
 def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> LabelledImages:
     """A data set of torchvision's that consists of four idx files."""
     module = _torchvision.datasets()
-    reader, place = getattr(module, name), root / name / "raw"
+    reader = getattr(module, name)
+    place = root / name / "raw"
     if download:
         fetch(partial(reader, root, download=True), place, source)
     contents = [_idx_part(module.mnist, place, piece, source) for piece in parts(part, "train", "t10k")]

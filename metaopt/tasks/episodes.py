@@ -111,7 +111,8 @@ class Episodes:
         drawn = [self._draw(seed, task) for task in range(tasks)]
         rows = torch.stack([index for index, _ in drawn]).to(self.device)
         classes = torch.stack([chosen for _, chosen in drawn])
-        train, test = rows[..., : self.shots].flatten(1), rows[..., self.shots :].flatten(1)
+        train = rows[..., : self.shots].flatten(1)
+        test = rows[..., self.shots :].flatten(1)
         clean = torch.arange(self.ways).repeat_interleave(self.shots).expand(tasks, -1)
         noisy = (
             clean

@@ -106,7 +106,8 @@ def _read(path: Path) -> Font | None:
         return None
     if _NOT_TEXT.search(font.family_name) or _NOT_TEXT.search(path.stem):
         return None
-    family, characters = _family(font.family_name), frozenset(font.get_charmap())
+    family = _family(font.family_name)
+    characters = frozenset(font.get_charmap())
     if family.startswith("Computer Modern"):
         characters &= _TEX_TEXT
     elif not characters.issuperset(map(ord, string.ascii_letters)):  # a script's font, with punctuation of its own kind

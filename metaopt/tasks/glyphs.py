@@ -41,8 +41,12 @@ CHARACTERS = (
 )
 """What :func:`glyphs` renders unless told otherwise; homoglyphs are dropped afterwards."""
 
-_BOX, _OVERSAMPLING, _FORMAT = 0.66, 2, 1
-_ALIKE, _SHARE, _GRID = 0.9, 0.3, 14
+_BOX = 0.66
+_OVERSAMPLING = 2
+_FORMAT = 1
+_ALIKE = 0.9
+_SHARE = 0.3
+_GRID = 14
 
 
 class Drawing(NamedTuple):
@@ -151,7 +155,10 @@ def _make(
         raise ValueError(f"none of {len(available)} fonts has the characters {characters!r}")
     kept = _without_homoglyphs([sheet for _, sheet in sheets], characters)
     generator = torch.Generator().manual_seed(seed)
-    images, labels, origins, names = [], [], [], []
+    images = []
+    labels = []
+    origins = []
+    names = []
     for character in tqdm(kept, desc="jitter" if jitter else "choice", leave=False, delay=1):
         distinct, origin = _distinct(sheets, character, families)
         if not len(distinct) or (not jitter and len(distinct) < per_class):
@@ -216,7 +223,8 @@ def _without_homoglyphs(sheets: list[Sheet], characters: str) -> str:
         index = torch.tensor([number[c] for c in sheet])
         small = torch.stack([drawing.shape for drawing in sheet.values()]).float().flatten(1)
         unit = torch.nn.functional.normalize(small - small.mean(1, keepdim=True))
-        rows, columns = index.unsqueeze(1), index.unsqueeze(0)
+        rows = index.unsqueeze(1)
+        columns = index.unsqueeze(0)
         alike[rows, columns] += (unit @ unit.T > _ALIKE).float()
         both[rows, columns] += 1
     twins = alike > _SHARE * both
@@ -264,9 +272,11 @@ def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     n = len(images)
     draw = 2 * torch.rand(6, n, generator=generator) - 1
-    angle, shear = draw[0] * math.radians(12), 0.15 * draw[1]
+    angle = draw[0] * math.radians(12)
+    shear = 0.15 * draw[1]
     stretch_x, stretch_y = (1 / (0.975 + 0.175 * draw[i]) for i in (2, 3))
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     first = torch.stack([stretch_x * cos, stretch_x * (shear * cos - sin), 0.14 * draw[4]], 1)
     second = torch.stack([stretch_y * sin, stretch_y * (shear * sin + cos), 0.14 * draw[5]], 1)
     grid = torch.nn.functional.affine_grid(

@@ -71,7 +71,8 @@ class LabelledImages:
         """
         if not len(dataset):
             raise ValueError(f"{type(dataset).__name__} is empty")
-        images, labels = [], []
+        images = []
+        labels = []
         for i in tqdm(range(len(dataset)), desc=type(dataset).__name__, leave=False, delay=1):
             image, label = dataset[i]
             images.append(as_uint8(image, i))

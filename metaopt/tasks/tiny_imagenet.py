@@ -11,7 +11,8 @@ from metaopt import _torchvision
 from metaopt.tasks._files import Part, check_file, fetch, open_image, parts
 from metaopt.tasks.images import LabelledImages, as_uint8
 
-_URL, _MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def tiny_imagenet(root: str | Path, part: Part = "train", *, size: int = 64, download: bool = False) -> LabelledImages:
