@@ -85,8 +85,8 @@ CASES = {
 }
 
 
-def by_fmd(case: Case, chunk_size: int | None = None) -> Any:
-    return mo.hypergradient(*case, estimator=mo.FMD(chunk_size)).indirect
+def by_fmd(case: Case, columns_at_once: int | None = None) -> Any:
+    return mo.hypergradient(*case, estimator=mo.FMD(columns_at_once)).indirect
 
 
 def by_loop(case: Case) -> Any:

@@ -19,36 +19,33 @@ from metaopt.tree import Tree
 
 
 class Rng(NamedTuple):
-    """State of torch's CPU generator and, where the weights live on a GPU, of that device's generator."""
+    """State of torch's CPU generator and, where the weights live on GPUs, of those devices' generators."""
 
     cpu: Tensor
-    cuda: Tensor | None = None
-    device: torch.device | None = None
+    cuda: tuple[Tensor, ...] = ()
+    devices: tuple[torch.device, ...] = ()
 
 
 def snapshot(at: Tree) -> Rng:
-    """The generators' states now (about 2 µs and 5 KB); ``at`` tells which device matters."""
-    cpu = torch.get_rng_state()
+    """The generators' states now (about 2 µs and 5 KB); ``at`` tells which devices matter."""
     if not torch.cuda.is_initialized():
-        return Rng(cpu)
-    for leaf in tree.leaves(at):
-        if isinstance(leaf, Tensor) and leaf.is_cuda:
-            return Rng(cpu, torch.cuda.get_rng_state(leaf.device), leaf.device)
-    return Rng(cpu)
+        return Rng(torch.get_rng_state())
+    found = {leaf.device.index: leaf.device for leaf in tree.leaves(at) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    return _now(tuple(found[index] for index in sorted(found)))
 
 
 def same(a: Rng, b: Rng) -> bool:
     """Whether nothing was drawn between the two snapshots."""
-    return torch.equal(a.cpu, b.cpu) and (
-        a.cuda is b.cuda or (a.cuda is not None and b.cuda is not None and torch.equal(a.cuda, b.cuda))
-    )
+    if a.devices != b.devices or not torch.equal(a.cpu, b.cpu):
+        return False
+    return all(torch.equal(x, y) for x, y in zip(a.cuda, b.cuda, strict=True))
 
 
 def restore(rng: Rng) -> None:
     """Put the generators back to a snapshot."""
     torch.set_rng_state(rng.cpu)
-    if rng.cuda is not None and rng.device is not None:
-        torch.cuda.set_rng_state(rng.cuda, rng.device)
+    for device, state in zip(rng.devices, rng.cuda, strict=True):
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
@@ -59,3 +56,18 @@ def preserved(at: Tree) -> Iterator[None]:
         yield
     finally:
         restore(before)
+
+
+@contextmanager
+def repeated(rng: Rng) -> Iterator[None]:
+    """Inside, the same numbers are drawn as after the snapshot; the generators are left as they were."""
+    before = _now(rng.devices)
+    restore(rng)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def _now(devices: tuple[torch.device, ...]) -> Rng:
+    return Rng(torch.get_rng_state(), tuple(torch.cuda.get_rng_state(device) for device in devices), devices)

@@ -1,5 +1,7 @@
 """The compiled step: the eager numbers, the same random draws, and an audible way back to eager."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -148,3 +150,21 @@ def test_an_outer_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once():
     assert all(alpha.tolist() == [2.0, 2.0] and direct.tolist() == [-2.0, -2.0] for _, alpha, direct in found)
     with pytest.raises(TypeError, match="outer_loss must be a function"):
         mo.compiled_loss(None)
+
+
+def test_constants_of_a_users_module_are_looked_at_whatever_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "torch_helpers.py").write_text("SCALE = 1.0\n\ndef penalty(w):\n    return SCALE * (w**2).sum()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    helpers = importlib.import_module("torch_helpers")
+    w, lam, batch = torch.tensor([1.0, -2.0]), torch.tensor(0.3), torch.tensor([0.1, 0.2])
+
+    def loss(w, lam, batch):
+        return ((w - batch) ** 2).sum() + lam * helpers.penalty(w)
+
+    compiled = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile="aot_eager")
+    plain = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
+    for scale in (1.0, 2.0):
+        helpers.SCALE = scale
+        new = compiled(compiled.init(w, lam), lam, batch)
+        torch.testing.assert_close(new.w, plain(plain.init(w, lam), lam, batch).w)
+    assert compiled.compilation.refused is None

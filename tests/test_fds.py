@@ -146,8 +146,8 @@ def test_bad_settings_are_named():
         mo.FDS(window={"lr": 2.5})
     with pytest.raises(ValueError, match="bound must be positive, got -1"):
         mo.FDS(2, bound=-1.0)
-    with pytest.raises(ValueError, match="chunk_size"):
-        mo.FDS(2, chunk_size=0)
+    with pytest.raises(ValueError, match="columns_at_once"):
+        mo.FDS(2, columns_at_once=0)
     with pytest.raises(ValueError, match=r"window has leaves.*momentum.*lam"):
         problem.by(mo.FDS({"lr": 3, "momentum": 12}))
     step = mo.custom_step(lambda state, lam, _: mo.InnerState(state.w * lam))

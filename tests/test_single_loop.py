@@ -188,7 +188,7 @@ class TestFirstDerivatives:
 
     def test_a_custom_step_is_refused(self, estimator):
         step = mo.custom_step(lambda state, lam, _: state._replace(w=0.5 * (state.w + lam)))
-        with pytest.raises((TypeError, ValueError), match="custom step"):
+        with pytest.raises((TypeError, ValueError), match=r"CustomStep has no|a custom step is its own"):
             mo.hypergradient(
                 step, lambda w, lam, _: (w**2).sum(), t64(1.0), t64(1.0), [None] * 2, None, estimator=estimator
             )

@@ -12,7 +12,6 @@ from torch import nn
 import metaopt as mo
 from metaopt import tree
 from metaopt.estimators.cost import Cost, CountedStep
-from metaopt.trajectory import interpolated
 from metaopt.trajectory._rows import Place, Rows
 from metaopt.trajectory._weighing import Allocations, weighed
 from metaopt.trajectory.interpolated import straight_line
@@ -251,7 +250,7 @@ def by_transform(w, lam, x):
     return slopes.pow(2).mean() + lam * w.pow(2).sum()
 
 
-def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
+def test_graphs_are_weighed_with_transforms_inside():
     """What autograd saves, or (where that cannot be seen) what is alive: a little more, as some of it is saved by nobody."""
     w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
     step = mo.inner_step(by_transform, mo.optim.SGD(lr=0.1))
@@ -259,9 +258,6 @@ def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
     exact = mo.hypergradient(*args, estimator=mo.RMD()).total
     assert bool(exact != 0)
     assert torch.equal(mo.hypergradient(*args, estimator=mo.RMD(mo.trajectory.Budgeted(1 << 20))).total, exact)
-    along = mo.hypergradient(*args, estimator=mo.DrMAD()).total
-    monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)  # nothing is weighed, nor made together
-    assert torch.equal(mo.hypergradient(*args, estimator=mo.DrMAD()).total, along)
     plain, _, w, lam, batch = problem()
     at = plain.init(w, lam), lam, batch(1)
 
@@ -274,71 +270,10 @@ def test_graphs_are_weighed_with_transforms_inside(monkeypatch):
     assert 0 < saved <= sum(made.values()) < 3 * saved
 
 
-class Points:
-    """How many points each call of ``InnerStep.linearize_each`` was given."""
-
-    def __init__(self, monkeypatch):
-        self.counts = []
-        real = mo.inner.InnerStep.linearize_each
-
-        def linearize_each(step, points, lam):
-            found = real(step, points, lam)
-            self.counts.append(None if found is None else len(found))
-            return found
-
-        monkeypatch.setattr(mo.inner.InnerStep, "linearize_each", linearize_each)
-
-
-@pytest.mark.parametrize("T", [1, 2, 3, 18, 40])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_drmads_graphs_are_made_in_groups_with_the_same_numbers(T, dropout, monkeypatch):
-    points = Points(monkeypatch)
-    together = gradient(mo.trajectory.Interpolated(), T, dropout)
-    rest = T - 1
-    assert points.counts == [1] + [16] * (rest // 16) + [rest % 16] * (rest % 16 > 1)
-    monkeypatch.setattr(interpolated, "is_tiny", lambda state: False)
-    alone = gradient(mo.trajectory.Interpolated(), T, dropout)
-    assert identical(together.total, alone.total)
-    assert together.cost == alone.cost == Cost(steps=T, linearizations=T, products=2 * T - 1)
-
-
 def test_drmad_without_a_step():
     step, _, w, lam, _ = problem()
     trajectory, state = mo.trajectory.Interpolated(), step.init(w, lam)
     assert list(trajectory.moments(trajectory.start(state, lam), step, state)) == []
-
-
-@pytest.mark.parametrize("why", ["a big graph", "another mode", "compiled", "no InnerStep", "a big state"])
-def test_drmads_graphs_are_made_one_by_one(why, monkeypatch):
-    points, T = Points(monkeypatch), 12
-    rows, columns = (5000, 3) if why == "a big graph" else (4, 1000 if why == "a big state" else 3)
-    w, lam, xs = (
-        torch.randn(columns).double() / columns,
-        torch.tensor(0.5).double(),
-        [torch.randn(rows, columns).double() for _ in range(T)],
-    )
-
-    def loss(w, lam, x):
-        return lam * (x @ w).sin().pow(2).mean() + w.pow(2).sum()
-
-    adjoint = mo.inner.ForwardOverReverse() if why == "another mode" else mo.inner.ReverseOverReverse()
-    step = mo.inner_step(
-        loss, mo.optim.SGD(lr=0.1), adjoint=adjoint, compile="aot_eager" if why == "compiled" else False
-    )
-    if why == "no InnerStep":
-        step = mo.custom_step(
-            lambda s, lam, x: s._replace(
-                w=s.w - 0.1 * torch.autograd.grad(loss(s.w, lam, x), s.w, create_graph=True)[0]
-            )
-        )
-    args = lambda w, lam, _: w.sum(), w, lam, xs, None
-    found = mo.hypergradient(step, *args, estimator=mo.DrMAD()).total
-    assert (
-        points.counts
-        == {"a big graph": [1], "another mode": [None], "compiled": [None], "no InnerStep": [], "a big state": []}[why]
-    )
-    plain = mo.hypergradient(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), *args, estimator=mo.DrMAD()).total
-    torch.testing.assert_close(found, plain, rtol=1e-10, atol=0)
 
 
 def test_big_states_are_copied_into_rows():

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
-from metaopt.inner.chunk import Chunk
-from metaopt.inner.contract import Linearized, Stationary, Step, StepAtSeveral, Wrt
+from metaopt.inner.contract import Linearized, Step, WrappedStep, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import Tangents
-from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
@@ -43,83 +40,59 @@ class Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-class CountedStep:
+class CountedStep(WrappedStep):
     """A step that adds what it is asked for to a :class:`Cost`; otherwise the step it wraps."""
 
     def __init__(self, step: Step, cost: Cost) -> None:
         """Wrap ``step``; ``cost`` is added to."""
         self.step, self.cost = step, cost
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the weights have a task axis first."""
-        return is_stacked(self.step)
-
-    def init(self, w: Tree, lam: Tree) -> InnerState:
-        """As the wrapped step."""
-        return self.step.init(w, lam)
-
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """As the wrapped step."""
-        self.cost.steps += self._steps(batch)
+        """Φ."""
+        self.cost.steps += self.steps_in(batch)
         return self.step(state, lam, batch)
 
+    @override
+    def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
+        self.cost.steps += self.steps_in(batch)
+        return self.step.evaluate(state, lam, batch)
+
+    @override
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> CountedLinearized:
-        """As the wrapped step."""
-        self.cost.linearizations += (steps := self._steps(batch))
+        steps = self.steps_in(batch)
+        self.cost.linearizations += steps
         return CountedLinearized(self.step.linearize(state, lam, batch), self.cost, steps)
 
-    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[CountedLinearized] | None:
-        """As the wrapped step, if it can."""
-        found = self.step.linearize_each(points, lam) if isinstance(self.step, StepAtSeveral) else None
-        if found is None:
-            return None
-        self.cost.linearizations += len(found)
-        return [CountedLinearized(linearized, self.cost, 1) for linearized in found]
-
+    @override
     def vjp(
         self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
     ) -> tuple[InnerState | None, Tree]:
-        """As the wrapped step."""
-        self.cost.linearizations += (steps := self._steps(batch))
+        steps = self.steps_in(batch)
+        self.cost.linearizations += steps
         self.cost.products += _products(wrt, steps)
         return self.step.vjp(state, lam, batch, cotangent, wrt=wrt)
 
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """As the wrapped step."""
-        self.cost.tangents += self._steps(batch)
-        return self.step.jvp(state, lam, batch, state_dot, lam_dot)
+    @override
+    def around(self, step: Step) -> CountedStep:
+        return CountedStep(step, self.cost)
 
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> CountedTangents:
-        """As the wrapped step."""
-        self.cost.linearizations += self._steps(batch)
-        return CountedTangents(self.step.tangents(state, lam, batch), self.cost)
-
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """As the wrapped step; the result counts too."""
-        found = self.step.stationary(state, rate)
-        return found._replace(step=CountedStep(found.step, self.cost))
-
+    @override
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """As the wrapped step."""
         self.cost.losses += 1
         return self.step.loss(w, lam, batch)
 
+    @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """As the wrapped step."""
         self.cost.steps += 1
         return self.step.adapt(state, lam, batch, alpha)
 
-    def _steps(self, batch: Any) -> int:
-        return len(batch) if isinstance(self.step, Chunk) else 1
-
 
 def _products(wrt: Wrt, steps: int) -> int:
-    """Of a pullback through some steps; all but the first need both."""
+    """The products of a pullback through some steps; all but the first need both."""
     return steps if wrt == "state" else 2 * steps - (wrt == "lam")
 
 
-class CountedLinearized:
+class CountedLinearized(Linearized):
     """A linearised step that counts its products."""
 
     __slots__ = ("_cost", "_inner", "_steps")
@@ -129,45 +102,37 @@ class CountedLinearized:
         self._inner, self._cost, self._steps = inner, cost, steps
 
     @property
+    @override
     def state(self) -> InnerState:
-        """Φ at this point."""
         return self._inner.state
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)``."""
+    @property
+    @override
+    def loss(self) -> Tensor | None:
+        return self._inner.loss
+
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         self._cost.products += _products(wrt, self._steps)
-        return self._inner.pullback(cotangent, wrt)
+        return self._inner.pullback(cotangent, wrt, last=last)
 
-
-class CountedTangents:
-    """A step's tangents that count their products."""
-
-    __slots__ = ("_cost", "_inner")
-
-    def __init__(self, inner: Tangents, cost: Cost) -> None:
-        """Wrap ``inner``; ``cost`` is added to."""
-        self._inner, self._cost = inner, cost
-
-    @property
-    def state(self) -> InnerState:
-        """Φ at this point."""
-        return self._inner.state
-
-    @property
-    def products(self) -> int:
-        """As the wrapped step's."""
-        return self._inner.products
-
-    @property
-    def columns_at_once(self) -> int:
-        """As the wrapped step's."""
-        return self._inner.columns_at_once
-
-    def push(
-        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
     ) -> InnerState:
-        """As the wrapped step's."""
         before = self._inner.products
-        dots = self._inner.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)
+        dots = self._inner.pushforward(state_dots, lam_dots, columns_at_once=columns_at_once, bound=bound)
         self._cost.tangents += self._inner.products - before
         return dots
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._inner.columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return self._inner.products

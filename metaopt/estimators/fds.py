@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from metaopt import tree
 from metaopt.estimators.base import Pullback, Response, Terms, Traits
-from metaopt.estimators.forward import ForwardCarry, ForwardMode, check_chunk_size
+from metaopt.estimators.forward import ForwardCarry, ForwardMode, check_columns
 from metaopt.estimators.outer import OuterObjective
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
@@ -42,11 +42,11 @@ class FDS(ForwardMode):
         bound: elementwise bound on the tangents of the inner gradient (``H Z``, and what λ adds
             inside the loss), against columns that grow without limit over long runs; the paper's is
             1. Inner gradients are clamped by :class:`metaopt.optim.ClipValue` (the paper's: 3).
-        chunk_size: see FMD.
+        columns_at_once: see FMD.
 
     Raises:
         ValueError: for a window that is no number of steps or not like λ, a bound that is not
-            positive, a chunk size below 1.
+            positive, less than one column at once.
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam, 4)))
@@ -58,11 +58,11 @@ class FDS(ForwardMode):
 
     window: int | Tree
     bound: float | None = None
-    chunk_size: int | None = None
+    columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_chunk_size(self.chunk_size, "FDS")
+        check_columns(self.columns_at_once, "FDS")
         for size in tree.leaves(self.window):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(
@@ -71,11 +71,6 @@ class FDS(ForwardMode):
                 )
         if self.bound is not None and not self.bound > 0:
             raise ValueError(f"FDS: bound must be positive, got {self.bound}")
-
-    @property
-    def columns_at_once(self) -> int | None:
-        """As given."""
-        return self.chunk_size
 
     @property
     def bound_on_products(self) -> float | None:

@@ -10,16 +10,15 @@ Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optim
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt import replay, tree
+from metaopt import tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
-from metaopt.inner.contract import Step
+from metaopt.inner.contract import Linearized, Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
@@ -32,22 +31,23 @@ class ForwardCarry(NamedTuple):
             per entry of λ.
         basis: the columns in λ itself, a pytree like λ with leaves ``[|λ|, *leaf.shape]``.
         used: for every leaf of λ, whether Φ has been seen to depend on it.
-        chunk_size: columns per batched product; ``None`` until the first step has been seen.
+        columns_at_once: columns per batched product; ``None`` until the first step has been seen.
     """
 
     Z: InnerState
     basis: Tree
     used: tuple[bool, ...]
-    chunk_size: int | None
+    columns_at_once: int | None
 
 
 class ForwardMode(Estimator):
-    """The recursion; what is made of its result is the method."""
+    """The recursion; what is made of its result is the method.
 
-    @property
-    @abstractmethod
-    def columns_at_once(self) -> int | None:
-        """Columns per batched product; ``None``: by the size of the graph."""
+    Attributes:
+        columns_at_once: columns per batched product; ``None``: by the size of the graph.
+    """
+
+    columns_at_once: int | None = None
 
     @property
     def bound_on_products(self) -> float | None:
@@ -64,11 +64,11 @@ class ForwardMode(Estimator):
         self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: ForwardCarry
     ) -> tuple[InnerState, ForwardCarry]:
         """A step, and ``Z ← A Z + B`` from its graph."""
-        point = step.tangents(state, lam, batch)
-        chunk_size = point.columns_at_once if carry.chunk_size is None else carry.chunk_size
-        Z = point.push(carry.Z, carry.basis, chunk_size=chunk_size, bound=self.bound_on_products)
-        used = carry.used if all(carry.used) else _seen(carry.used, Z, step, state, lam, batch)
-        return point.state, ForwardCarry(Z, carry.basis, used, chunk_size)
+        point = step.linearize(state, lam, batch)
+        at_once = point.columns_at_once if carry.columns_at_once is None else carry.columns_at_once
+        Z = point.pushforward(carry.Z, carry.basis, columns_at_once=at_once, bound=self.bound_on_products)
+        used = carry.used if all(carry.used) else _seen(carry.used, Z, point, state, lam)
+        return point.state, ForwardCarry(Z, carry.basis, used, at_once)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: ForwardCarry) -> tuple[Tree, Pullback]:
         """The weights, and ``α ↦ α Z``."""
@@ -100,28 +100,22 @@ class FMD(ForwardMode):
     tensor([0.7500])
 
     Args:
-        chunk_size: columns per batched product: 1 takes them one after the other (least memory),
-            more save calls; default: as many as keep a batch small, by the size of the graph (see
-            :mod:`metaopt.inner.tangents`). The result is the same up to rounding.
+        columns_at_once: columns per batched product: 1 takes them one after the other (least memory),
+            more save calls; default: as many as keep a batch small, by the size of the graph. The result is the same up to rounding.
 
     Raises:
-        ValueError: for a chunk size below 1.
+        ValueError: for less than one column at once.
     """
 
     traits: ClassVar[Traits] = Traits(
         sees="the whole run", high_dimensional=False, bias="none (online: the past λ's Jacobians)"
     )
 
-    chunk_size: int | None = None
+    columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the chunk size."""
-        check_chunk_size(self.chunk_size, "FMD")
-
-    @property
-    def columns_at_once(self) -> int | None:
-        """As given."""
-        return self.chunk_size
+        """Check the setting."""
+        check_columns(self.columns_at_once, "FMD")
 
     @property
     def exact(self) -> bool:
@@ -129,10 +123,10 @@ class FMD(ForwardMode):
         return True
 
 
-def check_chunk_size(chunk_size: int | None, who: str) -> None:
+def check_columns(columns_at_once: int | None, who: str) -> None:
     """Raise a ``ValueError`` unless it is ``None`` or at least 1."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{who}: chunk_size must be at least 1, got {chunk_size}")
+    if columns_at_once is not None and columns_at_once < 1:
+        raise ValueError(f"{who}: columns_at_once must be at least 1, got {columns_at_once}")
 
 
 def basis_of(lam: Tree) -> Tree:
@@ -169,20 +163,14 @@ def _entries(columns: Tensor, lam: Tree, used: tuple[bool, ...]) -> Tree:
     )
 
 
-def _seen(
-    used: tuple[bool, ...], Z: InnerState, step: Step, state: InnerState, lam: Tree, batch: Any
-) -> tuple[bool, ...]:
+def _seen(used: tuple[bool, ...], Z: InnerState, point: Linearized, state: InnerState, lam: Tree) -> tuple[bool, ...]:
     """``used``, brought up to date: a leaf is used if it has moved the state, or else if Φ's own pullback knows it."""
     flat = tree.leaves(lam)
-    moved = (
-        torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)])
-        .any(0)
-        .split([leaf.numel() for leaf in flat])
-    )
-    now = tuple(before or bool(column.any()) for before, column in zip(used, moved, strict=True))
+    moved = torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)]).any(0)
+    columns_of = moved.split([leaf.numel() for leaf in flat])
+    now = tuple(before or bool(column.any()) for before, column in zip(used, columns_of, strict=True))
     if all(now):
         return now
-    with replay.preserved(state):
-        zero = InnerState(tree.zeros_like(state.w), None, state.t)
-        _, lam_bar = step.vjp(state, lam, batch, zero, wrt="lam")
+    zero = InnerState(tree.zeros_like(state.w), None, state.t)
+    _, lam_bar = point.pullback(zero, "lam")
     return tuple(before or bar is not None for before, bar in zip(now, tree.leaves(lam_bar), strict=True))

@@ -171,8 +171,8 @@ class OneStep(ReverseMode):
 class DrMAD(ReverseMode):
     """RMD's sweep along the straight line between the first and the last state.
 
-    Cost: ``2T - 1`` products and T gradients, those of tiny nets sixteen in one call. Memory: that
-    of :class:`~metaopt.trajectory.Interpolated`. Bias: exact only where A and B do not depend on
+    Cost: ``2T - 1`` products and T gradients. Memory: that of
+    :class:`~metaopt.trajectory.Interpolated`. Bias: exact only where A and B do not depend on
     the state; there is no bound in general. Offline.
 
     Exact :class:`RMD` is as fast over every state (on tiny nets over every graph) and as small over

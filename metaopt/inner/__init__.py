@@ -1,16 +1,18 @@
 """Φ: the inner step, its derivatives, compiled and in chunks."""
 
-from metaopt.inner.adjoint import Adjoint, ForwardOverReverse, Gradient, ReverseOverReverse
+from metaopt.inner._first_look import UnreachedWeightWarning
+from metaopt.inner.adjoint import Adjoint, Gradient
 from metaopt.inner.chunk import Chunk, chunked, in_chunks
 from metaopt.inner.closed import closed_over
 from metaopt.inner.compiled import Compilation
 from metaopt.inner.constant_slots import ConstantSlots
-from metaopt.inner.contract import Linearized, Stationary, Step
+from metaopt.inner.contract import Linearized, Stationary, Step, WrappedStep
 from metaopt.inner.custom import CustomStep, custom_step
+from metaopt.inner.forward_over_reverse import ForwardOverReverse
+from metaopt.inner.reverse_over_reverse import ReverseOverReverse
 from metaopt.inner.reweighted import AsymmetricUpdateError, reweighted
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, inner_step
-from metaopt.inner.tangents import Tangents
+from metaopt.inner.step import InnerStep, inner_of, inner_step
 from metaopt.inner.tasks import (
     Looped,
     Ragged,
@@ -42,14 +44,16 @@ __all__ = [
     "Stacked",
     "Stationary",
     "Step",
-    "Tangents",
     "TaskLoss",
+    "UnreachedWeightWarning",
     "Vmapped",
+    "WrappedStep",
     "chunked",
     "closed_over",
     "custom_step",
     "for_all_tasks",
     "in_chunks",
+    "inner_of",
     "inner_step",
     "is_stacked",
     "looped",

@@ -79,12 +79,11 @@ def _pull_back_linear(
     return (u, [], None, None) if wrt == "lam" else (u, w, by_slot(slots, spec), None)
 
 
-def push_forward(
-    optimizer: Optimizer, g: Tree, state: Any, lam: Tree, g_dot: Tree, state_dot: Any, lam_dot: Tree
-) -> tuple[Tree, Tree]:
-    """Tangents of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
-    update, primals, dots = update_of_floats(optimizer, g, state, lam, (g_dot, state_dot.w, state_dot.slots, lam_dot))
-    return split_state(torch.func.jvp(update, tuple(primals), tuple(dots))[1], state)
+def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, dots: Tree) -> tuple[Tree, Tree]:
+    """Tangents ``dots`` of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
+    update, primals, flat_dots = update_of_floats(optimizer, g, state, lam, dots)
+    primals = [x.contiguous() for x in primals]  # an expanded tensor cannot be made dual
+    return split_state(torch.func.jvp(update, tuple(primals), tuple(flat_dots))[1], state)
 
 
 def update_of_floats(

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.inner.compiled import Compilation, CompiledPoint
-from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
+from metaopt.inner.contract import Linearized, Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
-from metaopt.inner.tangents import Tangents
-from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Step):
     """As many steps as its batch, a sequence, has entries. Build it with :func:`chunked`.
 
     Attributes:
@@ -39,12 +37,12 @@ class Chunk:
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
 
     @property
+    @override
     def stacked(self) -> bool:
-        """Whether the weights have a task axis first."""
-        return is_stacked(self.step)
+        return self.step.stacked
 
+    @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
-        """As the single step."""
         return self.step.init(w, lam)
 
     def __call__(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> InnerState:
@@ -55,42 +53,16 @@ class Chunk:
             state = self.step(state, lam, part)
         return state
 
+    @override
     def linearize(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> Linearized:
         """All steps, each with its graph; compiled, no graph is kept."""
         if self.compilation is not None and self.compilation.refused is None:
             return CompiledPoint(self.compilation, state, lam, _checked(batch), lambda: self._graphs(state, lam, batch))
         return self._graphs(state, lam, batch)
 
-    def vjp(
-        self, state: InnerState, lam: Tree, batch: Sequence[Any], cotangent: InnerState, *, wrt: Wrt = "both"
-    ) -> tuple[InnerState | None, Tree]:
-        """The chunk's adjoint. Cost: that of its steps, whose graphs are held together."""
-        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
-
-    def jvp(
-        self, state: InnerState, lam: Tree, batch: Sequence[Any], state_dot: InnerState, lam_dot: Tree
-    ) -> InnerState:
-        """The tangent, rolled forward."""
-        for part in _checked(batch):
-            state_dot = self.step.jvp(state, lam, part, state_dot, lam_dot)
-            state = self.step(state, lam, part)
-        return state_dot
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> Tangents:
-        """The tangent maps of all steps."""
-        return ChunkTangents(self.step, state, lam, _checked(batch))
-
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """Not of a chunk."""
-        _refuse("implicit differentiation")
-
-    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """Not of a chunk."""
-        _refuse("an estimator that evaluates the inner loss itself")
-
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """Not of a chunk."""
-        _refuse("an estimator that looks into the optimiser's update")
+    @override
+    def steps_in(self, batch: Sequence[Any]) -> int:
+        return len(batch)
 
     def pure(
         self, w: Tree, slots: Tree, lam: Tree, batch: Sequence[Any], numbers: tuple[int, ...]
@@ -100,6 +72,10 @@ class Chunk:
         for i, part in enumerate(batch):
             w, slots = self.step.pure(w, slots, lam, part, numbers[i : i + 1])
         return w, slots
+
+    @override
+    def _refusal(self, what: str) -> TypeError:
+        return TypeError(f"a chunk of steps has no {what}: this estimator needs single inner steps (mo.inner_step)")
 
     def _graphs(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> ChunkLinearized:
         parts = []
@@ -138,7 +114,7 @@ def in_chunks(batches: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [batches[start : start + size] for start in range(0, len(batches), size)]
 
 
-class ChunkLinearized:
+class ChunkLinearized(Linearized):
     """A chunk at one point: the graphs of its steps."""
 
     __slots__ = ("_parts", "_state")
@@ -148,56 +124,42 @@ class ChunkLinearized:
         self._parts, self._state = parts, state
 
     @property
+    @override
     def state(self) -> InnerState:
-        """After the last step."""
         return self._state
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         """The steps' pullbacks, last step first; ``αA`` of the first one only where it is asked for."""
         total: Tree = None
         state_bar: InnerState | None = None
         for i in range(len(self._parts) - 1, -1, -1):
-            state_bar, product = self._parts[i].pullback(cotangent, wrt if i == 0 or wrt == "state" else "both")
+            wanted = wrt if i == 0 or wrt == "state" else "both"
+            state_bar, product = self._parts[i].pullback(cotangent, wanted, last=last)
             total = tree.add(total, product)
             cotangent = cotangent if state_bar is None else state_bar
         return state_bar, total
 
-
-class ChunkTangents:
-    """The tangent maps of a chunk's steps."""
-
-    __slots__ = ("_parts", "_state")
-
-    def __init__(self, step: Step, state: InnerState, lam: Tree, batch: Sequence[Any]) -> None:
-        """Cost: one gradient per step, whose graphs are kept."""
-        self._parts: list[Tangents] = []
-        for part in batch:
-            self._parts.append(step.tangents(state, lam, part))
-            state = self._parts[-1].state
-        self._state = state
-
-    @property
-    def state(self) -> InnerState:
-        """After the last step."""
-        return self._state
-
-    @property
-    def products(self) -> int:
-        """Of all steps."""
-        return sum(part.products for part in self._parts)
-
-    @property
-    def columns_at_once(self) -> int:
-        """As the first step."""
-        return self._parts[0].columns_at_once
-
-    def push(
-        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
     ) -> InnerState:
         """Through one step after the other."""
         for part in self._parts:
-            state_dots = part.push(state_dots, lam_dots, chunk_size=chunk_size, bound=bound)
+            state_dots = part.pushforward(state_dots, lam_dots, columns_at_once=columns_at_once, bound=bound)
         return state_dots
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._parts[0].columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return sum(part.products for part in self._parts)
 
 
 def _checked(batch: Any) -> Sequence[Any]:
@@ -207,9 +169,3 @@ def _checked(batch: Any) -> Sequence[Any]:
             "mo.inner.in_chunks makes them"
         )
     return batch
-
-
-def _refuse(what: str) -> NoReturn:
-    raise TypeError(
-        f"{what} needs single inner steps, and this step is a chunk of them: use the step that the chunk was made of"
-    )

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
-from metaopt.inner.constant_slots import ConstantSlots
-from metaopt.inner.contract import Step
+from metaopt.inner._graph import leaves
+from metaopt.inner.chunk import Chunk, chunked
+from metaopt.inner.contract import Step, WrappedStep
 from metaopt.inner.custom import CustomStep
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
@@ -29,8 +30,10 @@ def closed_over(step: Step, tensors: Sequence[Tensor]) -> Step:
         TypeError: for a step that was not made by :func:`inner_step` or :func:`custom_step`.
     """
     keys = [id(tensor) for tensor in tensors]
-    if isinstance(step, ConstantSlots):
-        return ConstantSlots(closed_over(step.step, tensors))
+    if isinstance(step, Chunk):
+        return chunked(closed_over(step.step, tensors))
+    if isinstance(step, WrappedStep):
+        return step.around(closed_over(step.step, tensors))
     if isinstance(step, InnerStep):
         return InnerStep(_substituted(step.inner_loss, keys), OfFirst(step.optimizer), step.adjoint)
     if isinstance(step, CustomStep):
@@ -84,27 +87,16 @@ class OfFirst(Optimizer):
 
 
 def undeclared(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
-    """Autograd leaves that the inner loss depends on and that are neither weights nor λ. Cost.
+    """Autograd leaves that the inner loss depends on and that are neither weights nor λ.
 
-    One evaluation of the loss.
+    Cost: one evaluation of the loss.
     """
-    if isinstance(step, ConstantSlots):
-        return undeclared(step.step, state, lam, batch)
+    while isinstance(step, WrappedStep):
+        step = step.step
     if not isinstance(step, InnerStep):
         return []
     with torch.enable_grad():
         w_, lam_ = tree.attach(state.w), tree.attach(lam)
         loss = step.inner_loss(w_, lam_, batch)
     known = {id(x) for x in (*tree.leaves(w_), *tree.leaves(lam_))}
-    found: list[Tensor] = []
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            found.append(leaf)
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return found
+    return [leaf for leaf in leaves(loss) if id(leaf) not in known]

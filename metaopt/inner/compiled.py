@@ -10,6 +10,7 @@ pullback takes two gradients and one contraction, as :class:`metaopt.trajectory.
 
 from __future__ import annotations
 
+import re
 import time
 import types
 import warnings
@@ -19,10 +20,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.inner import _passes
-from metaopt.inner.adjoint import RandomState
+from metaopt.inner.contract import Linearized, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
@@ -195,28 +197,27 @@ class Compilation(Compiled):
         return tuple(range(state.t + 1, state.t + 1 + self._steps(batch)))
 
 
-class CompiledPoint:
-    """Φ at one point; see :class:`metaopt.inner.contract.Linearized`. No graph is kept.
+class CompiledPoint(Linearized):
+    """Φ at one point. No graph is kept: the pullback evaluates the gradient again.
 
-    The pullback evaluates the gradient again.
-
-    What is random is drawn by whichever of the two is asked for first, and drawn again as it was by
-    the other.
+    What is random is drawn by whichever is asked for first, and drawn again as it was by the others.
     """
 
-    __slots__ = ("_at", "_batch", "_compilation", "_eager", "_lam", "_random", "_state")
+    __slots__ = ("_at", "_batch", "_compilation", "_eager", "_graph", "_lam", "_rng", "_state")
 
     def __init__(
-        self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Any]
+        self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Linearized]
     ) -> None:
         """``eager`` linearises without compiling, for when it has to be."""
-        self._compilation, self._at, self._lam, self._batch, self._eager = compilation, state, lam, batch, eager
-        self._random: RandomState | None = None
+        self._compilation, self._eager = compilation, eager
+        self._at, self._lam, self._batch = state, lam, batch
+        self._rng: replay.Rng | None = None
         self._state: InnerState | None = None
+        self._graph: Linearized | None = None
 
     @property
+    @override
     def state(self) -> InnerState:
-        """Φ(state, λ; batch)."""
         if self._state is not None:
             return self._state
         with self._drawn():
@@ -224,7 +225,10 @@ class CompiledPoint:
             self._state = new = self._eager().state if new is None else new
         return new
 
-    def pullback(self, cotangent: InnerState, wrt: str = "both") -> tuple[InnerState | None, Tree]:
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``; which leaves of λ play no part is found out eagerly, once."""
         with self._drawn():
             unused = self._compilation.unused
@@ -244,13 +248,38 @@ class CompiledPoint:
 
         return out[0], tree.map(place, self._lam) if wrt != "state" else None
 
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
+    ) -> InnerState:
+        """Eagerly, since the graph of the gradient is what columns share."""
+        return self._kept().pushforward(state_dots, lam_dots, columns_at_once=columns_at_once, bound=bound)
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._kept().columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return 0 if self._graph is None else self._graph.products
+
+    # -- parts -----------------------------------------------------------------------------------
+    def _kept(self) -> Linearized:
+        if self._graph is None:
+            with self._drawn():
+                self._graph = self._eager()
+                self._state = self._graph.state
+        return self._graph
+
     @contextmanager
     def _drawn(self) -> Iterator[None]:
-        if self._random is None:
-            self._random = RandomState(self._at.w)
+        if self._rng is None:
+            self._rng = replay.snapshot(self._at.w)
             yield
         else:
-            with self._random.again():
+            with replay.repeated(self._rng):
                 yield
 
 
@@ -261,7 +290,10 @@ def _worth_checking(guards: Sequence[Any]) -> list[bool]:
 
     On a small net those are most, and checking them takes a quarter of an online step.
     """
-    return [not guard.name.startswith(("G['__import_torch", "G['__import_metaopt")) for guard in guards]
+    return [_OF_THE_LIBRARIES.match(guard.name) is None for guard in guards]
+
+
+_OF_THE_LIBRARIES = re.compile(r"G\['__import_(torch|metaopt)(_dot_[^']*)?'\]")
 
 
 def _cut(leaf: Any) -> Any:

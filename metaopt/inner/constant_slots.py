@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner.contract import Linearized, Stationary, Step, Wrt
+from metaopt.inner.contract import Linearized, Stationary, Step, WrappedStep, Wrt
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import Tangents
-from metaopt.inner.tasks import is_stacked
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class ConstantSlots:
-    """The same Φ as ``step``, with a derivative that treats the slots as constants (biased.
-
-    Off unless you wrap the step).
+class ConstantSlots(WrappedStep):
+    """The same Φ as ``step``, with a derivative that treats the slots as constants. Biased.
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9)))
@@ -36,53 +33,21 @@ class ConstantSlots:
 
     step: Step
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the weights have a task axis first."""
-        return is_stacked(self.step)
+    @override
+    def around(self, step: Step) -> ConstantSlots:
+        return ConstantSlots(step)
 
-    def init(self, w: Tree, lam: Tree) -> InnerState:
-        """As ``step``."""
-        return self.step.init(w, lam)
+    @override
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
+        return self.step.stationary(state, rate)  # which has no slots
 
-    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """As ``step``."""
-        return self.step(state, lam, batch)
-
+    @override
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedConstantSlots:
-        """Φ with the approximate derivative."""
         return LinearizedConstantSlots(self.step.linearize(state, lam, batch))
 
-    def vjp(
-        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
-    ) -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)`` with the slots' rows and columns of A dropped."""
-        return _without_slots(self.step.vjp(state, lam, batch, cotangent._replace(slots=None), wrt=wrt))
 
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """``A·state_dot + B·lam_dot`` with the slots' rows and columns of A dropped."""
-        dot = self.step.jvp(state, lam, batch, state_dot._replace(slots=tree.zeros_like(state.slots)), lam_dot)
-        return dot._replace(slots=tree.zeros_like(dot.slots))
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> ConstantSlotsTangents:
-        """Φ with the approximate tangent map."""
-        return ConstantSlotsTangents(self.step.tangents(state, lam, batch))
-
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """As ``step``."""
-        return self.step.stationary(state, rate)
-
-    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """As ``step``."""
-        return self.step.loss(w, lam, batch)
-
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """As ``step``."""
-        return self.step.adapt(state, lam, batch, alpha)
-
-
-class LinearizedConstantSlots:
-    """A linearised step whose pullback ignores the slots."""
+class LinearizedConstantSlots(Linearized):
+    """A linearised step whose derivative ignores the slots."""
 
     __slots__ = ("_inner",)
 
@@ -91,46 +56,40 @@ class LinearizedConstantSlots:
         self._inner = inner
 
     @property
+    @override
     def state(self) -> InnerState:
-        """Φ(state, λ; batch)."""
         return self._inner.state
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    @property
+    @override
+    def loss(self) -> Tensor | None:
+        return self._inner.loss
+
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         """``(αA, αB)`` with the slots' cotangent dropped on the way in and on the way out."""
-        return _without_slots(self._inner.pullback(cotangent._replace(slots=None), wrt))
+        return _without_slots(self._inner.pullback(cotangent._replace(slots=None), wrt, last=last))
 
-
-class ConstantSlotsTangents:
-    """A step's tangents that ignore the slots."""
-
-    __slots__ = ("_inner",)
-
-    def __init__(self, inner: Tangents) -> None:
-        """Wrap a step's tangents."""
-        self._inner = inner
-
-    @property
-    def state(self) -> InnerState:
-        """Φ(state, λ; batch)."""
-        return self._inner.state
-
-    @property
-    def products(self) -> int:
-        """As the wrapped step's."""
-        return self._inner.products
-
-    @property
-    def columns_at_once(self) -> int:
-        """As the wrapped step's."""
-        return self._inner.columns_at_once
-
-    def push(
-        self, state_dots: InnerState, lam_dots: Tree, *, chunk_size: int, bound: float | None = None
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
     ) -> InnerState:
         """With the slots' tangents dropped on the way in and on the way out."""
         still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
-        dots = self._inner.push(still, lam_dots, chunk_size=chunk_size, bound=bound)
+        dots = self._inner.pushforward(still, lam_dots, columns_at_once=columns_at_once, bound=bound)
         return dots._replace(slots=tree.zeros_like(dots.slots))
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._inner.columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return self._inner.products
 
 
 def _without_slots(products: tuple[InnerState | None, Tree]) -> tuple[InnerState | None, Tree]:

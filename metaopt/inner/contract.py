@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import Tangents
 from metaopt.tree import Tree
 
 InnerLoss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
@@ -22,17 +22,61 @@ What is not asked for is not computed.
 """
 
 
-class Linearized(Protocol):
-    """Φ at one point, with the graph of its gradient kept."""
+class Linearized(ABC):
+    """Φ at one point, with its derivatives at hand.
+
+    The point is evaluated when it is made or when it is first asked for something, whatever is
+    cheaper; ask for :attr:`state` where it matters when that happens.
+    """
+
+    __slots__ = ()
 
     @property
+    @abstractmethod
     def state(self) -> InnerState:
-        """Φ(state, λ; batch)."""
-        ...
+        """Φ(state, λ; batch), detached."""
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)``; a leaf of λ that Φ does not depend on is ``None`` in αB. Can be called any number of times."""
-        ...
+    @property
+    def loss(self) -> Tensor | None:
+        """The inner loss here, detached; ``None`` where there is none, or it is not known."""
+        return None
+
+    @abstractmethod
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
+        """``(αA, αB)``; a leaf of λ that Φ does not depend on is ``None`` in αB.
+
+        It can be called any number of times, until ``last`` gives the graph's memory back.
+        """
+
+    @abstractmethod
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
+    ) -> InnerState:
+        """``A·state_dot + B·lam_dot`` for every column; any number of times.
+
+        Args:
+            state_dots: floating-point leaves ``[columns, *leaf.shape]``.
+            lam_dots: a pytree like λ, with the same leading axis.
+            columns_at_once: columns per batched product; 1: one product after the other; ``None``:
+                :attr:`columns_at_once`.
+            bound: elementwise bound on the tangents of the inner gradient (a biased safeguard), or
+                ``None``.
+        """
+
+    @property
+    @abstractmethod
+    def columns_at_once(self) -> int:
+        """How many columns to take in one batched product, by the size of the graph.
+
+        Walks the graph: ask once per run.
+        """
+
+    @property
+    @abstractmethod
+    def products(self) -> int:
+        """Second-order products that :meth:`pushforward` has taken so far."""
 
 
 class Stationary(NamedTuple):
@@ -49,74 +93,128 @@ class Stationary(NamedTuple):
     rate: float
 
 
-class Step(Protocol):
-    """What estimators see of Φ."""
+class Step(ABC):
+    """What estimators see of Φ: :meth:`init`, a call, and :meth:`linearize`. The rest follows from these.
 
+    Only a step that is an optimiser on an inner loss can do what comes after them; it refuses by
+    name otherwise.
+    """
+
+    @abstractmethod
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step."""
-        ...
 
+    @abstractmethod
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ."""
-        ...
 
+    @abstractmethod
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
-        """Φ with its derivative at hand."""
-        ...
+        """Φ with its derivatives at hand."""
+
+    # -- written once ----------------------------------------------------------------------------
+    def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
+        """Φ and the inner loss on the way, where there is one; both detached."""
+        return self(state, lam, batch), None
 
     def vjp(
         self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
     ) -> tuple[InnerState | None, Tree]:
-        """The step adjoint."""
-        ...
+        """The step adjoint ``(αA, αB)``. Cost: one gradient, and one contraction of its graph."""
+        return self.linearize(state, lam, batch).pullback(cotangent, wrt, last=True)
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """The step's tangent map."""
-        ...
+        """The tangent ``A·state_dot + B·lam_dot``. Cost: one gradient with its graph, and one product of it."""
+        columns = tree.map(lambda x: x.unsqueeze(0) if tree.is_float(x) else x, (state_dot, lam_dot))
+        dots = self.linearize(state, lam, batch).pushforward(*columns, columns_at_once=1)
+        return tree.map(lambda x: x[0] if tree.is_float(x) else x, dots)
 
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> Tangents:
-        """Φ with its tangent map at hand, for many tangents at one point."""
-        ...
+    def steps_in(self, batch: Any) -> int:
+        """How many inner steps Φ takes on this batch."""
+        return 1
 
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """A step whose fixed points solve the inner problem (for implicit differentiation)."""
-        ...
+    @property
+    def stacked(self) -> bool:
+        """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
+        return False
 
+    # -- for inner steps only --------------------------------------------------------------------
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
-        ...
+        raise self._refusal("inner loss")
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """The optimiser's half of the adjoint.
 
         The cotangent ``u = alpha · ∂w'/∂g`` of the inner gradient, and λ's own part or ``None``.
         """
-        ...
+        raise self._refusal("optimiser")
+
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
+        """A step whose fixed points solve the inner problem (for implicit differentiation)."""
+        raise self._refusal("fixed-point map")
+
+    def _refusal(self, what: str) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} has no {what} that this estimator could use: build the step with mo.inner_step, "
+            "or use OneStep, RMD or PES"
+        )
 
 
-@runtime_checkable
-class StepAtSeveral(Protocol):
-    """A step that may be linearised at several points in one call of autograd.
+class WrappedStep(Step):
+    """A step around another one, which it is but for what the subclass says.
 
-    On tiny nets the calls are what it costs.
+    Attributes:
+        step: the step inside.
     """
 
-    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> Sequence[Linearized] | None:
-        """Φ at each ``(state, batch)``, for one pullback each, which gives its graph's memory back.
+    step: Step
 
-        ``None`` if there is nothing to win by it.
+    @abstractmethod
+    def around(self, step: Step) -> Step:
+        """The same around another step."""
 
-        The inner loss is evaluated at a point before the next is asked for.
-        """
-        ...
+    def init(self, w: Tree, lam: Tree) -> InnerState:
+        """The state before the first step."""
+        return self.step.init(w, lam)
+
+    def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ."""
+        return self.step(state, lam, batch)
+
+    def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
+        """Φ and the inner loss."""
+        return self.step.evaluate(state, lam, batch)
+
+    def steps_in(self, batch: Any) -> int:
+        """How many inner steps Φ takes on this batch."""
+        return self.step.steps_in(batch)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether every weight has a task axis first."""
+        return self.step.stacked
+
+    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The inner loss."""
+        return self.step.loss(w, lam, batch)
+
+    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
+        """The optimiser's half of the adjoint."""
+        return self.step.adapt(state, lam, batch, alpha)
+
+    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
+        """A step whose fixed points solve the inner problem."""
+        found = self.step.stationary(state, rate)
+        return found._replace(step=self.around(found.step))
 
 
 def checked_scalar(loss: Any, what: str) -> Tensor:
     """``loss`` if it is a scalar tensor.
 
     Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it is no scalar.
+        TypeError: if it is not a tensor.
+        ValueError: if it is not a scalar.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{what} must return a scalar tensor, got {type(loss).__name__}")
@@ -128,7 +226,7 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
 
 
 def check_weights(w: Tree) -> None:
-    """Raise a ``ValueError`` that names the first weight which is no floating-point tensor."""
+    """Raise a ``ValueError`` that names the first weight which is not a floating-point tensor."""
     flat = tree.leaves(w)
     if not flat:
         raise ValueError("w has no leaves: there are no weights to train")

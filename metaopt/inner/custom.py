@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner.adjoint import check_twice_differentiable, dots_of, transposed_twice
-from metaopt.inner.contract import Stationary, Wrt, check_weights
+from metaopt.inner._graph import check_twice_differentiable
+from metaopt.inner._transposed import Transposed, dots_of
+from metaopt.inner.contract import Linearized, Stationary, Step, Wrt, check_weights
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import FunctionTangents
 from metaopt.tree import Tree
 
 
@@ -36,7 +37,7 @@ def custom_step(
 
 
 @dataclass(frozen=True)
-class CustomStep:
+class CustomStep(Step):
     """Φ from a function; its derivatives by autograd through the function."""
 
     fn: Callable[[InnerState, Tree, Any], InnerState]
@@ -60,29 +61,6 @@ class CustomStep:
             state_, lam_ = tree.attach(state), tree.attach(lam)
             return LinearizedCustomStep(state_, lam_, self._run(state_, lam_, batch))
 
-    def vjp(
-        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
-    ) -> tuple[InnerState | None, Tree]:
-        """The step adjoint ``(αA, αB)``."""
-        return self.linearize(state, lam, batch).pullback(cotangent, wrt)
-
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """The tangent ``A·state_dot + B·lam_dot``: the pullback is linear, and its transpose is the tangent map."""
-        with torch.enable_grad():
-            state_, lam_ = tree.attach(state), tree.attach(lam)
-            new = self._run(state_, lam_, batch)
-            inputs = tree.floats(state_) + tree.floats(lam_)
-            tangents = iter(
-                transposed_twice(tree.floats(new), inputs, dots_of(state_dot, state_) + dots_of(lam_dot, lam_))
-            )
-        return tree.map(lambda leaf: next(tangents) if tree.is_float(leaf) else leaf, new)
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> FunctionTangents:
-        """Φ and its tangent map."""
-        with torch.enable_grad():
-            state_, lam_ = tree.attach(state), tree.attach(lam)
-            return FunctionTangents(state_, lam_, self._run(state_, lam_, batch))
-
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         """Φ itself: its fixed points are what it converges to.
 
@@ -92,28 +70,6 @@ class CustomStep:
         if rate not in (None, 1.0):
             raise ValueError(f"a custom step is its own fixed-point map and takes no rate, got {rate}")
         return Stationary(self, state, 1.0)
-
-    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """None.
-
-        Raises:
-            TypeError: always; only Φ is known here.
-        """
-        raise TypeError(
-            "a custom step has no inner loss that this estimator could use: build the step with mo.inner_step, or "
-            "use OneStep, RMD or PES"
-        )
-
-    def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """None.
-
-        Raises:
-            TypeError: always; only Φ is known here.
-        """
-        raise TypeError(
-            "a custom step has no optimiser that this estimator could use: build the step with mo.inner_step, or use "
-            "OneStep or RMD"
-        )
 
     def _run(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         new = self.fn(state, lam, batch)
@@ -125,21 +81,26 @@ class CustomStep:
         return new
 
 
-class LinearizedCustomStep:
-    """:class:`CustomStep` at one point; see :class:`metaopt.inner.contract.Linearized`."""
+class LinearizedCustomStep(Linearized):
+    """:class:`CustomStep` at one point: its inputs and outputs, with the graph between them."""
 
-    __slots__ = ("_lam", "_new", "_state")
+    __slots__ = ("_lam", "_new", "_products", "_state", "_transposed")
 
     def __init__(self, state: InnerState, lam: Tree, new: InnerState) -> None:
-        """Keep the inputs and the outputs of ``fn`` with the graph between them."""
+        """Keep the inputs and the outputs of ``fn``."""
         self._state, self._lam, self._new = state, lam, new
+        self._transposed: Transposed | None = None
+        self._products = 0
 
     @property
+    @override
     def state(self) -> InnerState:
-        """Φ(state, λ; batch), detached."""
         return tree.detach(self._new)
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``: one backward pass through ``fn``."""
         slots = cotangent.slots if cotangent.slots is not None else tree.zeros_like(self._new.slots)
         outputs: list[Tensor] = tree.floats(self._new)
@@ -151,7 +112,7 @@ class LinearizedCustomStep:
         bars: Any = [None] * len(inputs)
         if live and inputs:
             bars = torch.autograd.grad(
-                [o for o, _ in live], inputs, [s for _, s in live], retain_graph=True, allow_unused=True
+                [o for o, _ in live], inputs, [s for _, s in live], retain_graph=not last, allow_unused=True
             )
         supply = iter(bars)
         state_bar = None
@@ -160,3 +121,40 @@ class LinearizedCustomStep:
             state_bar = tree.filled(state_bar, self._state)
         lam_bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam) if wrt != "state" else None
         return state_bar, lam_bar
+
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
+    ) -> InnerState:
+        """The pullback is linear, and its transpose is the tangent map.
+
+        Raises:
+            ValueError: if a bound is given: there is no inner gradient here.
+        """
+        if bound is not None:
+            raise ValueError(
+                "a custom step has no inner gradient whose tangents could be bounded: bound them inside the step, or "
+                "build it with inner_step"
+            )
+        dots = dots_of(state_dots, self._state) + dots_of(lam_dots, self._lam)
+        self._products += len(dots[0])
+        at_once = self.columns_at_once if columns_at_once is None else columns_at_once
+        tangents = iter(self._map().push(dots, at_once))
+        return tree.map(lambda x: next(tangents) if tree.is_float(x) else x, self._new)
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._map().columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return self._products
+
+    def _map(self) -> Transposed:
+        """Cost, once: a backward pass, whose graph is kept."""
+        if self._transposed is None:
+            inputs = tree.floats(self._state) + tree.floats(self._lam)
+            self._transposed = Transposed(tree.floats(self._new), inputs)
+        return self._transposed

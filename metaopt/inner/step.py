@@ -9,30 +9,30 @@ choice of an object from :mod:`metaopt.inner.adjoint`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner._update import pull_back, push_forward
-from metaopt.inner.adjoint import (
-    Adjoint,
-    Gradient,
-    RandomState,
-    ReverseOverReverse,
-    check_twice_differentiable,
-    dots_of,
-    gradient_of,
-    transposed_twice,
-)
+from metaopt.inner._first_look import FirstLook, written_into
+from metaopt.inner._linearized import LinearizedInnerStep
+from metaopt.inner._update import pull_back
+from metaopt.inner.adjoint import Adjoint, Gradients, check_reached, gradient_of, like
 from metaopt.inner.compiled import Compilation, CompiledPoint
-from metaopt.inner.contract import InnerLoss, Linearized, Stationary, Wrt, check_weights, checked_scalar
-from metaopt.inner.reweighted import AsymmetricUpdateError
+from metaopt.inner.contract import (
+    InnerLoss,
+    Linearized,
+    Stationary,
+    Step,
+    WrappedStep,
+    check_weights,
+    checked_scalar,
+)
+from metaopt.inner.reverse_over_reverse import ReverseOverReverse
 from metaopt.inner.state import InnerState
-from metaopt.inner.tangents import InnerTangents
 from metaopt.inner.tasks import Stacked, TaskLoss, is_stacked
 from metaopt.optim.optimizer import Optimizer
 from metaopt.optim.per_task import PerTask
@@ -81,12 +81,13 @@ def inner_step(
 
 
 @dataclass(frozen=True)
-class InnerStep:
+class InnerStep(Step):
     r"""Φ: one optimiser step on ``inner_loss``; pure.
 
+    .. math:: (w', v') = \mathrm{optimiser}(\nabla_w L(w, \lambda; D),\; w, v, \lambda)
+
     ``step(state, lam, batch)`` is differentiable by plain autograd where its inputs require grad,
-    and keeps no graph where they do not. :meth:`vjp` and :meth:`jvp` are the cheap way to its
-    derivatives.
+    and keeps no graph where they do not. :meth:`linearize` is the cheap way to its derivatives.
 
     Attributes:
         inner_loss: ``(w, lam, batch) -> scalar``.
@@ -99,15 +100,19 @@ class InnerStep:
     optimizer: Optimizer
     adjoint: Adjoint = ReverseOverReverse()
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
-    _twice: list[bool] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )  # not empty: a gradient's graph has been checked
+    _gradients: Gradients = field(init=False, repr=False, compare=False)
+    _look: FirstLook = field(default_factory=FirstLook, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Set the mode to work on this loss."""
+        object.__setattr__(self, "_gradients", self.adjoint.of(self._value))
 
     @property
     def stacked(self) -> bool:
         """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
         return is_stacked(self.inner_loss)
 
+    @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights (detached) and fresh slots.
 
@@ -122,19 +127,22 @@ class InnerStep:
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ. Cost: one gradient."""
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
-            w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
-            g = gradient_of(self._loss(w, lam, batch), w, graph=True)
-            if not self._twice:
-                self._check(g, w)
-            return self._next(g, state._replace(w=w), lam)
-        if self.compilation is not None and (new := self.compilation.next(state, lam, batch)) is not None:
-            return new
-        with torch.enable_grad():
-            w = tree.attach(state.w)
-            g = gradient_of(self._loss(w, lam, batch), w, graph=False)
-        with torch.no_grad():
-            return self._next(g, state, lam)
+            return self._differentiable(state, lam, batch)
+        return self.evaluate(state, lam, batch)[0]
 
+    @override
+    def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
+        """Φ and the inner loss on the way, which compiled steps do not give back. Cost: one gradient."""
+        if self.compilation is not None and (new := self.compilation.next(state, lam, batch)) is not None:
+            return new, None
+        with torch.enable_grad():
+            w, leaves = tree.attached(state.w)
+            loss = self._value(w, lam, batch)
+            g = self._reached(gradient_of(loss, leaves, graph=False), w, lam, batch)
+        with torch.no_grad():
+            return self.next(like(w, g), state, lam), loss.detach()
+
+    @override
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
         """Φ at this point with the graph of its gradient kept. Cost: one gradient.
 
@@ -146,71 +154,7 @@ class InnerStep:
             return CompiledPoint(self.compilation, state, lam, batch, lambda: self._graph(state, lam, batch))
         return self._graph(state, lam, batch)
 
-    def linearize_each(self, points: Iterable[tuple[InnerState, Any]], lam: Tree) -> list[LinearizedOnce] | None:
-        """See :class:`StepAtSeveral`. Cost: one gradient each.
-
-        ``None`` where the step is compiled or not reverse over reverse.
-        """
-        compiled = self.compilation is not None and self.compilation.refused is None
-        if compiled or not isinstance(self.adjoint, ReverseOverReverse):
-            return None
-        gradients = self.adjoint.gradients(self._loss, points, lam)
-        for state, gradient in gradients:
-            if not self._twice:
-                self._check(gradient.g, state.w)
-        return [LinearizedOnce(self, state, lam, gradient) for state, gradient in gradients]
-
-    def _graph(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
-        gradient = self.adjoint.gradient(self._loss, state.w, lam, batch)
-        if not self._twice:
-            self._check(gradient.g, state.w)
-        return LinearizedInnerStep(self, state, lam, gradient)
-
-    def vjp(
-        self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
-    ) -> tuple[InnerState | None, Tree]:
-        """The step adjoint ``(αA, αB)``. Cost.
-
-        One gradient and one contraction of its graph (about three plain steps).
-        """
-        linearized = self.linearize(state, lam, batch)
-        return (
-            linearized.last_pullback(cotangent, wrt)
-            if isinstance(linearized, LinearizedInnerStep)
-            else linearized.pullback(cotangent, wrt)
-        )
-
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        r"""The tangent ``A·state_dot + B·lam_dot``.
-
-        By symmetry of second derivatives the inner gradient's tangent is
-        :math:`\nabla_w\,(\nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda)`: reverse mode twice, so it works wherever a
-        double backward does. Where that symmetry is missing (:func:`metaopt.inner.reweighted`), the
-        step adjoint is transposed instead, at about twice the cost. The optimiser's part is forward
-        mode.
-        """
-        random = RandomState(state.w)
-        with torch.enable_grad():
-            w, lam_ = tree.attach(state.w), tree.attach(lam)
-            try:
-                g, g_dot = self._by_symmetry(w, lam_, batch, state_dot, lam_dot)
-            except AsymmetricUpdateError:
-                with random.again():
-                    live = tree.leaves(gradient_of(self._loss(w, lam_, batch), w, graph=True))
-                dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam_)
-                g, g_dot = live, transposed_twice(live, tree.leaves(w) + tree.floats(lam_), dots)
-        spec = tree.flatten(state.w)[1]
-        g, g_dot = tree.unflatten([x.detach() for x in g], spec), tree.unflatten(g_dot, spec)
-        w_dot, slots_dot = push_forward(self.optimizer, g, state, lam, g_dot, state_dot, lam_dot)
-        return InnerState(w_dot, slots_dot, state.t + 1)
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> InnerTangents:
-        """Φ and its tangent map. Cost: one gradient with respect to ``(w, λ)``.
-
-        Its graph lives as long as the result.
-        """
-        return InnerTangents(self._loss, self.optimizer, state, lam, batch)
-
+    @override
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
         r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
 
@@ -219,8 +163,8 @@ class InnerStep:
         is part of the problem belongs into the loss.
 
         Raises:
-            ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is no plain number
-                that could serve.
+            ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is not a plain
+                number that could serve.
         """
         if rate is None:
             rate = getattr(self.optimizer, "lr", None)
@@ -229,126 +173,88 @@ class InnerStep:
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: "
                     "give it, Neumann(terms, rate=0.01)"
                 )
-        return Stationary(
-            InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint), InnerState(state.w, {}, state.t), float(rate)
-        )
+        descent = InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint)
+        descent._look.inherit(self._look)
+        return Stationary(descent, InnerState(state.w, {}, state.t), float(rate))
 
+    @override
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss."""
-        return self._loss(w, lam, batch)
+        return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
 
+    @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """``alpha · ∂w'/∂g``, element-wise (gradient descent.
+        """``alpha · ∂w'/∂g``, element-wise (gradient descent: ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g.
 
-        ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g. Cost: one gradient.
+        Cost: one gradient.
         """
         with torch.enable_grad():
-            w = tree.attach(state.w)
-            g = gradient_of(self._loss(w, lam, batch), w, graph=False)
-        u, _, _, lam_bar = pull_back(
-            self.optimizer, g, state, tree.detach(lam), InnerState(alpha, None, state.t), "lam"
-        )
-        return tree.unflatten(u, tree.flatten(state.w)[1]), lam_bar
+            w, leaves = tree.attached(state.w)
+            g = self._reached(gradient_of(self._value(w, lam, batch), leaves, graph=False), w, lam, batch)
+        cotangent = InnerState(alpha, None, state.t)
+        u, _, _, lam_bar = pull_back(self.optimizer, like(w, g), state, tree.detach(lam), cotangent, "lam")
+        return like(w, u), lam_bar
 
     def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
         """Φ for a compiler to trace: the weights and slots after the step of this one number."""
-        g = torch.func.grad(self._loss)(w, lam, batch)
+        g = torch.func.grad(self.loss)(w, lam, batch)
         return self.optimizer.update(g, w, slots, lam, numbers[0])
 
-    # -- parts -----------------------------------------------------------------------------------
-    def _check(self, g: Tree, w: Tree) -> None:
-        """Whether the first gradient that has a graph can be differentiated again.
-
-        Once, since on a small net it takes as long as an operation.
-        """
-        if tree.requires_grad(g):
-            check_twice_differentiable(tree.leaves(g), tree.leaves(w))
-            self._twice.append(True)
-
-    def _loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
-
-    def _by_symmetry(
-        self, w: Tree, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The inner gradient and its tangent, as leaves: ``∇_w (∇_w L · ẇ + ∇_λ L · λ̇)``."""
-        loss = self._loss(w, lam, batch)
-        w_flat, lam_flat = tree.leaves(w), tree.floats(lam)
-        gradients = torch.autograd.grad(loss, w_flat + lam_flat, create_graph=True, allow_unused=True)
-        check_twice_differentiable(gradients)
-        dots = tree.leaves(state_dot.w) + dots_of(lam_dot, lam)
-        terms = [(g * dot).sum() for g, dot in zip(gradients, dots, strict=True) if g is not None and g.requires_grad]
-        slopes = (
-            torch.autograd.grad(torch.stack(terms).sum(), w_flat, allow_unused=True) if terms else [None] * len(w_flat)
-        )
-        g = [_zero_if_none(g, x) for g, x in zip(gradients[: len(w_flat)], w_flat, strict=True)]
-        return g, [_zero_if_none(s, x) for s, x in zip(slopes, w_flat, strict=True)]
-
-    def _next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
+    def next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
+        """The optimiser's half of Φ."""
         w, slots = self.optimizer.update(g, state.w, state.slots, lam, state.t + 1)
         return InnerState(w, slots, state.t + 1)
 
+    # -- parts -----------------------------------------------------------------------------------
+    def _differentiable(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
+        """Φ with a graph through everything that requires grad."""
+        w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
+        g = gradient_of(self._value(w, lam, batch), tree.leaves(w), graph=True)
+        g = like(w, self._reached(g, w, lam, batch))
+        if not self._look.twice:
+            self._look.graph(g, w)
+        return self.next(g, state._replace(w=w), lam)
 
-class LinearizedInnerStep:
-    """:class:`InnerStep` at one point; see :class:`Linearized`."""
+    def _graph(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedInnerStep:
+        gradient = self._gradients.gradient(state.w, lam, batch)
+        if not (self._look.twice and self._look.reached):
+            self._reached(tree.leaves(gradient.g), state.w, lam, batch)
+            self._look.graph(gradient.g, state.w)
+        return LinearizedInnerStep(self.optimizer, gradient, state, lam)
 
-    __slots__ = ("_at", "_gradient", "_lam", "_state", "_step")
+    def _value(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The inner loss, which must leave the weights as they are."""
+        if not self._look.written:
+            return self._look.value(self.loss, w, lam, batch)
+        leaves = tree.leaves(w)
+        before = [x._version for x in leaves]
+        loss = self.loss(w, lam, batch)
+        after = [x._version for x in leaves]
+        if after != before:
+            raise written_into(w, [a != b for a, b in zip(after, before, strict=True)])
+        return loss
 
-    def __init__(self, step: InnerStep, state: InnerState, lam: Tree, gradient: Gradient) -> None:
-        """Keep the point and the gradient there."""
-        self._step, self._at, self._lam, self._gradient = step, state, lam, gradient
-        self._state: InnerState | None = None
-
-    @property
-    def state(self) -> InnerState:
-        """Φ(state, λ; batch), detached; computed when first asked for, from the gradient that is there already."""
-        if self._state is None:
-            with torch.no_grad():
-                self._state = self._step._next(tree.detach(self._gradient.g), self._at, self._lam)
-        return self._state
-
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)``: through the optimiser to ``u``, then one contraction of the gradient's graph with ``u``."""
-        return self._pullback(cotangent, wrt, last=False)
-
-    def last_pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """The same, giving the graph's memory back as it is swept; there is no pullback after it."""
-        return self._pullback(cotangent, wrt, last=True)
-
-    def _pullback(self, cotangent: InnerState, wrt: Wrt, *, last: bool) -> tuple[InnerState | None, Tree]:
-        u, w_bar, slots_bar, lam_bar = pull_back(
-            self._step.optimizer, self._gradient.g, self._at, self._lam, cotangent, wrt
-        )
-        hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state", last=last)
-        state_bar = None
-        if wrt != "lam":
-            w, spec = tree.flatten(self._at.w)
-            parts = zip(w_bar, hessian_part, w, strict=True)
-            state_bar = InnerState(
-                tree.unflatten([_sum(a, b, like) for a, b, like in parts], spec), slots_bar, self._at.t
-            )
-        if wrt == "state":
-            return state_bar, None
-        supply = iter(mixed_part)
-        mixed = tree.map(lambda x: next(supply) if tree.is_float(x) else None, self._lam)
-        return state_bar, mixed if lam_bar is None else tree.add(mixed, lam_bar)
+    def _reached(self, g: list[Tensor | None], w: Tree, lam: Tree, batch: Any) -> list[Tensor]:
+        """The gradient with zeros where the loss does not reach a weight."""
+        found = [x for x in g if x is not None]
+        check_reached(found)
+        if not self._look.reached:
+            self._look.gradient(g, w, lambda: self._value(w, lam, batch))
+        if len(found) == len(g):
+            return found
+        pairs = zip(g, tree.leaves(w), strict=True)
+        return [torch.zeros_like(x) if x_g is None else x_g for x_g, x in pairs]
 
 
-class LinearizedOnce(LinearizedInnerStep):
-    """For a single pullback."""
+def inner_of(step: Step, what: str) -> InnerStep:
+    """The inner step inside whatever is around it.
 
-    __slots__ = ()
-
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)``, giving the graph's memory back as it is swept."""
-        return self.last_pullback(cotangent, wrt)
-
-
-def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
-    if a is None or b is None:
-        return _zero_if_none(a if b is None else b, like)
-    return a + b
-
-
-def _zero_if_none(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
+    Raises:
+        TypeError: for a step that is not made by :func:`inner_step`; ``what`` is what asks for it.
+    """
+    inside = step
+    while isinstance(inside, WrappedStep):
+        inside = inside.step
+    if not isinstance(inside, InnerStep):
+        raise TypeError(f"{what} needs a step from mo.inner_step, got {type(inside).__name__}")
+    return inside

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner import InnerState, Linearized, Stationary, Step, Tangents
-from metaopt.inner.contract import Wrt
+from metaopt.inner import InnerState, Linearized, Step
+from metaopt.inner.contract import WrappedStep, Wrt
 from metaopt.inner.tasks import Loss, TaskLoss, is_stacked
 from metaopt.tree import Tree
 
@@ -85,57 +85,39 @@ class LossInChunks(TaskLoss):
 
 
 @dataclass(frozen=True)
-class TaskChunks:
+class TaskChunks(WrappedStep):
     """Φ of a stacked meta-batch, a few tasks at a time; see :func:`in_task_chunks`."""
 
     step: Step
     tasks_at_once: int
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the weights have a task axis first."""
-        return is_stacked(self.step)
-
-    def init(self, w: Tree, lam: Tree) -> InnerState:
-        """As the step of all tasks."""
-        return self.step.init(w, lam)
+    @override
+    def around(self, step: Step) -> TaskChunks:
+        return TaskChunks(step, self.tasks_at_once)
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ, part by part."""
         return _joined([self.step(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)])
 
+    @override
+    def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
+        return self(state, lam, batch), None
+
+    @override
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
         """The graphs of all parts."""
-        return LinearizedParts(
-            [self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)],
-            self.tasks_at_once,
-        )
+        parts = [self.step.linearize(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)]
+        return LinearizedParts(parts, self.tasks_at_once)
 
+    @override
     def vjp(
         self, state: InnerState, lam: Tree, batch: Any, cotangent: InnerState, *, wrt: Wrt = "both"
     ) -> tuple[InnerState | None, Tree]:
-        """The adjoint, part by part: one part's graph at a time."""
+        """The adjoint with one part's graph at a time."""
         parts = self._parts(state, batch, cotangent)
         return _gathered(self.step.vjp(state_i, lam, batch_i, bar_i, wrt=wrt) for state_i, batch_i, bar_i in parts)
 
-    def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """The tangent, part by part."""
-        parts = self._parts(state, batch, state_dot)
-        return _joined([self.step.jvp(state_i, lam, batch_i, dot_i, lam_dot) for state_i, batch_i, dot_i in parts])
-
-    def tangents(self, state: InnerState, lam: Tree, batch: Any) -> Tangents:
-        """As the step of all tasks: forward mode keeps their graphs together anyway."""
-        return self.step.tangents(state, lam, batch)
-
-    def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """As the step of all tasks, in parts again."""
-        found = self.step.stationary(state, rate)
-        return found._replace(step=TaskChunks(found.step, self.tasks_at_once))
-
-    def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """As the step of all tasks."""
-        return self.step.loss(w, lam, batch)
-
+    @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
         """Part by part."""
         found = [
@@ -148,7 +130,7 @@ class TaskChunks:
         return _parts(stacked, self.tasks_at_once)
 
 
-class LinearizedParts:
+class LinearizedParts(Linearized):
     """The parts of Φ at one point."""
 
     __slots__ = ("_parts", "_tasks_at_once")
@@ -158,14 +140,42 @@ class LinearizedParts:
         self._parts, self._tasks_at_once = parts, tasks_at_once
 
     @property
+    @override
     def state(self) -> InnerState:
-        """Of all tasks."""
         return _joined([part.state for part in self._parts])
 
-    def pullback(self, cotangent: InnerState, wrt: Wrt = "both") -> tuple[InnerState | None, Tree]:
+    @override
+    def pullback(
+        self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
+    ) -> tuple[InnerState | None, Tree]:
         """Part by part."""
         bars = _parts((cotangent,), self._tasks_at_once)
-        return _gathered(part.pullback(bar, wrt) for part, (bar,) in zip(self._parts, bars, strict=True))
+        return _gathered(part.pullback(bar, wrt, last=last) for part, (bar,) in zip(self._parts, bars, strict=True))
+
+    @override
+    def pushforward(
+        self, state_dots: InnerState, lam_dots: Tree, *, columns_at_once: int | None = None, bound: float | None = None
+    ) -> InnerState:
+        """Part by part; tasks are on the second axis of the tangents."""
+        moved = []
+        for part, (dots,) in zip(self._parts, _parts((_swapped(state_dots),), self._tasks_at_once), strict=True):
+            columns = _swapped(dots)
+            moved.append(part.pushforward(columns, lam_dots, columns_at_once=columns_at_once, bound=bound))
+        return _swapped(_joined([_swapped(dots) for dots in moved]))
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._parts[0].columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return max(part.products for part in self._parts)
+
+
+def _swapped(dots: Tree) -> Tree:
+    return tree.map(lambda x: x.transpose(0, 1) if tree.is_float(x) else x, dots)
 
 
 def _parts(stacked: tuple[Tree, ...], tasks_at_once: int) -> Iterator[tuple[Tree, ...]]:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import replay, tree
-from metaopt.inner.contract import Step, StepAtSeveral
+from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.replay import Rng
-from metaopt.trajectory._rows import ROWS, SMALL, is_tiny
-from metaopt.trajectory._weighing import weighed
 from metaopt.trajectory.base import Moment, check_fixed, versions_of
 from metaopt.tree import Tree
 
@@ -38,10 +35,7 @@ class InterpolatedTape(NamedTuple):
 class Interpolated:
     """Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
 
-    Memory: ``2 |s|``; where states have less than 4 KiB, sixteen at a time, and the graphs of
-    sixteen steps if that of the newest holds less than 64 KiB: their points are known beforehand,
-    so that one call of autograd makes them. Bias: exact only where A and B do not depend on the
-    state.
+    Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
     """
 
     @property
@@ -69,46 +63,12 @@ class Interpolated:
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first, at the interpolated states."""
         states = straight_line(tape.first, last, len(tape.batches))
-        moments = (
-            Moment(state, tape.lam, batch, rng)
-            for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True)
-        )
-        yield from _with_graphs(moments, step) if is_tiny(tape.first) and isinstance(step, StepAtSeveral) else moments
+        for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True):
+            yield Moment(state, tape.lam, batch, rng)
 
     def complete(self, tape: InterpolatedTape) -> bool:
         """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""
         return False
-
-
-def _with_graphs(moments: Iterator[Moment], step: StepAtSeveral) -> Iterator[Moment]:
-    """The same with their graphs, which are made in groups.
-
-    As they are, where the first one's is not small or not to be had.
-    """
-    first = list(islice(moments, 1))
-    made, size = weighed(lambda: _linearized(first, step), first)
-    yield from made
-    if made is first or size >= SMALL:
-        yield from moments
-    else:
-        while group := list(islice(moments, ROWS)):
-            yield from _linearized(group, step) if len(group) > 1 else group
-
-
-def _linearized(group: list[Moment], step: StepAtSeveral) -> list[Moment]:
-    """The moments with graphs from one call of autograd, or just themselves."""
-
-    def points() -> Iterator[tuple[InnerState, Any]]:
-        for moment in group:
-            replay.restore(moment.rng)
-            yield moment.state, moment.batch
-
-    graphs = step.linearize_each(points(), group[0].lam) if group else None
-    return (
-        group
-        if graphs is None
-        else [moment._replace(linearized=graph) for moment, graph in zip(group, graphs, strict=True)]
-    )
 
 
 def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:
@@ -125,21 +85,6 @@ def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator
 
 
 def _between(first: list[Tensor], last: list[Tensor], horizon: int) -> Iterator[Sequence[Tensor]]:
-    """The leaves of the states.
-
-    Of tiny ones sixteen states in one call for each leaf, since calls are what they cost.
-    """
-    weights = [t / horizon for t in range(horizon - 1, -1, -1)]
-    if is_tiny(InnerState(first)) and all(x.dtype in (torch.float32, torch.float64) for x in first):
-        for start in range(0, horizon, ROWS):
-            column = torch.tensor(weights[start : start + ROWS], dtype=torch.float64)
-            yield from zip(
-                *(
-                    torch.lerp(x, y, column.to(x).view(-1, *[1] * x.ndim)).unbind()
-                    for x, y in zip(first, last, strict=True)
-                ),
-                strict=True,
-            )
-    else:
-        for weight in weights:
-            yield torch._foreach_lerp(first, last, weight)  # pyright: ignore[reportPrivateImportUsage]
+    """The leaves of the states."""
+    for t in range(horizon - 1, -1, -1):
+        yield torch._foreach_lerp(first, last, t / horizon)  # pyright: ignore[reportPrivateImportUsage]

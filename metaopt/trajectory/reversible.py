@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from metaopt import replay, tree
-from metaopt.inner.constant_slots import ConstantSlots
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep
+from metaopt.inner.step import inner_of
 from metaopt.optim.optimizer import per_leaf
 from metaopt.optim.sgd import SGD
 from metaopt.replay import Rng
@@ -136,15 +135,12 @@ class Reversible:
         return True
 
 
-def _momentum_sgd(step: Any) -> SGD:
-    while not isinstance(step, InnerStep) and hasattr(step, "step"):
-        step = step.step
-    optimizer = getattr(step, "optimizer", None)
-    if isinstance(step, ConstantSlots) or not isinstance(optimizer, SGD) or optimizer.nesterov:
-        what = type(step).__name__ if optimizer is None else repr(optimizer)
+def _momentum_sgd(step: Step) -> SGD:
+    optimizer = inner_of(step, "a reversible trajectory").optimizer
+    if not isinstance(optimizer, SGD) or optimizer.nesterov:
         raise TypeError(
             "a reversible trajectory needs momentum SGD without Nesterov, mo.optim.SGD(lr=..., momentum=...); got "
-            f"{what}"
+            f"{optimizer!r}"
         )
     return optimizer
 

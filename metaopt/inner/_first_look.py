@@ -1,0 +1,104 @@
+"""What is looked at once per step object, since it costs as much as an operation or more."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import replay, tree
+from metaopt.inner._graph import check_twice_differentiable
+from metaopt.inner.adjoint import Loss
+from metaopt.tree import Tree
+
+
+class UnreachedWeightWarning(UserWarning):
+    """The inner loss gave no gradient to a weight, so that the step leaves it where it is."""
+
+
+class FirstLook:
+    """Whether the inner loss keeps its side of the contract, found out at the first steps.
+
+    Attributes:
+        written: whether it has been seen to leave the weights alone.
+        reached: whether its gradient has been looked at.
+        twice: whether a graph of its gradient has been looked at.
+    """
+
+    __slots__ = ("reached", "twice", "written")
+
+    def __init__(self) -> None:
+        """Nothing has been looked at."""
+        self.written = self.reached = self.twice = False
+
+    def inherit(self, other: FirstLook) -> None:
+        """Take over what was found out about the same loss."""
+        self.written, self.reached, self.twice = other.written, other.reached, other.twice
+
+    def value(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The loss, beside a copy of the weights: what it wrote into them is undone.
+
+        Later evaluations look at version counters alone, which ``.data`` goes around.
+        """
+        leaves = tree.leaves(w)
+        before = [x.detach().clone() for x in leaves]
+        found = loss(w, lam, batch)
+        changed = [not _equal(x.detach(), old) for x, old in zip(leaves, before, strict=True)]
+        if any(changed):
+            with torch.no_grad():
+                for x, old in zip(leaves, before, strict=True):
+                    x.detach().copy_(old)
+            raise written_into(w, changed)
+        self.written = True
+        return found
+
+    def gradient(self, g: list[Tensor | None], w: Tree, again: Callable[[], Any]) -> None:
+        """Warn of weights without a gradient; ``again`` evaluates the loss once more where there are some."""
+        self.reached = True
+        missing = [name for name, x in zip(tree.dotted_names(w), g, strict=True) if x is None]
+        if not missing:
+            return
+        with replay.preserved(w), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again()
+        if any("None of the inputs have requires_grad=True" in str(warning.message) for warning in caught):
+            raise reentrant(f"the weights {', '.join(missing)} get no gradient")
+        warnings.warn(
+            f"the inner loss gives no gradient to the weights {', '.join(missing)}: a step leaves them where they "
+            "are. Call the model with the weights that are given, model(w, x), and check for detach; if it is meant, "
+            "take them out of w (mo.partition, requires_grad_(False))",
+            UnreachedWeightWarning,
+            stacklevel=5,
+        )
+
+    def graph(self, gradient: Tree, w: Tree) -> None:
+        """Whether the gradient can be differentiated again."""
+        g = [x for x in tree.leaves(gradient) if x is not None]
+        if any(x.requires_grad for x in g):
+            check_twice_differentiable(g, tree.leaves(w))
+            self.twice = True
+
+
+def written_into(w: Tree, changed: list[bool]) -> RuntimeError:
+    """What to say of a loss that changed weights in place."""
+    names = [name for name, x in zip(tree.dotted_names(w), changed, strict=True) if x]
+    return RuntimeError(
+        f"the inner loss changed the weights {', '.join(names)} in place. A step is a function of its arguments: "
+        "work on a copy, w.clone(), or do what it does in the optimiser (mo.optim) or in mo.custom_step"
+    )
+
+
+def reentrant(what: str) -> RuntimeError:
+    """What to say of reentrant checkpointing."""
+    return RuntimeError(
+        f"reentrant checkpointing inside the inner loss cannot be differentiated through: {what}. Pass "
+        "use_reentrant=False to torch.utils.checkpoint.checkpoint (transformers: "
+        'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a != a)).all())

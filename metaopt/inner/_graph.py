@@ -1,0 +1,58 @@
+"""Walks over autograd's graph: about a microsecond a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """Every node behind ``outputs``, once each, without those that made ``until`` and what is behind them."""
+    seen: set[Any] = {x.grad_fn for x in until}
+    waiting: list[Any] = [x.grad_fn for x in outputs if x is not None]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend([parent for parent, _ in node.next_functions])
+
+
+def leaves(output: Tensor) -> list[Tensor]:
+    """The autograd leaves that a tensor depends on."""
+    found = [getattr(node, "variable", None) for node in nodes([output])]
+    return [leaf for leaf in found if leaf is not None]
+
+
+def numbers_saved(outputs: Iterable[Tensor]) -> int:
+    """How many numbers the graph behind some tensors has saved: what one product reads."""
+    names: dict[type, list[str]] = {}
+    total = 0
+    for node in nodes(outputs):
+        saved = names.setdefault(type(node), [name for name in dir(type(node)) if name.startswith("_saved_")])
+        tensors = [getattr(node, name) for name in saved]
+        total += sum(x.numel() for x in tensors if isinstance(x, Tensor))
+    return total
+
+
+def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> None:
+    """Walk the graph from gradients to the inputs.
+
+    An operation whose backward is marked ``once_differentiable`` leaves a node there that is an
+    error, and on no way to any input: autograd would leave it out, and whatever passes through it
+    would be missing from every second-order product.
+
+    Raises:
+        RuntimeError: if there is such a node.
+    """
+    for node in nodes(gradients, inputs):
+        if node.name().endswith("Error"):
+            raise RuntimeError(
+                "an operation of the inner step is differentiable once only (its backward is marked "
+                "once_differentiable): a hypergradient would miss "
+                "what passes through it. Write its backward in operations of torch, without that mark, or use "
+                "another form of it"
+            )
