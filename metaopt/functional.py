@@ -1,41 +1,38 @@
-"""``nn.Module`` to pure function, and the split of its parameters into weights and hyperparameters.
-
-The user's module is copied once and never touched again. A call puts the given tensors into
-pre-resolved slots of the private copy, runs ``forward`` and takes them out again: what
-:func:`torch.func.functional_call` does, without its per-call look-up, which costs a small net as
-much as the forward pass itself. Between calls the slots hold nothing that could be computed with,
-so that whatever runs a part of the module later (``torch.utils.checkpoint`` inside it, when it
-recomputes) fails instead of using other values.
-"""
+"""``nn.Module`` to pure function, and the split of its parameters into weights and hyperparameters."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.layers import batch_norm
-from metaopt.layers.lean import twice_differentiable
+from metaopt import tree
+from metaopt.layers import refused
+from metaopt.layers.lean import idle, twice_differentiable
+from metaopt.layers.statistics import Idle, moving
+from metaopt.skeleton import Skeleton, sharing_copy
 
 Params: TypeAlias = dict[str, Tensor]
+Statistics: TypeAlias = Literal["frozen", "batch"]
+
+_IDLE: Any = Idle()
 
 
 class FunctionalModel:
-    """A module as a pure function ``model(params, *args, **kwargs) -> out``.
+    """A module as a pure function ``model(params, *args, **kwargs) -> out``, also in threads.
 
     Attributes:
-        params: name to parameter (detached clones; a tied parameter appears once, under its first
-            name).
+        params: name to parameter that is trained (detached clones; a tied parameter appears once,
+            under its first name).
+        frozen: name to parameter that is not: constants of the model, the module's own tensors and
+            no copies of them.
         buffers: name to buffer (clones), as they were when the module was wrapped.
 
     Dropout, batch statistics and every other choice that depends on training mode follow the mode
     the module had when wrapped; :meth:`train` and :meth:`eval` give the same function in the other
-    mode.
+    mode, with the same tensors.
 
     >>> model = functional(nn.Linear(2, 1))
     >>> sorted(model.params)
@@ -44,127 +41,180 @@ class FunctionalModel:
     torch.Size([5, 1])
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Copy ``module`` (see :func:`functional`)."""
-        self._module = twice_differentiable(copy.deepcopy(module))
-        self.params: Params = {name: p.detach().clone() for name, p in self._module.named_parameters()}
-        self.buffers: Params = {name: b.detach().clone() for name, b in self._module.named_buffers()}
-        self._whole = copy.deepcopy(self._module)
-        self._param_slots = _slots(self._module, "_parameters", dict(self._module.named_parameters()))
-        self._buffer_slots = _slots(self._module, "_buffers", dict(self._module.named_buffers()))
-        for holder, key in (
-            place for slots in (self._param_slots, self._buffer_slots) for places in slots.values() for place in places
-        ):
-            holder[key] = _ABSENT
+    def __init__(self, template: nn.Module, params: Params, frozen: Params, buffers: Params) -> None:
+        """Hold a module and what its tensors are called (see :func:`functional`, which makes both)."""
+        self.params = params
+        self.frozen = frozen
+        self.buffers = buffers
+        self._template = template
+        self._idle = idle(template)
+        self._versions = _versions(frozen)
+        self._stale: list[str] = []
+        self._seen = False
+        self._free: list[Skeleton] = []
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """Run with ``params``; buffers are as captured, and what the forward pass does to them is thrown away.
 
         Running statistics that a layer in training mode would only move, not use, are not even
         computed: such a layer can be mapped over tasks.
+
+        Raises:
+            ValueError: if the names are not those of the parameters, or running statistics were
+                never said to be meant as they are (see :meth:`eval`).
+            RuntimeError: if the forward pass writes to a parameter, or a frozen one was written to.
         """
-        _check_names(params, self._param_slots, "params")
-        if (
-            torch.compiler.is_compiling()
-        ):  # the compiler follows torch's own way of swapping; what that costs is paid once
-            fresh = {name: buffer.clone() for name, buffer in self.buffers.items()}
-            return torch.func.functional_call(self._whole, {**params, **fresh}, args, kwargs)
-        if not self._buffer_slots:
-            with _swapped(self._param_slots, params):
-                return self._module(*args, **kwargs)
-        idle = self._idle_statistics()
-        fresh = {name: None if name in idle else buffer.clone() for name, buffer in self.buffers.items()}
-        with _swapped(self._param_slots, params), _swapped(self._buffer_slots, fresh):
-            return self._module(*args, **kwargs)
+        self._check(params)
+        if self._stale:
+            raise ValueError(_stale_message(self._stale))
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        if torch.compiler.is_compiling():  # the compiler follows torch's own way of swapping
+            return torch.func.functional_call(self._template, {**params, **buffers}, args, kwargs)
+        for name in self._idle:
+            buffers[name] = _IDLE
+        return self._run(params, buffers, args, kwargs)[0]
 
     def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
         """Run with ``params`` and ``buffers``.
+
+        Running statistics of batch and instance norm and the vectors of spectral norm are
+        differentiable functions of the old ones and of the inputs, and may be mapped over tasks.
 
         Returns:
             The output, and the buffers after the pass (running statistics, …). The given ones are
             not changed.
         """
-        if not self._buffer_slots:
-            return self(params, *args, **kwargs), {}
-        _check_names(params, self._param_slots, "params")
-        _check_names(buffers, self._buffer_slots, "buffers")
+        self._check(params)
+        _check_names(buffers, self.buffers, "buffers")
+        if torch.compiler.is_compiling() and self.buffers:
+            raise RuntimeError("with_buffers does not run inside torch.compile: leave this step as it is")
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-        with _swapped(self._param_slots, params), _swapped(self._buffer_slots, fresh):
-            out = self._module(*args, **kwargs)
-            after = {name: places[0][0][places[0][1]] for name, places in self._buffer_slots.items()}
-        return out, after
+        return self._run(params, fresh, args, kwargs)
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """The same function in training mode (``mode=True``) or evaluation mode; this one stays as it is."""
-        with _swapped(self._param_slots, self.params), _swapped(self._buffer_slots, self.buffers):
-            other = FunctionalModel(self._module)
-        other._module.train(mode)
-        other._whole.train(mode)
-        other.params, other.buffers = self.params, self.buffers
+        return self._in_mode(mode, [])
+
+    def eval(self, *, statistics: Statistics | None = None) -> FunctionalModel:
+        """The same function in evaluation mode; this one stays as it is.
+
+        Args:
+            statistics: what normalisation layers take whose running statistics a training pass
+                moves. ``"frozen"``: those from when the module was wrapped. ``"batch"``: those of
+                the batch, as in training mode. Default: none, since a run by ``model(params, …)``
+                has moved none; the statistics come with :meth:`with_buffers`.
+        """
+        if statistics not in (None, "frozen", "batch"):
+            raise ValueError(f"statistics are 'frozen' or 'batch', got {statistics!r}")
+        moved = moving(self._template)
+        other = self._in_mode(False, moved if statistics == "batch" else [])
+        other._stale = moved if statistics is None else []
         return other
 
-    def eval(self) -> FunctionalModel:
-        """The same function in evaluation mode; this one stays as it is."""
-        return self.train(False)
+    def _in_mode(self, mode: bool, in_training: Sequence[str]) -> FunctionalModel:
+        template = sharing_copy(self._template, {}).train(mode)
+        for name in in_training:
+            template.get_submodule(name).train()
+        other = FunctionalModel(template, self.params, self.frozen, self.buffers)
+        other._versions = self._versions
+        return other
 
-    def _idle_statistics(self) -> set[str]:
-        layers = [
-            (name, layer) for name, layer in self._module.named_modules() if type(layer) in _NORMS and layer.training
-        ]
-        return {f"{name}.{buffer}" if name else buffer for name, layer in layers for buffer in layer._buffers}
+    def _check(self, params: Params) -> None:
+        _check_names(params, self.params, "params", self.frozen)
+        if self._versions and self._versions != _versions(self.frozen):
+            raise RuntimeError(
+                "a frozen parameter was written to after the module was wrapped, and the model holds it without a "
+                "copy: wrap copy.deepcopy(module), or wrap it again"
+            )
+
+    def _run(self, params: Params, buffers: Params, args: Any, kwargs: Any) -> tuple[Any, Params]:
+        if not self._seen:
+            given = params
+            params = {name: p.clone() for name, p in given.items()}
+        try:
+            skeleton = self._free.pop()
+        except IndexError:
+            skeleton = Skeleton(self._template, self.params, self.buffers)
+        skeleton.fill(params, buffers)
+        out = skeleton.module(*args, **kwargs)
+        after = skeleton.buffers()
+        if not self._seen:
+            _check_unwritten(params, self._template)
+            self._seen = True
+        if not skeleton.in_use():  # nor after an error, whose traceback holds it
+            skeleton.clear()
+            self._free.append(skeleton)
+        return out, after
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the copies that calls use."""
+        return {**vars(self), "_free": [], "_versions": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the parts over; what is frozen counts its changes from now on."""
+        vars(self).update(state)
+        self._versions = _versions(self.frozen)
 
     def __repr__(self) -> str:
         """Class name of the module and how many numbers it holds."""
         count = sum(p.numel() for p in self.params.values())
-        return f"functional({type(self._module).__name__}, {count:,} parameters)"
+        frozen = sum(p.numel() for p in self.frozen.values())
+        constant = f", {frozen:,} frozen" if frozen else ""
+        return f"functional({type(self._template).__name__}, {count:,} parameters{constant})"
 
 
-def functional(module: nn.Module) -> FunctionalModel:
-    """Wrap any ``nn.Module`` as a pure function of its parameters.
+def functional(
+    module: nn.Module, *, trainable: str | Sequence[str] | Callable[[str], bool] | None = None
+) -> FunctionalModel:
+    """Wrap any ``nn.Module`` as a pure function of its trained parameters.
 
-    The module is never mutated: parameters and buffers are cloned, and later changes of the module
-    are not seen.
+    The module is never mutated. Trained parameters and buffers are cloned, so that later changes of
+    the module are not seen. Frozen parameters are held once, in the module's own memory; writing to
+    them afterwards makes the next call an error.
 
-    Three layers are made differentiable twice on the way. Torch's fused ``weight_norm`` has a wrong
-    second derivative, so the private copy computes ``g · v / ‖v‖`` from plain operations. In
-    training mode ``spectral_norm`` holds its singular vectors constant, as if they did not depend
-    on the weight; the private copy differentiates its power iterations too (the two agree once
-    those have converged). The second derivative of batch norm by batch statistics is right in
-    torch, but slow and large; the private copy has one that is neither. Max pooling over 2 × 2
-    windows is made faster, too, and comes before a ReLU that stands before it in an
-    ``nn.Sequential``: the same function. Under ``torch.vmap`` a linear layer takes fewer
-    operations.
+    Layers whose derivatives are wrong or slow in torch compute in another way on the private copy,
+    with the same numbers. Torch's fused ``weight_norm`` has a wrong second derivative; here it is
+    ``g · v / ‖v‖`` from plain operations. In training mode ``spectral_norm`` holds its singular
+    vectors constant; here its power iterations are differentiated too (the two agree once those
+    have converged). The second derivative of batch norm by batch statistics is right in torch, but
+    slow and large. Max pooling over 2 × 2 windows is faster, and comes before a ReLU that stands
+    before it. Under ``torch.vmap`` a linear layer takes fewer operations. A part that
+    ``torch.compile`` made is run as what it was made from.
+
+    Args:
+        module: in the mode (training, evaluation) in which the model is to be.
+        trainable: which parameters are in ``model.params``: glob patterns of names, or a predicate
+            on the name. Default: those that require grad. ``"*"`` is all of them.
 
     Raises:
-        TypeError: if ``module`` is no ``nn.Module``.
-        ValueError: if it has parameters that are not initialised yet (lazy modules), no parameters
-            at all, or one of the old hooks ``torch.nn.utils.weight_norm`` and
+        TypeError: if ``module`` is not an ``nn.Module``, is scripted, cannot be copied, or wraps the
+            module for several devices.
+        ValueError: if nothing would be trained, a parameter is not initialised yet (lazy modules) or
+            has a gradient hook, or the module reaches parameters by another way than its attributes;
+            and for ``Embedding(max_norm=…)`` and the old hooks ``torch.nn.utils.weight_norm`` and
             ``torch.nn.utils.spectral_norm``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"functional() wraps an nn.Module, got {type(module).__name__}; a plain function needs no wrapping"
         )
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"parameter {name!r} is not initialised yet: run the lazy module once on an example batch before "
-                "wrapping it"
-            )
-    for submodule in module.modules():
-        for kind, name in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
-            if any(type(hook).__name__ == kind for hook in submodule._forward_pre_hooks.values()):
-                raise ValueError(
-                    f"torch.nn.utils.{name} (the hook) has a wrong second derivative; "
-                    f"use torch.nn.utils.parametrizations.{name}, which functional() replaces by a right one"
-                )
-    model = FunctionalModel(module)
-    if not model.params:
+    refused.check(module)
+    found = dict(module.named_parameters())
+    if not found:
         raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to differentiate")
-    return model
+    chosen = _trained(found, trainable)
+
+    params = {name: found[name].detach().clone() for name in chosen}
+    frozen = {name: p.detach() for name, p in found.items() if name not in params}
+    captured = dict(module.named_buffers())
+    buffers = {name: buffer.detach().clone() for name, buffer in captured.items()}
+    held = {name: x.detach() for name, x in {**params, **frozen, **buffers}.items()}  # requires_grad_ may come to ours
+    template = sharing_copy(module, {id(x): held[name] for name, x in {**found, **captured}.items()})
+    twice_differentiable(template)
+    return FunctionalModel(template, params, frozen, buffers)
 
 
-def partition(params: Params, weights: Sequence[str] | Callable[[str], bool]) -> tuple[Params, Params]:
+def partition(params: Params, weights: str | Sequence[str] | Callable[[str], bool]) -> tuple[Params, Params]:
     """Split parameters into weights ``w`` (adapted by the inner loop) and hyperparameters ``lam`` (the rest).
 
     Args:
@@ -172,23 +222,19 @@ def partition(params: Params, weights: Sequence[str] | Callable[[str], bool]) ->
         weights: glob patterns of the names that are weights, or a predicate on the name.
 
     Raises:
+        TypeError: if ``params`` is not a dictionary.
         ValueError: if a pattern matches no name, or if one of the two sides would be empty.
 
     >>> w, lam = partition({"body.weight": torch.ones(1), "head.weight": torch.ones(1)}, weights=["head.*"])
     >>> list(w), list(lam)
     (['head.weight'], ['body.weight'])
     """
-    if isinstance(weights, str):
-        weights = [weights]
-    if not callable(weights):
-        for pattern in weights:
-            if not any(fnmatchcase(name, pattern) for name in params):
-                raise ValueError(f"the pattern {pattern!r} matches no parameter; names are {list(params)}")
-    chosen = weights if callable(weights) else lambda name: any(fnmatchcase(name, pattern) for pattern in weights)
-    w = {name: p for name, p in params.items() if chosen(name)}
+    _check_mapping(params, "params")
+    chosen = tree.matching(params, weights, "parameter")
+    w = {name: params[name] for name in chosen}
     lam = {name: p for name, p in params.items() if name not in w}
     if not w or not lam:
-        empty = "weights" if not w else "hyperparameters"
+        empty = "hyperparameters" if w else "weights"
         raise ValueError(
             f"the split leaves no {empty} (of {list(params)}); a model whose parameters are all weights needs no "
             "partition"
@@ -200,72 +246,72 @@ def merge(w: Params, lam: Params) -> Params:
     """Put the two sides of :func:`partition` back together.
 
     Raises:
+        TypeError: if a side is not a dictionary.
         ValueError: if a name stands on both sides.
     """
+    if type(w) is not dict or type(lam) is not dict:
+        _check_mapping(w, "w")
+        _check_mapping(lam, "lam")
     both = w.keys() & lam.keys()
     if both:
         raise ValueError(f"these parameters are both weights and hyperparameters: {sorted(both)}")
     return {**w, **lam}
 
 
-# -- slots ---------------------------------------------------------------------------------------
-_NORMS = (
-    *batch_norm.LEAN.values(),
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
-_Places: TypeAlias = list[tuple[dict[str, Any], str]]
+# -- checks --------------------------------------------------------------------------------------
+def _trained(found: Mapping[str, nn.Parameter], trainable: Any) -> list[str]:
+    if trainable is None:
+        chosen = [name for name, p in found.items() if p.requires_grad]
+    else:
+        chosen = tree.matching(found, trainable, "parameter")
+    if not chosen:
+        raise ValueError(
+            f"all {len(found)} parameters are frozen (requires_grad=False), so there is nothing to train: say which "
+            "are trained, functional(module, trainable=['head.*'])"
+        )
+    for name in chosen:
+        if not (found[name].is_floating_point() or found[name].is_complex()):
+            raise ValueError(f"the parameter {name!r} is {found[name].dtype} and cannot be trained")
+    return chosen
 
 
-class _Absent:
-    """What stands in a slot between calls."""
+def _check_mapping(given: Any, what: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} is a dictionary of names to tensors, as model.params is; got {type(given).__name__}")
 
-    _MESSAGE = (
-        "a part of a module was run outside of the call that gave it its parameters: torch.utils.checkpoint inside a "
-        "module recomputes after the "
-        "call, when they are gone. Switch it off in the module, and put it around the whole call instead: "
-        "checkpoint(model, params, x, "
-        "use_reentrant=False)"
+
+def _check_names(given: Params, expected: Params, what: str, frozen: Params | None = None) -> None:
+    if type(given) is not dict:
+        _check_mapping(given, what)
+    if given.keys() == expected.keys():
+        return
+    missing = sorted(expected.keys() - given.keys())
+    extra = sorted(given.keys() - expected.keys())
+    constants = sorted(frozen.keys() & given.keys()) if frozen else []
+    hint = f"; {constants} are frozen: wrap with trainable=… to give them" if constants else ""
+    raise ValueError(f"{what} do not fit the module: missing {missing}, unknown {extra}{hint}")
+
+
+def _versions(frozen: Params) -> list[int]:
+    """How often each frozen parameter was written to; tensors made in inference mode do not count that."""
+    return [p._version for p in frozen.values() if not p.is_inference()]
+
+
+def _check_unwritten(params: Params, template: nn.Module) -> None:
+    """Fresh copies that a first call has been given are as they were made."""
+    written = [name for name, p in params.items() if p._version]
+    if written:
+        owner = template.get_submodule(written[0].rpartition(".")[0])
+        raise RuntimeError(
+            f"the forward pass writes to the parameter {written[0]!r}, held by {type(owner).__name__}, which a pure "
+            "function cannot do: compute with a changed copy of it in forward"
+        )
+
+
+def _stale_message(layers: list[str]) -> str:
+    named = ", ".join(repr(name) for name in layers[:3]) + (", …" if len(layers) > 3 else "")
+    return (
+        f"evaluation mode uses running statistics of {named}, and a run by model(params, …) has not moved them. Carry "
+        "them: mo.inner_step(…, buffers=model.buffers), and model.eval().with_buffers(params, buffers, …) here. Or say "
+        "which are meant: model.eval(statistics='frozen') for those of the wrapped module, 'batch' for the batch's own"
     )
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(cls._MESSAGE)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name) if name.startswith("__") else RuntimeError(self._MESSAGE)
-
-
-_ABSENT: Any = _Absent()
-
-
-def _slots(module: nn.Module, kind: str, tensors: dict[str, Tensor]) -> dict[str, _Places]:
-    """For each name every place (owner's dictionary, key) that holds this very tensor: tied parameters have several."""
-    name_of = {id(tensor): name for name, tensor in tensors.items()}
-    slots: dict[str, _Places] = {name: [] for name in tensors}
-    for submodule in module.modules():
-        holder = getattr(submodule, kind)
-        for key, tensor in holder.items():
-            if tensor is not None:
-                slots[name_of[id(tensor)]].append((holder, key))
-    return slots
-
-
-@contextmanager
-def _swapped(slots: dict[str, _Places], tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
-    originals = [(holder, key, holder[key]) for places in slots.values() for holder, key in places]
-    try:
-        for name, places in slots.items():
-            for holder, key in places:
-                holder[key] = tensors[name]
-        yield
-    finally:
-        for holder, key, tensor in originals:
-            holder[key] = tensor
-
-
-def _check_names(given: Params, slots: dict[str, _Places], what: str) -> None:
-    if given.keys() != slots.keys():
-        missing, extra = sorted(slots.keys() - given.keys()), sorted(given.keys() - slots.keys())
-        raise ValueError(f"{what} do not fit the module: missing {missing}, unknown {extra}")

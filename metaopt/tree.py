@@ -8,6 +8,7 @@ arithmetic leaves them as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -172,6 +173,36 @@ def dotted_names(tree: Tree) -> list[str]:
         ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
         for path in paths
     ]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches one of the glob patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def matching(names: Iterable[str], patterns: str | Sequence[str] | Callable[[str], bool], what: str) -> list[str]:
+    """The names that match one of the glob patterns, or that the predicate holds for, in their order.
+
+    Args:
+        names: dotted names.
+        patterns: one glob, several, or a predicate on the name.
+        what: the kind of thing that is named, for the error.
+
+    Raises:
+        ValueError: if a pattern matches no name.
+
+    >>> matching(["body.weight", "head.weight"], "head.*", "parameter")
+    ['head.weight']
+    """
+    names = list(names)
+    if callable(patterns):
+        return [name for name in names if patterns(name)]
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches no {what}; names are {names}")
+    return [name for name in names if matches(name, patterns)]
 
 
 def is_float(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaopt as mo
-from metaopt.layers import max_pool
+from metaopt.layers import max_pool, sequence
 
 F64 = torch.float64
 
@@ -38,14 +38,14 @@ def test_every_derivative_is_torchs(seed, shape, ties, channels_last):
             )
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(max_pool.LeanMaxPool2d(2)(x.detach()), found[1][0])
+    assert torch.equal(max_pool.forward(nn.MaxPool2d(2), x.detach()), found[1][0])
 
 
 def test_no_number_stays_no_number():
     x = torch.randn(1, 2, 4, 4)
     x[0, 0, 1, 2] = float("nan")
     for at in (x, x.clone().requires_grad_()):
-        assert torch.equal(max_pool.LeanMaxPool2d(2)(at).isnan(), torchs(at).isnan())
+        assert torch.equal(max_pool.forward(nn.MaxPool2d(2), at).isnan(), torchs(at).isnan())
 
 
 LAYERS = {
@@ -85,23 +85,16 @@ def test_under_transforms_it_is_torchs():
     check_under_transforms(loss, x)
 
 
-def sequence(relu):
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), relu, nn.MaxPool2d(2), nn.Flatten()
-    )
-
-
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, padding=1), nn.MaxPool2d(3, stride=1)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_relu_and_pooling_change_places(pool, ties):
     torch.manual_seed(0)
     x = torch.randint(-2, 3, (4, 3, 6, 6)).to(F64) if ties else torch.randn(4, 3, 6, 6, dtype=F64)
-    module = nn.Sequential(nn.ReLU(), pool).double()
+    module = nn.Sequential(nn.ReLU(), pool, nn.Conv2d(3, 2, 1)).double()
+    model = mo.functional(module)
+    assert [type(layer) for layer in sequence.orders(module)[0][1]] == [nn.MaxPool2d, nn.ReLU, nn.Conv2d]
     seen = []
-    for run in (
-        module,
-        lambda x, lean=mo.functional(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), pool))._module: lean[1:](x),
-    ):
+    for run in (module, lambda x: model(model.params, x)):
         at = x.clone().requires_grad_()
         y = run(at)
         g = torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y).requires_grad_()
@@ -112,21 +105,49 @@ def test_relu_and_pooling_change_places(pool, ties):
         assert torch.equal(theirs, ours)
 
 
-def test_the_relu_of_a_sequence_sees_a_quarter():
-    shapes = []
-    model = mo.functional(sequence(nn.ReLU()))
-    model._module[2].forward = lambda x: shapes.append(x.shape) or nn.functional.relu(x)
-    assert model(model.params, torch.randn(2, 3, 8, 8)).shape == (2, 64)
-    assert shapes == [(2, 4, 4, 4)]
-    assert [type(layer).__name__ for layer in model._module[2:4]] == ["ReLU", "LeanMaxPool2d"]  # as they stood
+def watched(layer):
+    layer.register_forward_hook(lambda module, args, out: None)
+    return layer
 
 
-def test_a_relu_that_others_may_see_stays_first():
-    watched = nn.ReLU()
-    watched.register_forward_hook(lambda module, args, out: None)
-    for relu in (nn.ReLU(inplace=True), watched):
-        shapes = []
-        model = mo.functional(sequence(relu))
-        model._module[2].forward = lambda x, shapes=shapes: shapes.append(x.shape) or nn.functional.relu(x)
-        model(model.params, torch.randn(2, 3, 8, 8))
-        assert shapes == [(2, 4, 8, 8)]
+def block(relu=None, pool=None):
+    return [nn.Conv2d(3, 3, 3, padding=1), relu or nn.ReLU(), pool or nn.MaxPool2d(2)]
+
+
+class Own(nn.Module):
+    """Writes into what its sequence gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(*block()), nn.Flatten())
+
+    def forward(self, x):
+        return self.body(x).add_(1)
+
+
+ORDERS = {
+    "a convolution follows": (nn.Sequential(*block(), nn.Conv2d(3, 3, 1)), 1),
+    "blocks": (nn.Sequential(nn.Sequential(*block()), nn.Sequential(*block()), nn.Flatten(), nn.Linear(12, 2)), 2),
+    "the last": (nn.Sequential(*block()), 0),
+    "a view is the last": (nn.Sequential(*block(), nn.Flatten()), 0),
+    "in place": (nn.Sequential(*block(nn.ReLU(inplace=True)), nn.Flatten(), nn.Linear(48, 2)), 0),
+    "dropout in place": (nn.Sequential(*block(), nn.Dropout(0.0, inplace=True), nn.Flatten(), nn.Linear(48, 2)), 0),
+    "a view in place": (nn.Sequential(*block(), nn.Flatten(), nn.ELU(inplace=True), nn.Linear(48, 2)), 0),
+    "a watched ReLU": (nn.Sequential(*block(watched(nn.ReLU())), nn.Flatten(), nn.Linear(48, 2)), 0),
+    "a watched view": (nn.Sequential(*block(), watched(nn.Flatten()), nn.Linear(48, 2)), 0),
+    "a watched block": (nn.Sequential(watched(nn.Sequential(*block())), nn.Flatten(), nn.Linear(48, 2)), 0),
+    "a module of the user's": (Own(), 0),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_relu_comes_later_where_nobody_can_see_it(name):
+    module, count = ORDERS[name]
+    module = module.double()
+    assert len(sequence.orders(module)) == count
+    model, x = mo.functional(module), torch.randn(2, 3, 8, 8, dtype=F64)
+    w = {key: p.requires_grad_() for key, p in model.params.items()}
+    ours = torch.autograd.grad(model(w, x).pow(2).sum(), list(w.values()))
+    theirs = torch.autograd.grad(module(x).pow(2).sum(), list(module.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)

@@ -186,7 +186,7 @@ def test_spectral_norm_keeps_its_values():
     assert torch.equal(out, net(x))  # moves the module's u and v …
     assert all(torch.equal(b, buffers[k]) for k, b in net.named_buffers())  # … to what with_buffers returned
     assert not torch.equal(
-        model.eval()(model.params, x), mo.functional(net).eval()(model.params, x)
+        model.eval(statistics="frozen")(model.params, x), mo.functional(net).eval(statistics="frozen")(model.params, x)
     )  # … and this one's stay
     with pytest.raises(ValueError, match=r"parametrizations\.spectral_norm"):
         mo.functional(nn.utils.spectral_norm(nn.Linear(2, 2)))
@@ -215,8 +215,10 @@ def test_captured_running_statistics_under_vmap():
     w, x = mo.replicated(model.params, 2).w, torch.randn(2, 5, 4, dtype=F64)
     together = torch.vmap(model)(w, x)  # nobody asks for the statistics: they are left out
     assert torch.allclose(together, torch.stack([model(model.params, one) for one in x]), atol=1e-14)
-    with pytest.raises(RuntimeError, match="running_mean"):  # one set of statistics cannot be moved by two tasks
-        torch.vmap(lambda w, x: model.with_buffers(w, model.buffers, x)[0])(w, x)
+    y, after = torch.vmap(lambda w, x: model.with_buffers(w, model.buffers, x))(w, x)  # one set, moved by each task
+    for task, (out, buffers) in enumerate(model.with_buffers(model.params, model.buffers, one) for one in x):
+        assert torch.allclose(y[task], out, atol=1e-14)
+        assert all(torch.allclose(after[name][task], moved, atol=1e-14) for name, moved in buffers.items())
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
@@ -262,15 +264,20 @@ class Checkpointing(nn.Module):
 
 
 @pytest.mark.parametrize("weights", ["body.*", "head.*"])
-def test_torch_checkpoint_inside_a_module_is_refused(weights):
+@pytest.mark.parametrize("trajectory", [mo.trajectory.Full(), mo.trajectory.Graphs()], ids=repr)
+def test_torch_checkpoint_inside_a_module_is_exact(weights, trajectory):
     """Silently wrong in peers: all shapes are equal here, so torch itself would not notice."""
-    model = mo.functional(Checkpointing(inside=True).double())
-    w0, lam = mo.partition(model.params, [weights])
-    step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))
-    x = torch.randn(5, 6, dtype=F64)
-    with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint inside a module.*put it around the whole call"):
-        mo.hypergradient(step, step.inner_loss, w0, lam, [x] * T, x, estimator=mo.RMD())
-    assert model(model.params, x).isfinite().all()
+    found = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        model = mo.functional(Checkpointing(inside=inside).double())
+        w0, lam = mo.partition(model.params, [weights])
+        step = mo.inner_step(
+            lambda w, lam, x, model=model: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1)
+        )
+        xs = [torch.randn(5, 6, dtype=F64) for _ in range(T)]
+        found.append(mo.hypergradient(step, step.inner_loss, w0, lam, xs, xs[0], estimator=mo.RMD(trajectory)).total)
+    assert tree.norm(tree.sub(*found)) < 1e-12 * tree.norm(found[1])
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: type(m).__name__)
@@ -382,7 +389,7 @@ def test_autocast_keeps_no_casts():
 def test_frozen_parameters_in_unroll():
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     net[0].requires_grad_(False)
-    model = mo.functional(net)
+    model = mo.functional(net, trainable="*")
     lam = {name: p for name, p in net.named_parameters() if not name.startswith("4.")}
     w0 = {name: p.detach() for name, p in net[4].named_parameters(prefix="4")}
     step = mo.inner_step(lambda w, lam, x: model(mo.merge(w, lam), x).pow(2).mean(), mo.optim.SGD(lr=0.1))

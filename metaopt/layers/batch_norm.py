@@ -22,53 +22,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.layers.eager import eager, transformed
+from metaopt.layers import statistics
+from metaopt.layers.eager import eager, followed, plain, transformed
+
+TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class LeanBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What a batch norm layer becomes inside :func:`metaopt.functional`: the same numbers."""
+def forward(layer: Any, input: Tensor) -> Tensor:
+    """A batch norm layer's forward pass, the same numbers as torch's.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Torch's own, wherever this one cannot stand in for it."""
-        statistics = self.training or self.running_mean is None
-        if (
-            not statistics
-            or self.running_mean is not None
-            or self.weight is None
-            or self.bias is None
-            or not _plain(input, self.weight)
-        ):
-            return super().forward(input)
-        self._check_input_dim(input)
-        return _Normalised.apply(input, self.weight, self.bias, self.eps)
+    Its running statistics are tensors, ``None``, or idle (see :mod:`metaopt.layers.statistics`).
+    """
+    mean = layer.running_mean
+    if not isinstance(mean, Tensor):
+        return _by_batch(layer, input)
+    if not layer.training:
+        layer._check_input_dim(input)
+        if followed(mean, layer.running_var):
+            return statistics.normalised(layer, input)
+        return type(layer).forward(layer, input)
+    if not layer.track_running_stats:
+        return _by_batch(layer, input)
+    if not followed(input, mean, layer.running_var):
+        return type(layer).forward(layer, input)
 
-
-def lean(module: nn.Module) -> None:
-    """Make a batch norm layer of torch's a lean one, in place; its class keeps its checks of the input's shape."""
-    module.__class__ = LEAN[type(module)]
-
-
-class _Lean1d(LeanBatchNorm, nn.BatchNorm1d):
-    pass
+    y = _by_batch(layer, input)
+    _move(layer, input)
+    return y
 
 
-class _Lean2d(LeanBatchNorm, nn.BatchNorm2d):
-    pass
+def _by_batch(layer: Any, input: Tensor) -> Tensor:
+    layer._check_input_dim(input)
+    if layer.weight is None or layer.bias is None or not _lean(input, layer.weight, layer.bias):
+        return nn.functional.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+    return _Normalised.apply(input, layer.weight, layer.bias, layer.eps)
 
 
-class _Lean3d(LeanBatchNorm, nn.BatchNorm3d):
-    pass
+def _move(layer: Any, x: Tensor) -> None:
+    momentum = layer.momentum
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked = layer.num_batches_tracked + 1
+        if momentum is None:  # the plain average of all batches
+            momentum = 1.0 / layer.num_batches_tracked
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    statistics.move(layer, x.mean(over), x.var(over), 0.0 if momentum is None else momentum)
 
 
-LEAN: dict[type, type] = {nn.BatchNorm1d: _Lean1d, nn.BatchNorm2d: _Lean2d, nn.BatchNorm3d: _Lean3d}
-
-
-def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Eager reverse mode, with more than one value per channel and one dtype."""
+def _lean(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Eager reverse mode on plain tensors, with more than one value per channel and one dtype."""
     return (
         x.ndim >= 2
         and x.numel() > x.shape[1]
         and x.dtype == weight.dtype
+        and plain(x, weight, bias)
         and eager()
         and not torch.is_autocast_enabled(x.device.type)
     )

@@ -8,18 +8,15 @@ from torch import Tensor, nn
 from metaopt.layers.eager import transformed
 
 
-class LeanLinear(nn.Linear):
-    """What a linear layer becomes inside :func:`metaopt.functional`: the same numbers.
+def forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """``x Wᵀ + b``, the same numbers as torch's.
 
     Under vmap torch makes of its one call a product of matrices, a sum, and a multiplication by one
-    of either, each with derivatives.
+    of either, each with derivatives. Here it is the product and the sum alone.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``x Wᵀ + b``: torch's own call, or under a transform of ``torch.func`` the product and the sum alone."""
-        if torch.compiler.is_compiling() or not transformed():
-            return nn.functional.linear(input, self.weight, self.bias)
-        product = input @ self.weight.mT
-        return (
-            product if self.bias is None else product + self.bias.to(product.dtype)
-        )  # autocast casts products, not sums
+    if torch.compiler.is_compiling() or not transformed():
+        return nn.functional.linear(input, layer.weight, layer.bias)
+    product = input @ layer.weight.mT
+    if layer.bias is None:
+        return product
+    return product + layer.bias.to(product.dtype)  # autocast casts products, not sums

@@ -9,65 +9,31 @@ indices it would have noted: of equal numbers the first.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.layers.eager import eager
+from metaopt.layers.eager import eager, plain
 
 
-class LeanMaxPool2d(nn.MaxPool2d):
-    """What a max pooling layer becomes inside :func:`metaopt.functional`: the same numbers."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Torch's own, wherever this one cannot stand in for it."""
-        if (
-            not self._halves()
-            or input.ndim != 4
-            or input.shape[-1] % 2
-            or input.shape[-2] % 2
-            or not input.is_cpu
-            or not eager()
-        ):
-            return super().forward(input)  # pyright: ignore[reportReturnType]
-        if torch.is_grad_enabled() and input.requires_grad:
-            return _Pool.apply(input)  # pyright: ignore[reportReturnType]
-        return torch.maximum(*_columns(torch.maximum(*_rows(input))))
-
-    def _halves(self) -> bool:
-        plain = self.padding in (0, (0, 0)) and self.dilation in (1, (1, 1)) and not self.return_indices
-        return plain and self.kernel_size in (2, (2, 2)) and self.stride in (2, (2, 2))
+def forward(layer: nn.MaxPool2d, input: Tensor) -> Tensor:
+    """A max pooling layer's forward pass, the same numbers as torch's."""
+    if not _halves(layer) or not _lean(input):
+        return nn.MaxPool2d.forward(layer, input)  # pyright: ignore[reportReturnType]
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Pool.apply(input)  # pyright: ignore[reportReturnType]
+    return torch.maximum(*_columns(torch.maximum(*_rows(input))))
 
 
-class LeanSequential(nn.Sequential):
-    """What a sequence of layers becomes inside :func:`metaopt.functional`.
-
-    Max pooling takes turns with a ReLU right before it.
-
-    ``pool(relu(x)) = relu(pool(x))``, with the same derivatives; but the ReLU and its derivatives
-    see fewer numbers, a quarter of them after 2 × 2 windows. The layers stay where they are for
-    whoever looks at them one by one.
-    """
-
-    def forward(self, input: Any) -> Any:
-        """The layers one after the other."""
-        layers = list(self)
-        for index, (relu, pool) in enumerate(pairwise(self)):
-            if _commute(relu, pool):
-                layers[index : index + 2] = pool, relu
-        for layer in layers:
-            input = layer(input)
-        return input
+def _halves(layer: nn.MaxPool2d) -> bool:
+    plain_windows = layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1)) and not layer.return_indices
+    return plain_windows and layer.kernel_size in (2, (2, 2)) and layer.stride in (2, (2, 2))
 
 
-def _commute(relu: nn.Module, pool: nn.Module) -> bool:
-    """In place, a ReLU may be seen by others; so may be what a hook is given."""
-    plain = type(relu) is nn.ReLU and not relu.inplace and isinstance(pool, LeanMaxPool2d) and not pool.return_indices
-    return plain and not any(
-        len(value) for module in (relu, pool) for name, value in vars(module).items() if name.endswith("_hooks")
-    )
+def _lean(x: Tensor) -> bool:
+    even = x.ndim == 4 and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    return even and x.is_cpu and plain(x) and eager()
 
 
 class _Pool(torch.autograd.Function):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from metaopt.layers.statistics import SpectralNorm
+
 FusedWeightNorm = torch.nn.utils.parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsage]
-SpectralNorm = torch.nn.utils.parametrizations._SpectralNorm  # pyright: ignore[reportPrivateUsage]
 
 
 class ComposedWeightNorm(nn.Module):
@@ -33,10 +34,12 @@ class SpectralNormThroughIterations(SpectralNorm):
         if weight.ndim == 1:
             return nn.functional.normalize(weight, dim=0, eps=self.eps)
         matrix = self._reshape_weight_to_matrix(weight)
-        u, v = self._u, self._v
+        u = self._u
+        v = self._v
         if self.training:
             for _ in range(self.n_power_iterations):
                 u = nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
                 v = nn.functional.normalize(torch.mv(matrix.H, u), dim=0, eps=self.eps)
-            self._u, self._v = u.detach(), v.detach()
+            self._u = u
+            self._v = v
         return weight / torch.vdot(u, torch.mv(matrix, v))
