@@ -69,10 +69,7 @@ def transposed(case: OptimizerCase) -> str:
     step = mo.inner_step(lambda w, lam, b: sum(((lam * w[k] - b[k]).tanh() ** 2).sum() for k in w), case.make())
     lam = torch.tensor(0.7)
     state = step(step.init(w0, lam), lam, batch)
-    dot, bar = (
-        mo.InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t)
-        for _ in range(2)
-    )
+    dot, bar = (tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, state) for _ in range(2))
     forward = step.jvp(state, lam, batch, dot, torch.tensor(0.3))
     lam_dot = torch.tensor(0.3)
     state_bar, lam_bar = step.vjp(state, lam, batch, bar)

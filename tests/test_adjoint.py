@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from cases import OPTIMIZERS, ids
+from problems import noise_like
 from torch import nn
 
 import metaopt as mo
@@ -44,7 +45,7 @@ def products(step, w, lam, batch, wrt="both"):
     state = step.init(w, lam)
     torch.manual_seed(3)
     state = step(state, lam, batch)
-    cotangent = tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, state)
+    cotangent = noise_like(state)
     torch.manual_seed(4)
     return step.vjp(state, lam, batch, cotangent, wrt=wrt)
 
@@ -78,7 +79,7 @@ def test_the_adjoint_is_that_of_autograd(mode):
     state = step.init(w, lam)
     state_, lam_ = tree.attach(state), tree.attach(lam)
     new = step(state_, lam_, batch)
-    cotangent = tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, tree.detach(new))
+    cotangent = noise_like(tree.detach(new))
     expected = torch.autograd.grad(tree.floats(new), tree.floats(state_) + tree.floats(lam_), tree.floats(cotangent))
     got = step.vjp(state, lam, batch, cotangent)
     close(tree.floats(got[0]) + tree.floats(got[1]), list(expected), 1e-12)

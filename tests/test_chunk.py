@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from cases import OPTIMIZERS, TRAJECTORIES
+from problems import noise_like
 from test_compiled import close, problem
 
 import metaopt as mo
@@ -68,9 +69,7 @@ def test_the_work_is_counted_in_steps():
 def test_jvp_and_vjp_are_transposes():
     step, _, w, lam, batches = problem(mo.optim.SGD(lr=rate, momentum=0.9))
     whole, state = mo.inner.chunked(step), step.init(w, lam)
-    dot, lam_dot, bar = (
-        tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, part) for part in (state, lam, state)
-    )
+    dot, lam_dot, bar = (noise_like(part) for part in (state, lam, state))
     pushed = whole.jvp(state, lam, batches, dot, lam_dot)
     state_bar, lam_bar = whole.vjp(state, lam, batches, bar)
     forth = tree.dot((pushed.w, pushed.slots), (bar.w, bar.slots))

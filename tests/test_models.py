@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from problems import noise_like
 from scipy import ndimage
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -200,9 +201,7 @@ def test_weight_nets_step_has_true_products_in_every_form(name, wrap):
         w, batch = mo.replicated(w, 2).w, tree.stack([batch, images()[1]])
     step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     state = step.init(w, lam)
-    direction, lam_dot, alpha = (
-        tree.map(lambda x: torch.randn_like(x) if tree.is_float(x) else x, x) for x in (state, lam, state)
-    )
+    direction, lam_dot, alpha = (noise_like(x) for x in (state, lam, state))
     pushed = step.jvp(state, lam, batch, direction, lam_dot)
     w_bar, lam_bar = step.vjp(state, lam, batch, alpha)
     left = tree.dot(alpha.w, pushed.w) + tree.dot(alpha.slots, pushed.slots)

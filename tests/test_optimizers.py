@@ -7,6 +7,7 @@ import torch
 from cases import OPTIMIZERS, ids
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import noise_like
 
 import metaopt as mo
 from metaopt import tree
@@ -43,7 +44,7 @@ def loss(w, lam, batch):
 def problem(case, T=4, seed=0):
     torch.manual_seed(seed)
     w0 = matrices(case)
-    return w0, {"scale": torch.tensor(0.7)}, [tree.map(torch.randn_like, w0) for _ in range(T)]
+    return w0, {"scale": torch.tensor(0.7)}, [noise_like(w0) for _ in range(T)]
 
 
 def outer(w, lam, batch):
@@ -247,9 +248,9 @@ def test_pullback_and_tangent_are_transposes(case, seed):
     state = step.init(w0, lam)
     for batch in batches[:2]:
         state = step(state, lam, batch)
-    dot = InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t)
-    bar = InnerState(tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.slots), state.t)
-    lam_dot = tree.map(torch.randn_like, lam)
+    dot = InnerState(noise_like(state.w), noise_like(state.slots), state.t)
+    bar = InnerState(noise_like(state.w), noise_like(state.slots), state.t)
+    lam_dot = noise_like(lam)
     forward = step.jvp(state, lam, batches[2], dot, lam_dot)
     state_bar, lam_bar = step.vjp(state, lam, batches[2], bar)
     left = tree.dot((forward.w, forward.slots), (bar.w, bar.slots))
@@ -270,16 +271,16 @@ def test_the_transpose_shortcut_is_what_autograd_gives(case, with_slots, t):
         {"a": torch.randn(3), "b": torch.randn(2, 2)},
         {"a": torch.randn(3), "b": torch.randn(2, 2)},
     )
-    state = InnerState(w, tree.map(torch.randn_like, ours.init(w)), t)
-    bar = InnerState(tree.map(torch.randn_like, w), tree.map(torch.randn_like, state.slots) if with_slots else None)
+    state = InnerState(w, noise_like(ours.init(w)), t)
+    bar = InnerState(noise_like(w), noise_like(state.slots) if with_slots else None)
     g_, state_ = tree.attach(g), tree.attach(state)
     new_w, new_slots = ours.update(g_, state_.w, state_.slots, None, t + 1)
     outputs, seeds = tree.leaves(new_w), tree.leaves(bar.w)
     if with_slots:
-        outputs, seeds = outputs + tree.leaves(new_slots), seeds + tree.leaves(bar.slots)
+        outputs, seeds = outputs + tree.floats(new_slots), seeds + tree.floats(bar.slots)
     expected = torch.autograd.grad(outputs, tree.leaves(g_) + tree.floats(state_), seeds)
     u, w_bar, slots_bar, _ = pull_back(ours, g, state, None, bar, "state")
-    for mine, theirs in zip(tree.leaves((u, w_bar, slots_bar)), expected, strict=True):
+    for mine, theirs in zip(tree.floats((u, w_bar, slots_bar)), expected, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-14, atol=1e-14)
 
 

@@ -25,18 +25,16 @@ class FirstLook:
     Attributes:
         written: whether it has been seen to leave the weights alone.
         reached: whether its gradient has been looked at.
+        unreached: numbers of the weights that it did not reach then.
         twice: whether a graph of its gradient has been looked at.
     """
 
-    __slots__ = ("reached", "twice", "written")
+    __slots__ = ("reached", "twice", "unreached", "written")
 
     def __init__(self) -> None:
         """Nothing has been looked at."""
         self.written = self.reached = self.twice = False
-
-    def inherit(self, other: FirstLook) -> None:
-        """Take over what was found out about the same loss."""
-        self.written, self.reached, self.twice = other.written, other.reached, other.twice
+        self.unreached: list[int] = []
 
     def value(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The loss, beside a copy of the weights: what it wrote into them is undone.
@@ -58,9 +56,11 @@ class FirstLook:
     def gradient(self, g: list[Tensor | None], w: Tree, again: Callable[[], Any]) -> None:
         """Warn of weights without a gradient; ``again`` evaluates the loss once more where there are some."""
         self.reached = True
-        missing = [name for name, x in zip(tree.dotted_names(w), g, strict=True) if x is None]
-        if not missing:
+        self.unreached = [i for i, x in enumerate(g) if x is None]
+        if not self.unreached:
             return
+        names = tree.dotted_names(w)
+        missing = [names[i] for i in self.unreached]
         with replay.preserved(w), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             again()

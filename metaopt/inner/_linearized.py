@@ -34,7 +34,7 @@ class LinearizedInnerStep(Linearized):
         if self._state is None:
             at = self._at
             with torch.no_grad():
-                w, slots = self._optimizer.update(tree.detach(self._g()), at.w, at.slots, self._lam, at.t + 1)
+                w, slots = self._optimizer.update(tree.detach(self._gradient.g), at.w, at.slots, self._lam, at.t + 1)
             self._state = InnerState(w, slots, at.t + 1)
         return self._state
 
@@ -48,7 +48,7 @@ class LinearizedInnerStep(Linearized):
         self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
     ) -> tuple[InnerState | None, Tree]:
         """``(αA, αB)``: through the optimiser to ``u``, then one contraction of the gradient's graph with ``u``."""
-        u, w_bar, slots_bar, lam_bar = pull_back(self._optimizer, self._g(), self._at, self._lam, cotangent, wrt)
+        u, w_bar, slots_bar, lam_bar = pull_back(self._optimizer, self._gradient.g, self._at, self._lam, cotangent, wrt)
         hessian_part, mixed_part = self._gradient.contract(u, with_w=wrt != "lam", with_lam=wrt != "state", last=last)
         state_bar = None
         if wrt != "lam":
@@ -80,11 +80,6 @@ class LinearizedInnerStep(Linearized):
         return 0 if self._tangents is None else self._tangents.products
 
     # -- parts -----------------------------------------------------------------------------------
-    def _g(self) -> Tree:
-        """The gradient with zeros where the loss does not reach a weight."""
-        g = self._gradient.g
-        return tree.filled(g, self._at.w) if any([x is None for x in tree.leaves(g)]) else g
-
     def _tangent_map(self) -> InnerTangents:
         if self._tangents is None:
             self._tangents = InnerTangents(self._gradient.graph(), self._optimizer, self._at, self._lam)

@@ -22,7 +22,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.inner._graph import check_twice_differentiable
 from metaopt.inner._transposed import Transposed, columns_of_numbers, columns_per_batch, dots_of, reverse_products
-from metaopt.inner._update import push_forward, split_state, update_of_floats
+from metaopt.inner._update import is_linear, push_forward, split_state, update_of_floats
 from metaopt.inner.adjoint import GradientWithGraph, like
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.inner.state import InnerState
@@ -64,7 +64,8 @@ class InnerTangents:
         g_dots = self._gradient_tangents(dots, columns_at_once)
         if bound is not None:
             g_dots = [dot.clamp(-bound, bound) for dot in g_dots]
-        w_dots, slots_dots = self._through_optimizer(like(self._at.w, g_dots), state_dots, lam_dots)
+        present = [None if g is None else dot for g, dot in zip(self._gradients, g_dots, strict=False)]
+        w_dots, slots_dots = self._through_optimizer(like(self._at.w, present), state_dots, lam_dots)
         return InnerState(w_dots, slots_dots, self._at.t + 1)
 
     # -- the gradient ----------------------------------------------------------------------------
@@ -107,9 +108,9 @@ class InnerTangents:
         """
         optimizer, at = self._optimizer, self._at
         dots = (g_dots, state_dots.w, state_dots.slots, lam_dots)
-        if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
+        if is_linear(optimizer):
             return optimizer.update(*dots[:3], self._lam, at.t + 1)
-        columns = dots_of(dots, (at.w, at.w, at.slots, self._lam))
+        columns = dots_of(dots, (self._g(), at.w, at.slots, self._lam))
         if len(columns[0]) == 1:
             single = tree.map(lambda x: x[0] if tree.is_float(x) else x, dots)
             moved = push_forward(optimizer, self._g(), at, self._lam, single)
@@ -126,9 +127,9 @@ class InnerTangents:
             return Transposed(update(*inputs), inputs)
 
     def _g(self) -> Tree:
-        w, _ = self._inputs
-        pairs = zip(self._gradients[: len(w)], w, strict=True)
-        return like(self._at.w, [torch.zeros_like(x) if g is None else g.detach() for g, x in pairs])
+        """The gradient, ``None`` where the loss does not reach a weight."""
+        of_w = self._gradients[: len(self._inputs[0])]
+        return like(self._at.w, [None if g is None else g.detach() for g in of_w])
 
 
 # -- columns -------------------------------------------------------------------------------------

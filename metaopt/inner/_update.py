@@ -19,45 +19,62 @@ def pull_back(
 ) -> tuple[list[Tensor], list[Tensor | None], Tree, Tree]:
     """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``, the first two as leaves.
 
-    What ``wrt`` leaves out is empty or ``None``.
+    What ``wrt`` leaves out is empty or ``None``; the cotangent of a missing gradient is zero.
 
     Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero),
     and ``g`` may carry a graph, which is left alone.
     """
-    if not optimizer.reads_lam and type(optimizer).transpose_leaf is not Optimizer.transpose_leaf:
+    if is_linear(optimizer) and not any([x is None for x in tree.leaves(g)]):
         return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
     with torch.enable_grad():
-        g_, w, slots = tree.attach(g), state.w, state.slots
-        inputs = tree.leaves(g_)
-        n_g, n_w, n_slots = len(inputs), 0, 0
+        g_, g_floats = tree.attached(g)
+        w, w_floats = state.w, []
+        slots, slot_floats = state.slots, []
         if wrt != "lam":
-            w, slots = tree.attach(w), tree.attach(slots)
-            w_floats, slot_floats = tree.leaves(w), tree.floats(slots)
-            n_w, n_slots = len(w_floats), len(slot_floats)
-            inputs = inputs + w_floats + slot_floats
+            w, w_floats = tree.attached(w)
+            slots, slot_floats = tree.attached(slots)
         lam_floats: list[Tensor] = []
         if wrt != "state" and optimizer.reads_lam:
-            lam = tree.attach(lam)
-            lam_floats = tree.floats(lam)
-            inputs = inputs + lam_floats
+            lam, lam_floats = tree.attached(lam)
         w_new, slots_new = optimizer.update(g_, w, slots, lam, state.t + 1)
-        outputs, seeds = tree.leaves(w_new), tree.leaves(cotangent.w)
+        outputs = tree.leaves(w_new)
+        seeds = tree.leaves(cotangent.w)
         if cotangent.slots is not None:
-            outputs, seeds = outputs + tree.leaves(slots_new), seeds + tree.leaves(cotangent.slots)
+            outputs = outputs + tree.leaves(slots_new)
+            seeds = seeds + tree.leaves(cotangent.slots)
         live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+    inputs = [*g_floats, *w_floats, *slot_floats, *lam_floats]
     bars: Any = [None] * len(inputs)
     if live:
         bars = _engine.products([o for o, _ in live], inputs, [s for _, s in live])
-    u = [torch.zeros_like(x) if b is None else b for b, x in zip(bars[:n_g], inputs[:n_g], strict=True)]
-    w_bar = list(bars[n_g : n_g + n_w])
-    slot_bars = zip(bars[n_g + n_w : n_g + n_w + n_slots], inputs[n_g + n_w :], strict=False)
-    slots_bar = (
-        _into_floats([torch.zeros_like(x) if b is None else b for b, x in slot_bars], state.slots)
-        if wrt != "lam"
-        else None
+    supply = iter(bars)
+    g_bars = [_or_zeros(next(supply), x) for x in g_floats]
+    w_bar = [next(supply) for _ in w_floats]
+    slot_bars = [_or_zeros(next(supply), x) for x in slot_floats]
+    lam_bar = _into_floats(supply, lam) if lam_floats else None
+    return (
+        _among_zeros(g_bars, g, state.w),
+        w_bar,
+        _into_floats(slot_bars, state.slots) if wrt != "lam" else None,
+        lam_bar,
     )
-    lam_bar = _into_floats(bars[n_g + n_w + n_slots :], lam) if lam_floats else None
-    return u, w_bar, slots_bar, lam_bar
+
+
+def is_linear(optimizer: Optimizer) -> bool:
+    """Whether the update is linear in gradient, weights and slots, with its transpose written out."""
+    written_out = type(optimizer).transpose_leaf is not Optimizer.transpose_leaf
+    return written_out and not optimizer.reads_lam and not optimizer.counts_steps
+
+
+def _or_zeros(bar: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if bar is None else bar
+
+
+def _among_zeros(g_bars: list[Tensor], g: Tree, w: Tree) -> list[Tensor]:
+    """Cotangents of the gradients that are there, and zeros for the others."""
+    supply = iter(g_bars)
+    pairs = zip(tree.leaves(g), tree.leaves(w), strict=True)
+    return [torch.zeros_like(x_w) if x_g is None else next(supply) for x_g, x_w in pairs]
 
 
 def _pull_back_linear(

@@ -47,7 +47,8 @@ class Chunk(Step):
 
     def __call__(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> InnerState:
         """All steps. Cost: one gradient each."""
-        if self.compilation is not None and (new := self.compilation.next(state, lam, _checked(batch))) is not None:
+        compilation = self._compilation(state, lam, batch)
+        if compilation is not None and (new := compilation.next(state, lam, batch)) is not None:
             return new
         for part in _checked(batch):
             state = self.step(state, lam, part)
@@ -56,8 +57,9 @@ class Chunk(Step):
     @override
     def linearize(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> Linearized:
         """All steps, each with its graph; compiled, no graph is kept."""
-        if self.compilation is not None and self.compilation.refused is None:
-            return CompiledPoint(self.compilation, state, lam, _checked(batch), lambda: self._graphs(state, lam, batch))
+        compilation = self._compilation(state, lam, batch)
+        if compilation is not None and compilation.refused is None:
+            return CompiledPoint(compilation, state, lam, batch, lambda: self._graphs(state, lam, batch))
         return self._graphs(state, lam, batch)
 
     @override
@@ -76,6 +78,12 @@ class Chunk(Step):
     @override
     def _refusal(self, what: str) -> TypeError:
         return TypeError(f"a chunk of steps has no {what}: this estimator needs single inner steps (mo.inner_step)")
+
+    def _compilation(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> Compilation | None:
+        if self.compilation is not None:
+            assert isinstance(self.step, InnerStep)
+            self.step.look(state, lam, _checked(batch)[0])
+        return self.compilation
 
     def _graphs(self, state: InnerState, lam: Tree, batch: Sequence[Any]) -> ChunkLinearized:
         parts = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.inner._first_look import FirstLook, written_into
 from metaopt.inner._linearized import LinearizedInnerStep
 from metaopt.inner._update import pull_back
@@ -101,7 +101,7 @@ class InnerStep(Step):
     adjoint: Adjoint = ReverseOverReverse()
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
     _gradients: Gradients = field(init=False, repr=False, compare=False)
-    _look: FirstLook = field(default_factory=FirstLook, init=False, repr=False, compare=False)
+    _look: FirstLook = field(default_factory=FirstLook, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Set the mode to work on this loss."""
@@ -133,14 +133,12 @@ class InnerStep(Step):
     @override
     def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
         """Φ and the inner loss on the way, which compiled steps do not give back. Cost: one gradient."""
-        if self.compilation is not None and (new := self.compilation.next(state, lam, batch)) is not None:
+        compilation = self._compilation(state, lam, batch)
+        if compilation is not None and (new := compilation.next(state, lam, batch)) is not None:
             return new, None
-        with torch.enable_grad():
-            w, leaves = tree.attached(state.w)
-            loss = self._value(w, lam, batch)
-            g = self._reached(gradient_of(loss, leaves, graph=False), w, lam, batch)
+        loss, g = self._value_and_gradient(state, lam, batch)
         with torch.no_grad():
-            return self.next(like(w, g), state, lam), loss.detach()
+            return self.next(g, state, lam), loss
 
     @override
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
@@ -150,8 +148,9 @@ class InnerStep(Step):
 
         Compiled, no graph is kept, and each pullback evaluates the gradient again.
         """
-        if self.compilation is not None and self.compilation.refused is None:
-            return CompiledPoint(self.compilation, state, lam, batch, lambda: self._graph(state, lam, batch))
+        compilation = self._compilation(state, lam, batch)
+        if compilation is not None and compilation.refused is None:
+            return CompiledPoint(compilation, state, lam, batch, lambda: self._graph(state, lam, batch))
         return self._graph(state, lam, batch)
 
     @override
@@ -173,8 +172,7 @@ class InnerStep(Step):
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: "
                     "give it, Neumann(terms, rate=0.01)"
                 )
-        descent = InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint)
-        descent._look.inherit(self._look)
+        descent = InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint, _look=self._look)
         return Stationary(descent, InnerState(state.w, {}, state.t), float(rate))
 
     @override
@@ -188,17 +186,17 @@ class InnerStep(Step):
 
         Cost: one gradient.
         """
-        with torch.enable_grad():
-            w, leaves = tree.attached(state.w)
-            g = self._reached(gradient_of(self._value(w, lam, batch), leaves, graph=False), w, lam, batch)
+        _, g = self._value_and_gradient(state, lam, batch)
         cotangent = InnerState(alpha, None, state.t)
-        u, _, _, lam_bar = pull_back(self.optimizer, like(w, g), state, tree.detach(lam), cotangent, "lam")
-        return like(w, u), lam_bar
+        u, _, _, lam_bar = pull_back(self.optimizer, g, state, tree.detach(lam), cotangent, "lam")
+        return like(state.w, u), lam_bar
 
     def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
         """Φ for a compiler to trace: the weights and slots after the step of this one number."""
-        g = torch.func.grad(self.loss)(w, lam, batch)
-        return self.optimizer.update(g, w, slots, lam, numbers[0])
+        flat, spec = tree.flatten(torch.func.grad(self.loss)(w, lam, batch))
+        for i in self._look.unreached:
+            flat[i] = None
+        return self.optimizer.update(tree.unflatten(flat, spec), w, slots, lam, numbers[0])
 
     def next(self, g: Tree, state: InnerState, lam: Tree) -> InnerState:
         """The optimiser's half of Φ."""
@@ -206,6 +204,26 @@ class InnerStep(Step):
         return InnerState(w, slots, state.t + 1)
 
     # -- parts -----------------------------------------------------------------------------------
+    def _compilation(self, state: InnerState, lam: Tree, batch: Any) -> Compilation | None:
+        """The compiled functions, where they were asked for; before their first use the loss is looked at."""
+        if self.compilation is not None:
+            self.look(state, lam, batch)
+        return self.compilation
+
+    def look(self, state: InnerState, lam: Tree, batch: Any) -> None:
+        """Find out which weights the loss reaches, unless that is known. Cost, once: one gradient."""
+        if not self._look.reached:
+            with replay.preserved(state):
+                self._value_and_gradient(state, lam, batch)
+
+    def _value_and_gradient(self, state: InnerState, lam: Tree, batch: Any) -> tuple[Tensor, Tree]:
+        """The loss and its gradient, both detached; ``None`` where the loss does not reach a weight."""
+        with torch.enable_grad():
+            w, leaves = tree.attached(state.w)
+            loss = self._value(w, lam, batch)
+            g = self._reached(gradient_of(loss, leaves, graph=False), w, lam, batch)
+        return loss.detach(), like(w, g)
+
     def _differentiable(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ with a graph through everything that requires grad."""
         w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
@@ -234,16 +252,12 @@ class InnerStep(Step):
             raise written_into(w, [a != b for a, b in zip(after, before, strict=True)])
         return loss
 
-    def _reached(self, g: list[Tensor | None], w: Tree, lam: Tree, batch: Any) -> list[Tensor]:
-        """The gradient with zeros where the loss does not reach a weight."""
-        found = [x for x in g if x is not None]
-        check_reached(found)
+    def _reached(self, g: list[Tensor | None], w: Tree, lam: Tree, batch: Any) -> list[Tensor | None]:
+        """The gradient, after a look at which weights it reaches."""
+        check_reached(g)
         if not self._look.reached:
             self._look.gradient(g, w, lambda: self._value(w, lam, batch))
-        if len(found) == len(g):
-            return found
-        pairs = zip(g, tree.leaves(w), strict=True)
-        return [torch.zeros_like(x) if x_g is None else x_g for x_g, x in pairs]
+        return g
 
 
 def inner_of(step: Step, what: str) -> InnerStep:

@@ -16,8 +16,9 @@ from metaopt.tree import Tree
 class Accumulate(Wrapper):
     """The mean gradient of ``every`` steps makes one update; in between the weights stay.
 
-    Slots: ``sum`` of the gradients since the last update, and ``inner``. The wrapped optimiser
-    counts its own updates.
+    Slots: ``sum`` of the gradients since the last update, ``terms`` (how many there were), and
+    ``inner``. The wrapped optimiser counts its own updates. A weight that had no gradient since the
+    last update stays.
 
     Args:
         optimizer: gets the mean gradient.
@@ -30,12 +31,14 @@ class Accumulate(Wrapper):
 
     def init(self, w: Tree) -> Tree:
         """Zeros, and the wrapped optimiser's slots."""
-        return {"sum": tree.zeros_like(w), "inner": self.optimizer.init(w)}
+        return {"sum": tree.zeros_like(w), "terms": tree.map(lambda _: 0, w), "inner": self.optimizer.init(w)}
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
         """Add up; update if it is time."""
         total = tree.add(slots["sum"], g)
+        terms = tree.map(lambda count, x: count if x is None else count + 1, slots["terms"], g)
         if t % self.every:
-            return w, {"sum": total, "inner": slots["inner"]}
-        w, inner = self.optimizer.update(tree.scale(1.0 / self.every, total), w, slots["inner"], lam, t // self.every)
-        return w, {"sum": tree.scale(0.0, total), "inner": inner}
+            return w, {"sum": total, "terms": terms, "inner": slots["inner"]}
+        mean = tree.map(lambda x, count: x / self.every if count else None, total, terms)
+        w, inner = self.optimizer.update(mean, w, slots["inner"], lam, t // self.every)
+        return w, {"sum": tree.zeros_like(total), "terms": tree.map(lambda _: 0, terms), "inner": inner}

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -66,6 +67,11 @@ class Adafactor(Optimizer):
     def elementwise(self) -> bool:
         """No."""
         return False
+
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros; what a tensor of this rank does not use is empty."""

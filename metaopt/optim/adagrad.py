@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Adagrad(Optimizer):
         "initial_accumulator_value": checks.non_negative,
     }
 
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return not is_zero(self.lr_decay)
+
     def init_leaf(self, w: Tensor) -> Slots:
         """The first value of the sum."""
         return {"sum": torch.full_like(w, self.initial_accumulator_value)}
@@ -54,4 +60,4 @@ class Adagrad(Optimizer):
         g, w = decayed(g, w, hyper, decoupled=False)
         total = slots["sum"] + g * g
         rate = hyper["lr"] / (1 + (t - 1) * hyper["lr_decay"])
-        return w - rate * g / (safe.sqrt(total) + hyper["eps"]), {"sum": total}
+        return w - rate * g / safe.with_eps(safe.sqrt(total), hyper["eps"]), {"sum": total}

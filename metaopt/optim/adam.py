@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed, moments, zeros
@@ -44,6 +45,11 @@ class Adam(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
     decoupled: ClassVar[bool] = False
 
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
+
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""
         return {**zeros(w), "largest": torch.zeros_like(w)} if self.amsgrad else zeros(w)
@@ -56,5 +62,5 @@ class Adam(Optimizer):
         new = {"first": first, "second": second}
         if self.amsgrad:
             second = new["largest"] = torch.maximum(slots["largest"], second)
-        scale = safe.sqrt(second) / (1 - beta2**t) ** 0.5 + hyper["eps"]
+        scale = safe.with_eps(safe.sqrt(second) / (1 - beta2**t) ** 0.5, hyper["eps"])
         return w - hyper["lr"] / (1 - beta1**t) * first / scale, new

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from metaopt.optim import safe
 from metaopt.optim.moments import decayed
 from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 
@@ -37,6 +39,11 @@ class Adamax(Optimizer):
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
 
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
+
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""
         return {"first": torch.zeros_like(w), "largest": torch.zeros_like(w)}
@@ -46,5 +53,5 @@ class Adamax(Optimizer):
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=False)
         first = slots["first"] + (1 - beta1) * (g - slots["first"])
-        largest = torch.maximum(beta2 * slots["largest"], g.abs() + hyper["eps"])
+        largest = torch.maximum(beta2 * slots["largest"], safe.with_eps(g.abs(), hyper["eps"]))
         return w - hyper["lr"] / (1 - beta1**t) * first / largest, {"first": first, "largest": largest}

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim.moments import decayed
@@ -45,6 +46,11 @@ class ASGD(Optimizer):
         "alpha": checks.non_negative,
         "t0": checks.non_negative,
     }
+
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""

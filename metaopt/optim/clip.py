@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from metaopt import checks, tree
 from metaopt.optim import safe
 from metaopt.optim.optimizer import Check, Hyper
-from metaopt.optim.wrapper import Wrapper, value
+from metaopt.optim.wrapper import Wrapper, present, value
 from metaopt.tree import Tree
 
 
@@ -32,7 +33,12 @@ class ClipValue(Wrapper):
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
         """Clamped."""
         limit = value(self.limit, lam, t)
-        return tree.map(lambda x: torch.maximum(torch.minimum(x, safe.like(limit, x)), -safe.like(limit, x)), g)
+
+        def clamped(x: Tensor) -> Tensor:
+            bound = safe.like(limit, x)
+            return torch.maximum(torch.minimum(x, bound), -bound)
+
+        return present(clamped, g)
 
 
 @dataclass(frozen=True)
@@ -60,4 +66,4 @@ class ClipNorm(Wrapper):
         """Scaled."""
         norm = safe.sqrt(tree.dot(g, g))
         factor = torch.clamp(value(self.max_norm, lam, t) / (norm + 1e-6), max=1.0)
-        return tree.map(lambda x: factor.to(x.dtype) * x, g)
+        return present(lambda x: factor.to(x.dtype) * x, g)

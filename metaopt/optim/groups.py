@@ -42,7 +42,7 @@ class Groups(Optimizer):
         groups: ``(patterns, optimiser)``, e.g. ``[(["head.*"], SGD(lr=0.1)), (["*"], Frozen())]``.
 
     Raises:
-        ValueError: if a weight matches no group, or a group no weight.
+        ValueError: if a weight matches no group, or a group (other than ``["*"]``) no weight.
     """
 
     groups: Sequence[tuple[Sequence[str], Optimizer]]
@@ -105,6 +105,6 @@ class Groups(Optimizer):
                     "mo.optim.Frozen())"
                 )
         for i, mine in enumerate(members):
-            if not mine:
+            if not mine and list(self.groups[i][0]) != ["*"]:  # which is for whatever is left
                 raise ValueError(f"the group {list(self.groups[i][0])} has no weight; names are {tree.dotted_names(w)}")
         return members

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optim.optimizer import Slots
+from metaopt.optim.optimizer import Slots, is_zero
 
 
 def zeros(w: Tensor) -> Slots:
@@ -24,6 +24,6 @@ def moments(g: Tensor, slots: Slots, beta1: float | Tensor, beta2: float | Tenso
 def decayed(g: Tensor, w: Tensor, hyper: dict[str, Any], *, decoupled: bool) -> tuple[Tensor, Tensor]:
     """``(g, w)`` after weight decay: added to the gradient (L2), or taken off the weights (decoupled, as in AdamW)."""
     decay = hyper["weight_decay"]
-    if isinstance(decay, (int, float)) and decay == 0:
+    if is_zero(decay):
         return g, w
     return (g, w * (1 - hyper["lr"] * decay)) if decoupled else (g + decay * w, w)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -46,6 +47,11 @@ class NAdam(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
     ranges: ClassVar[Mapping[str, Check]] = {"momentum_decay": checks.non_negative}
 
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
+
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros, and ones for the product."""
         return {**zeros(w), "product": torch.ones_like(w)}
@@ -57,6 +63,6 @@ class NAdam(Optimizer):
         first, second = moments(g, slots, beta1, beta2)
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * hyper["momentum_decay"])) for s in (t, t + 1))
         product = slots["product"] * mu
-        scale = safe.sqrt(second / (1 - beta2**t)) + hyper["eps"]
+        scale = safe.with_eps(safe.sqrt(second / (1 - beta2**t)), hyper["eps"])
         direction = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * first
         return w - hyper["lr"] * direction / scale, {"first": first, "second": second, "product": product}

@@ -77,13 +77,21 @@ class Optimizer:
             for entry in entries:
                 check(self, field.name, entry)
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an update depends on how many steps a weight has taken.
+
+        Then the slot ``missed`` counts, for each weight, the steps in which it had no gradient.
+        """
+        return False
+
     # -- to be written by each optimiser ---------------------------------------------------------
     def init_leaf(self, w: Tensor) -> Slots:
         """The slots of one tensor before the first step."""
         raise NotImplementedError
 
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """One tensor's update at step ``t`` (1 … T): new tensor, new slots.
+        """One tensor's update: new tensor, new slots. ``t`` is the number of its own step, 1 … T.
 
         Pure, out of place, differentiable in everything.
         """
@@ -105,14 +113,20 @@ class Optimizer:
     def init(self, w: Tree) -> Tree:
         """Slots for all weights: slot name to a pytree like ``w``."""
         flat, spec = tree.flatten(w)
-        per_leaf = [self.init_leaf(leaf) for leaf in flat]
-        return by_slot(per_leaf, spec)
+        slots = by_slot([self.init_leaf(leaf) for leaf in flat], spec)
+        if self.counts_steps:
+            slots["missed"] = tree.unflatten([0] * len(flat), spec)
+        return slots
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
         """The update of all weights: ``(w', slots')``.
 
+        As in ``torch.optim``, a weight without a gradient stays, with its slots, and its steps are
+        counted without this one.
+
         Args:
-            g: gradient of the inner loss, a pytree like ``w``.
+            g: gradient of the inner loss, a pytree like ``w``; ``None`` where the loss does not
+                reach a weight.
             w: weights.
             slots: what :meth:`init` or the last update returned.
             lam: hyperparameters, handed to the fields that are callables.
@@ -121,13 +135,25 @@ class Optimizer:
         flat_w, spec = tree.flatten(w)
         flat_g = tree.leaves(g)
         flat_slots = {name: tree.leaves(slot) for name, slot in slots.items()}
-        new_w, new_slots = [], []
+        missed = flat_slots.pop("missed", None)
+        new_w: list[Tensor] = []
+        new_slots: list[Slots] = []
         for i, (g_i, w_i, hyper_i) in enumerate(zip(flat_g, flat_w, self.hyper_leaves(lam, t, spec), strict=True)):
             slots_i = {name: slot[i] for name, slot in flat_slots.items()}
-            w_new, slots_new = self.update_leaf(g_i, w_i, slots_i, hyper_i, t)
+            if g_i is None:
+                new_w.append(w_i)
+                new_slots.append(slots_i)
+                continue
+            own_t = t if missed is None else t - missed[i]
+            w_new, slots_new = self.update_leaf(g_i, w_i, slots_i, hyper_i, own_t)
+            if w_new.dtype != w_i.dtype or w_new.shape != w_i.shape:
+                raise ValueError(_changed(self, w_i, w_new, i, spec))
             new_w.append(w_new)
             new_slots.append(slots_new)
-        return tree.unflatten(new_w, spec), by_slot(new_slots, spec)
+        after = by_slot(new_slots, spec)
+        if missed is not None:
+            after["missed"] = tree.unflatten(later(missed, flat_g), spec)
+        return tree.unflatten(new_w, spec), after
 
     def hyper_leaves(self, lam: Tree, t: int, spec: tree.Spec) -> list[dict[str, Any]]:
         """The hyperparameters of step ``t``, name to value, for each weight leaf."""
@@ -151,6 +177,20 @@ class Optimizer:
     def reads_lam(self) -> bool:
         """Whether λ enters the update directly, through a callable hyperparameter."""
         return any([_is_callable(getattr(self, name)) for name in self.hypers])
+
+
+def later(missed: list[int], flat_g: list[Tensor | None]) -> list[int]:
+    """The steps that each weight has missed, after one more."""
+    return [count + 1 if g is None else count for count, g in zip(missed, flat_g, strict=True)]
+
+
+def _changed(optimizer: Optimizer, before: Tensor, after: Tensor, number: int, spec: tree.Spec) -> str:
+    """What to say of an update that does not give the weight's own dtype and shape."""
+    return (
+        f"{type(optimizer).__name__} would turn the weight {tree.names(spec.like)[number]} from {before.dtype} "
+        f"{tuple(before.shape)} into {after.dtype} {tuple(after.shape)}: a tensor of hyperparameters has another dtype "
+        "or shape than the weight; give it the weight's, for instance with .to(w.dtype)"
+    )
 
 
 def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair: bool = False) -> list[Any]:
@@ -178,6 +218,11 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
         return tree.leaves_like(value, spec)
     except ValueError as error:
         raise ValueError(f"{name} is a pytree, but not like the weights: {error}") from None
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is the number 0, so that what it multiplies needs no slot and no operation."""
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _is_callable(value: Any) -> bool:

@@ -43,11 +43,19 @@ class Precondition(Wrapper):
         return False
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
-        """Transformed."""
-        out = self.transform(g, lam, t)
-        if [x.shape for x in tree.leaves(out)] != [x.shape for x in tree.leaves(g)]:
-            raise ValueError(f"the gradient transform changed shapes: {[tuple(x.shape) for x in tree.leaves(out)]}")
-        return out
+        """Transformed. A missing gradient is zero to the transform, and missing again after it."""
+        flat_g, spec = tree.flatten(g)
+        out = self.transform(tree.filled(g, w), lam, t)
+        try:
+            flat = tree.leaves_like(out, spec)
+        except ValueError as error:
+            raise ValueError(f"the gradient transform changed the structure of the gradient: {error}") from None
+        shapes = [tuple(x.shape) for x in flat]
+        wanted = [tuple(x.shape) for x in tree.leaves(w)]
+        if shapes != wanted:
+            raise ValueError(f"the gradient transform changed shapes: {shapes}, wanted are {wanted}")
+        kept = [None if old is None else new for old, new in zip(flat_g, flat, strict=True)]
+        return tree.unflatten(kept, spec)
 
     @property
     def reads_lam(self) -> bool:

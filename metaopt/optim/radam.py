@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed, moments, zeros
@@ -43,6 +44,11 @@ class RAdam(Optimizer):
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
 
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
+
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros."""
         return zeros(w)
@@ -58,5 +64,5 @@ class RAdam(Optimizer):
         rho = limit - 2 * t * beta2**t / bias
         if (rho.detach() if isinstance(rho, Tensor) else rho) > 5:
             rectified = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
-            step = step * rectified * bias**0.5 / (safe.sqrt(second) + hyper["eps"])
+            step = step * rectified * bias**0.5 / safe.with_eps(safe.sqrt(second), hyper["eps"])
         return w - step, {"first": first, "second": second}

@@ -19,7 +19,7 @@ from torch import Tensor
 from metaopt import checks
 from metaopt.optim import safe
 from metaopt.optim.moments import decayed
-from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RMSprop(Optimizer):
         slots = {"second": torch.zeros_like(w)}
         if self.centered:
             slots["mean"] = torch.zeros_like(w)
-        if not (isinstance(self.momentum, (int, float)) and self.momentum == 0):
+        if not is_zero(self.momentum):
             slots["momentum"] = torch.zeros_like(w)
         return slots
 
@@ -63,7 +63,7 @@ class RMSprop(Optimizer):
         if self.centered:
             mean = new["mean"] = slots["mean"] + (1 - alpha) * (g - slots["mean"])
             variance = variance - mean * mean
-        direction = g / (safe.sqrt(variance) + hyper["eps"])
+        direction = g / safe.with_eps(safe.sqrt(variance), hyper["eps"])
         if "momentum" in slots:
             direction = new["momentum"] = hyper["momentum"] * slots["momentum"] + direction
         return w - hyper["lr"] * direction, new

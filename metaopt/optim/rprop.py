@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -50,6 +51,11 @@ class Rprop(Optimizer):
         if isinstance(self.etas, tuple):
             checks.unit_interval(self, "etas[0]", self.etas[0], closed="neither")
             checks.within(self, "etas[1]", self.etas[1], 1, math.inf, closed="neither")
+
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return True
 
     def init_leaf(self, w: Tensor) -> Slots:
         """Zeros; the first step size is set at t = 1."""

@@ -24,3 +24,14 @@ def sqrt(x: Tensor) -> Tensor:
 def like(value: float | Tensor, x: Tensor) -> Tensor:
     """A hyperparameter as a tensor of the dtype and device of ``x``."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=x.dtype, device=x.device)
+
+
+def with_eps(x: Tensor, eps: float | Tensor) -> Tensor:
+    """``x + ε`` with an ε that is not rounded to zero, so that 0 / (0 + ε) is 0 in float16 too.
+
+    >>> with_eps(torch.zeros(1, dtype=torch.float16), 1e-8).item() > 0
+    True
+    """
+    if isinstance(eps, Tensor) or eps == 0:
+        return x + eps
+    return x + max(eps, torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)  # the smallest number there is

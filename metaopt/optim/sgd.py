@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
-from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
+from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,25 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         """Refuse what ``torch.optim.SGD`` refuses."""
         super().__post_init__()
-        if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
+        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise ValueError("SGD: nesterov=True needs momentum > 0 and dampening = 0")
+
+    @property
+    @override
+    def counts_steps(self) -> bool:
+        return not is_zero(self.dampening)
 
     def init_leaf(self, w: Tensor) -> Slots:
         """``momentum``: zeros."""
-        return {} if _is_zero(self.momentum) else {"momentum": torch.zeros_like(w)}
+        return {} if is_zero(self.momentum) else {"momentum": torch.zeros_like(w)}
 
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
         """See the module's equation."""
-        if not _is_zero(self.weight_decay):
+        if not is_zero(self.weight_decay):
             g = g + hyper["weight_decay"] * w
         if "momentum" not in slots:
             return _minus(w, hyper["lr"], g), slots
-        kept = g if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * g
+        kept = g if is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * g
         v = _plus(kept, hyper["momentum"], slots["momentum"])
         direction = g + hyper["momentum"] * v if self.nesterov else v
         return _minus(w, hyper["lr"], direction), {"momentum": v}
@@ -78,15 +84,15 @@ class SGD(Optimizer):
     ) -> tuple[Tensor, Tensor, Slots]:
         r"""With :math:`\bar d = -\eta \bar w`: :math:`\bar v = \bar v + \bar d`, :math:`\bar g = (1-\text{damp})\,\bar v`, and so on, backwards."""
         slots: Slots = {}
-        if _is_zero(self.momentum):
+        if is_zero(self.momentum):
             g_bar = w_bar * -hyper["lr"]
         else:
             mu, factor = hyper["momentum"], hyper["lr"] * hyper["momentum"] if self.nesterov else hyper["lr"]
             v_bar = w_bar * -factor if slots_bar is None else _minus(slots_bar["momentum"], factor, w_bar)
             slots = {"momentum": mu * v_bar}
-            kept = v_bar if _is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
+            kept = v_bar if is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar
             g_bar = _minus(kept, hyper["lr"], w_bar) if self.nesterov else kept
-        return g_bar, w_bar if _is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
+        return g_bar, w_bar if is_zero(self.weight_decay) else w_bar + hyper["weight_decay"] * g_bar, slots
 
 
 def _plus(g: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
@@ -101,7 +107,3 @@ def _plus(g: Tensor, factor: float | Tensor, v: Tensor) -> Tensor:
 def _minus(w: Tensor, factor: float | Tensor, direction: Tensor) -> Tensor:
     """``w - factor * direction``, in one operation where the factor is a number."""
     return w - factor * direction if isinstance(factor, Tensor) else torch.sub(w, direction, alpha=factor)
-
-
-def _is_zero(value: Hyper) -> bool:
-    return isinstance(value, (int, float)) and value == 0

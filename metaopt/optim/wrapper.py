@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metaopt import checks
+from torch import Tensor
+
+from metaopt import checks, tree
 from metaopt.optim.optimizer import Hyper, Optimizer
 from metaopt.tree import Tree
 
@@ -58,6 +61,11 @@ class Wrapper(Optimizer):
     def steps_taken(self) -> int:
         """As the wrapped optimiser."""
         return self.optimizer.steps_taken
+
+
+def present(fn: Callable[[Tensor], Tensor], g: Tree) -> Tree:
+    """``fn`` of every gradient that is there; a missing one stays missing."""
+    return tree.map(lambda x: None if x is None else fn(x), g)
 
 
 def value(hyper: Hyper, lam: Tree, t: int) -> Any:
