@@ -1,4 +1,6 @@
-"""Exact replay: what a step drew from torch's global random generators is drawn again when the step is recomputed.
+"""Exact replay: what a step drew is drawn again when it is recomputed, and what it read has not been written into since.
+
+What comes from torch's global random generators is drawn again.
 
 On a CPU a recomputed step is equal to the bit as long as the number of threads
 (``torch.set_num_threads``) stays that of the run: sums are split among threads, and another split
@@ -71,3 +73,21 @@ def repeated(rng: Rng) -> Iterator[None]:
 
 def _now(devices: tuple[torch.device, ...]) -> Rng:
     return Rng(torch.get_rng_state(), tuple(torch.cuda.get_rng_state(device) for device in devices), devices)
+
+
+def versions_of(value: Tree) -> tuple[int, ...]:
+    """In-place version counters of the tensors: they tell when somebody wrote into one."""
+    return tuple([leaf._version for leaf in tree.leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()])
+
+
+def check_unwritten(value: Tree, versions: tuple[int, ...], what: str, remedy: str) -> None:
+    """Raise a ``RuntimeError`` that names the first leaf which was written into since its versions were taken."""
+    if versions_of(value) == versions:
+        return
+    counted = [
+        (name, leaf._version)
+        for name, leaf in zip(tree.names(value), tree.leaves(value), strict=True)
+        if isinstance(leaf, Tensor) and not leaf.is_inference()
+    ]
+    name = next(name for (name, now), then in zip(counted, versions, strict=True) if now != then)
+    raise RuntimeError(f"{what} at {name} was changed in place, so that the step cannot be replayed: {remedy}")

@@ -268,7 +268,8 @@ def _plus(x: Any, y: Any) -> Any:
 def accumulate(total: Tree, b: Tree) -> Tree:
     """``total + b``, written into ``total``'s own tensors.
 
-    A missing leaf (``None``) counts as zero, and is copied from ``b`` at first.
+    A missing leaf (``None``) counts as zero, and is copied from ``b`` at first. Half precision is
+    summed in float32.
     """
     sums: list[Tensor] = []
     terms: list[Tensor] = []
@@ -286,7 +287,9 @@ def accumulate(total: Tree, b: Tree) -> Tree:
 def _accumulated(x: Any, y: Any) -> Any:
     if y is None or not is_float(y):
         return x
-    return y.clone() if x is None else x.add_(y)
+    if x is None:
+        return y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+    return x.add_(y)
 
 
 def sub(a: Tree, b: Tree) -> Tree:

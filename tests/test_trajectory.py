@@ -202,7 +202,7 @@ def test_a_batch_changed_in_place_is_found():
     for b in batches:
         state, tape = trajectory.record(tape, step, state, lam, b)
     batches[1][0].add_(1.0)
-    with pytest.raises(RuntimeError, match=r"step \d: the state it started from was not recomputed"):
+    with pytest.raises(RuntimeError, match=r"the batch of step \d at .* was changed in place"):
         list(trajectory.moments(tape, step, state))
 
 
@@ -240,7 +240,7 @@ def test_a_budget_keeps_what_fits():
         graphs[size] = len(tape.graphs)
     assert graphs[1] == graphs[500] == 0 < graphs[3000] < T == graphs[1 << 30]
     assert gradient(mo.trajectory.Budgeted(1 << 30), T).cost.steps == 0
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="bytes must be at least 1"):
         mo.trajectory.Budgeted(0)
 
 
@@ -284,7 +284,7 @@ def test_big_states_are_copied_into_rows():
         identical(a.w["a"], b.w["a"]) and identical(a.slots, b.slots) and a.t == b.t
         for a, b in zip(kept, states, strict=True)
     )
-    assert len({state.w["a"].untyped_storage().data_ptr() for state in kept}) == 2
+    assert len({state.w["a"].untyped_storage().data_ptr() for state in kept}) == 6  # 1 + 1 + 2 + 4 + 8 + 16 rows
     small = mo.InnerState(torch.ones(3))
     assert rows.put(small) is small
 

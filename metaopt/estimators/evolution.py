@@ -30,7 +30,7 @@ from metaopt.estimators.hypergradient import ZeroHypergradientWarning
 from metaopt.estimators.outer import OuterObjective
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory.base import check_fixed, versions_of
+from metaopt.trajectory.base import check_fixed
 from metaopt.tree import Tree
 
 
@@ -93,7 +93,7 @@ class Evolution(Estimator):
         """All runs at the initial state, without noise yet."""
         zero = tree.zeros_like(lam)
         return EvolutionCarry(
-            [Pair(state, state, zero, zero)] * self.pairs, 0, _noise.start(self.seed), lam, versions_of(lam)
+            [Pair(state, state, zero, zero)] * self.pairs, 0, _noise.start(self.seed), lam, replay.versions_of(lam)
         )
 
     def advance(

@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metaopt import replay, tree
+from torch import Tensor
+from typing_extensions import override
+
+from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
-from metaopt.inner.contract import Step
+from metaopt.inner.contract import Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.trajectory import Full, Interpolated, Last, Trajectory
 from metaopt.trajectory._rows import Place
-from metaopt.trajectory.base import Moment
+from metaopt.trajectory.base import Losses, Moment, check_replayed
 from metaopt.tree import Tree
 
 
@@ -58,12 +61,13 @@ class ReverseMode(Estimator):
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
-            complete, reached = self.remembered.complete(carry), False
-            total, cotangent = tree.map(lambda _: None, lam), InnerState(alpha, None, state.t)
+            complete = self.remembered.complete(carry)
+            total = tree.zeros_like(lam)
+            cotangent = InnerState(alpha, None, state.t)
             moments = self.remembered.moments(carry, step, state)
             for total, cotangent in sweep(step, moments, cotangent, lam, to_start=complete):  # noqa: B007, B020
-                reached = True
-            return Response(total if reached else tree.zeros_like(lam), cotangent.w if complete else None)
+                pass
+            return Response(tree.map(_as_dtype_of, total, lam), cotangent.w if complete else None)
 
         return state.w, pullback
 
@@ -81,20 +85,43 @@ def sweep(
         to_start: whether the cotangent of the oldest state is wanted too; otherwise that last
             product is left out.
 
-    What was yielded is overwritten by the next step.
+    ``g`` is summed in float32 at least; afterwards the inner losses of the replay are compared with
+    those of the run. What was yielded is overwritten by the next steps.
     """
-    total, place = tree.map(lambda _: None, lam), Place()
+    total = tree.map(lambda _: None, lam)
+    place = Place()
+    losses: list[Losses] = []
     with replay.preserved(cotangent.w):
-        moment = next(moments, None)
-        while moment is not None:
-            older = next(moments, None)
-            wrt = "both" if to_start or older is not None else "lam"
-            state_bar, product = moment.pullback(step, cotangent, wrt)
+        for moment, wrt in _wanted(moments, to_start=to_start):
+            state_bar, product = moment.pullback(step, cotangent, wrt, losses)
             total = tree.accumulate(total, product)
             cotangent = place.put(state_bar) if state_bar is not None else cotangent
             del state_bar, product
             yield total, cotangent
-            moment = older
+    check_replayed(losses)
+
+
+def _wanted(moments: Iterator[Moment], *, to_start: bool) -> Iterator[tuple[Moment, Wrt]]:
+    """Each moment with the products that are wanted there.
+
+    Only where the oldest one differs is a moment asked for before the one in front of it has been
+    used: a trajectory may fill one buffer with the batch of the moment at hand.
+    """
+    if to_start:
+        for moment in moments:
+            yield moment, "both"
+        return
+    newer = next(moments, None)
+    for moment in moments:
+        assert newer is not None
+        yield newer, "both"
+        newer = moment
+    if newer is not None:
+        yield newer, "lam"
+
+
+def _as_dtype_of(total: Tensor | None, leaf: Any) -> Tensor | None:
+    return None if total is None else total.to(leaf.dtype)
 
 
 @dataclass(frozen=True)
@@ -123,32 +150,38 @@ class TruncatedRMD(ReverseMode):
     """The first K terms of the sweep.
 
     Cost: ``2K - 1`` products and K recomputed gradients. Memory: K states. Bias: what happened more
-    than K steps ago is dropped; ``horizon ≥ T`` is :class:`RMD`, 1 is :class:`OneStep`, 0 is
+    than K steps ago is dropped; ``steps ≥ T`` is :class:`RMD`, 1 is :class:`OneStep`, 0 is
     first-order.
 
     Args:
-        horizon: K.
+        steps: K.
     """
 
     traits: ClassVar[Traits] = Traits(
         sees="the last K steps", high_dimensional=True, bias="the steps before the last K"
     )
 
-    horizon: int
+    steps: int
 
     def __post_init__(self) -> None:
-        """Check the horizon."""
-        self.remembered  # noqa: B018  (the trajectory checks it)
+        """Check the settings."""
+        checks.count(self, "steps", self.steps, at_least=0)
+
+    @property
+    @override
+    def exact(self) -> bool:
+        """No: a run may be longer."""
+        return False
 
     @property
     def drops_indirect(self) -> bool:
-        """With horizon 0 it is first-order."""
-        return self.horizon == 0
+        """With no step it is first-order."""
+        return self.steps == 0
 
     @property
     def remembered(self) -> Trajectory:
         """The last K states."""
-        return Last(self.horizon)
+        return Last(self.steps)
 
 
 @dataclass(frozen=True)
@@ -160,6 +193,12 @@ class OneStep(ReverseMode):
     """
 
     traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="the steps before the last")
+
+    @property
+    @override
+    def exact(self) -> bool:
+        """No: a run may be longer."""
+        return False
 
     @property
     def remembered(self) -> Trajectory:

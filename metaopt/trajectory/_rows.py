@@ -25,14 +25,17 @@ def is_tiny(state: InnerState) -> bool:
 
 
 class Rows:
-    """Takes states of one run, gives back equal ones whose tensors are views into blocks of rows."""
+    """Takes states of one run, gives back equal ones whose tensors are views into blocks of rows.
 
-    __slots__ = ("_block", "_by_reference", "_next")
+    The first blocks hold one row each, and every later one as many as there are already, up to
+    sixteen. So a short run of big states takes little more memory than its states do.
+    """
+
+    __slots__ = ("_block", "_by_reference", "_free", "_taken")
 
     def __init__(self) -> None:
-        """Nothing is allocated yet."""
         self._block: Tensor | None = None
-        self._next = ROWS
+        self._free = self._taken = 0  # rows
         self._by_reference = False  # found out with the first state
 
     def put(self, state: InnerState) -> InnerState:
@@ -42,21 +45,25 @@ class Rows:
         tensors = tree.floats(state)
         size = sum(x.numel() for x in tensors)
         first = tensors[0]
-        if size * first.element_size() < SMALL or any(
-            x.dtype != first.dtype or x.device != first.device for x in tensors
-        ):
+        mixed = any(x.dtype != first.dtype or x.device != first.device for x in tensors)
+        if mixed or size * first.element_size() < SMALL:
             self._by_reference = True
             return state
-        if self._block is None or self._next == ROWS or self._block.shape[1] != size:
-            self._block, self._next = torch.empty(ROWS, size, dtype=first.dtype, device=first.device), 0
-        row = self._block[self._next]
-        self._next += 1
+        row = self._row(size, first)
         supply = iter(row.split([x.numel() for x in tensors]))
 
         def place(leaf: Any) -> Any:
             return next(supply).view(leaf.shape).copy_(leaf.detach()) if tree.is_float(leaf) else leaf
 
         return tree.map(place, state)
+
+    def _row(self, size: int, like: Tensor) -> Tensor:
+        if self._block is None or self._free == 0 or self._block.shape[1] != size:
+            self._free = min(ROWS, max(1, self._taken))
+            self._block = torch.empty(self._free, size, dtype=like.dtype, device=like.device)
+        self._free -= 1
+        self._taken += 1
+        return self._block[self._free]
 
 
 class Place:

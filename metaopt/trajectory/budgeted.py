@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.trajectory._weighing import weighed
@@ -61,22 +61,14 @@ class Budgeted:
         bytes: the budget; the first state is held in any case.
     """
 
+    exact = True
+    bounded = False
+
     bytes: int
 
     def __post_init__(self) -> None:
         """Check the budget."""
-        if self.bytes <= 0:
-            raise ValueError(f"bytes must be positive, got {self.bytes}")
-
-    @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """No: λ must not move."""
-        return False
+        checks.count(self, "bytes", self.bytes)
 
     def start(self, state: InnerState, lam: Tree) -> BudgetedTape:
         """Hold the first state."""
@@ -101,7 +93,7 @@ class Budgeted:
                 lambda: Moment(state, lam, batch, rng).linearize(step), (state, lam, batch)
             )
         new = linearized.state
-        tape.states.after = replay.snapshot(state)
+        tape.keeper.after(tape.states, new, batch, linearized.loss)
         tape.graphs.append(Sized(Moment(state, lam, batch, rng, linearized), tape.sizes[shapes]))
         while tape.graphs and sum(graph.size for graph in tape.graphs) > self._room(tape):
             tape.graphs.popleft()

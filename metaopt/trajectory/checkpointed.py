@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from metaopt import replay
+from torch import Tensor
+
+from metaopt import checks, replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.replay import Rng
-from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.base import Moment, check_during, check_fixed, check_since
 from metaopt.trajectory.fingerprint import fingerprint
 from metaopt.trajectory.revolve import Binomial, Periodic, Placement, SquareRoot, split
 from metaopt.trajectory.store import ByReference, Store
@@ -37,6 +39,8 @@ class CheckpointedTape:
         placement: which states are held.
         held: number of a state to what is kept of it.
         batches: per step, the batch, or its fingerprint where batches are asked for again.
+        batch_versions: per step, the in-place version counters of its batch.
+        losses: per step, its inner loss, where that is known.
         rngs: per step, the random state before it; ``None`` where nothing was drawn since the step
             before ended.
         after: random state after the newest step.
@@ -47,6 +51,8 @@ class CheckpointedTape:
     placement: Placement
     held: dict[int, Held]
     batches: list[Any] = field(default_factory=list)
+    batch_versions: list[tuple[int, ...]] = field(default_factory=list)
+    losses: list[Tensor | None] = field(default_factory=list)
     rngs: list[Rng | None] = field(default_factory=list)
     after: Rng | None = None
 
@@ -86,6 +92,9 @@ class Checkpointed:
         RuntimeError: in a sweep, if ``batches`` gives another batch than in the run.
     """
 
+    exact = True
+    bounded = False
+
     slots: int | Literal["sqrt"] = 17
     every: int | None = None
     horizon: int | None = None
@@ -94,37 +103,33 @@ class Checkpointed:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.slots != "sqrt" and (isinstance(self.slots, str) or self.slots < 1):
-            raise ValueError(f"slots must be at least 1, or 'sqrt'; got {self.slots!r}")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
-
-    @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """No: λ must not move, since steps are run again."""
-        return False
+        if isinstance(self.slots, str):
+            checks.one_of(self, "slots", self.slots, ["sqrt"])
+        else:
+            checks.count(self, "slots", self.slots)
+        if self.every is not None:
+            checks.count(self, "every", self.every)
+        if self.horizon is not None:
+            checks.count(self, "horizon", self.horizon)
+        if self.batches is not None:
+            checks.function(self, "batches", self.batches, "t -> batch")
 
     def start(self, state: InnerState, lam: Tree) -> CheckpointedTape:
         """Hold the first state."""
         first = Held(self.store.put(state), replay.snapshot(state))
-        return CheckpointedTape(lam, versions_of(lam), self._placement(), {0: first})
+        return CheckpointedTape(lam, replay.versions_of(lam), self._placement(), {0: first})
 
     def record(
         self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, CheckpointedTape]:
         """Take a step; hold where it started if the schedule says so."""
         self.before(tape, state, lam, batch)
-        new = step(state, lam, batch)
-        tape.after = replay.snapshot(state)
+        new, loss = step.evaluate(state, lam, batch)
+        self.after(tape, new, batch, loss)
         return new, tape
 
     def before(self, tape: CheckpointedTape, state: InnerState, lam: Tree, batch: Any) -> None:
-        """The part of :meth:`record` that comes before the step; whoever takes the step then sets ``tape.after``."""
+        """The part of :meth:`record` that comes before the step; after the step comes :meth:`after`."""
         check_fixed(lam, tape.lam, tape.versions, "a checkpointed trajectory")
         index, before = tape.steps, replay.snapshot(state)
         if index == 0:
@@ -133,6 +138,14 @@ class Checkpointed:
             tape.held[index] = Held(self.store.put(state), before)
         tape.rngs.append(None if tape.after is not None and replay.same(before, tape.after) else before)
         tape.batches.append(batch if self.batches is None else fingerprint(batch))
+        tape.batch_versions.append(replay.versions_of(batch))
+
+    def after(self, tape: CheckpointedTape, new: InnerState, batch: Any, loss: Tensor | None) -> None:
+        """The part of :meth:`record` that comes after the step."""
+        tape.after = replay.snapshot(new)
+        tape.losses.append(loss)
+        if self.batches is None:
+            check_during(tape.steps, batch, tape.batch_versions[-1])
 
     def moments(self, tape: CheckpointedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first; recomputes what is not held."""
@@ -148,7 +161,7 @@ class Checkpointed:
                 _forget(tape.held, t - 1)
                 tape.placement.forget(t - 1)
             state, rng = self._state(tape, step, t - 1, extra)
-            yield Moment(state, tape.lam, self._batch(tape, t), rng)
+            yield Moment(state, tape.lam, self._batch(tape, t), rng, loss=tape.losses[t - 1])
 
     def complete(self, tape: CheckpointedTape) -> bool:
         """Always."""
@@ -204,6 +217,7 @@ class Checkpointed:
 
     def _batch(self, tape: CheckpointedTape, t: int) -> Any:
         if self.batches is None:
+            check_since(t, tape.batches[t - 1], tape.batch_versions[t - 1])
             return tape.batches[t - 1]
         batch = self.batches(t)
         if fingerprint(batch) != tape.batches[t - 1]:

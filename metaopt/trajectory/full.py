@@ -10,7 +10,7 @@ from metaopt import replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.trajectory._rows import Rows
-from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed
 from metaopt.tree import Tree
 
 
@@ -32,28 +32,23 @@ class Full:
     (:mod:`metaopt.trajectory._rows`).
     """
 
-    @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """No: it grows with the run, and λ must not move."""
-        return False
+    exact = True
+    bounded = False
 
     def start(self, state: InnerState, lam: Tree) -> FullTape:
         """An empty tape."""
-        return FullTape(lam, versions_of(lam), [], Rows())
+        return FullTape(lam, replay.versions_of(lam), [], Rows())
 
     def record(
         self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, FullTape]:
         """Take a step; keep where it started."""
         check_fixed(lam, tape.lam, tape.versions, "a full trajectory")
-        moment = Moment(tape.rows.put(state), lam, batch, replay.snapshot(state))
-        tape.moments.append(moment)
-        return step(state, lam, batch), tape
+        given = Exogenous.now(state, batch)
+        new, loss = step.evaluate(state, lam, batch)
+        check_during(new.t, batch, given.versions)
+        tape.moments.append(given.moment(tape.rows.put(state), lam, loss))
+        return new, tape
 
     def moments(self, tape: FullTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first."""

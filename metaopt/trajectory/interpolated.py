@@ -17,18 +17,17 @@ from torch import Tensor
 from metaopt import replay, tree
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.replay import Rng
-from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed
 from metaopt.tree import Tree
 
 
 class InterpolatedTape(NamedTuple):
-    """The first state, λ, and the batches and random states in order."""
+    """The first state, λ, and what each step took from outside, in order."""
 
     first: InnerState
     lam: Tree
     versions: tuple[int, ...]
-    batches: list[tuple[Any, Rng]]
+    given: list[Exogenous]
 
 
 @dataclass(frozen=True)
@@ -38,33 +37,29 @@ class Interpolated:
     Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
     """
 
-    @property
-    def exact(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def bounded(self) -> bool:
-        """No: the batches are kept, and λ must not move."""
-        return False
+    exact = False
+    bounded = False
 
     def start(self, state: InnerState, lam: Tree) -> InterpolatedTape:
         """Keep the first state."""
-        return InterpolatedTape(state, lam, versions_of(lam), [])
+        return InterpolatedTape(state, lam, replay.versions_of(lam), [])
 
     def record(
         self, tape: InterpolatedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, InterpolatedTape]:
         """Take a step; keep its batch."""
         check_fixed(lam, tape.lam, tape.versions, "an interpolated trajectory (DrMAD)")
-        tape.batches.append((batch, replay.snapshot(state)))
-        return step(state, lam, batch), tape
+        given = Exogenous.now(state, batch)
+        tape.given.append(given)
+        new = step(state, lam, batch)
+        check_during(new.t, batch, given.versions)
+        return new, tape
 
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """All steps, newest first, at the interpolated states."""
-        states = straight_line(tape.first, last, len(tape.batches))
-        for state, (batch, rng) in zip(states, reversed(tape.batches), strict=True):
-            yield Moment(state, tape.lam, batch, rng)
+        states = straight_line(tape.first, last, len(tape.given))
+        for state, given in zip(states, reversed(tape.given), strict=True):
+            yield given.moment(state, tape.lam)
 
     def complete(self, tape: InterpolatedTape) -> bool:
         """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""

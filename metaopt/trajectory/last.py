@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from metaopt import replay
+from metaopt import checks
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory.base import Moment
+from metaopt.trajectory.base import Exogenous, Moment, check_during
 from metaopt.tree import Tree
 
 
@@ -22,34 +22,27 @@ class LastTape(NamedTuple):
 
 @dataclass(frozen=True)
 class Last:
-    """The last ``horizon`` states; each with the λ it used, so λ may move between steps.
+    """The last ``steps`` states; each with the λ it used, so λ may move between steps.
 
-    Memory: ``horizon · |s|``, however long the run is.
+    Memory: ``steps · |s|``, however long the run is.
 
     Args:
-        horizon: K ≥ 0. With 0 nothing is remembered.
+        steps: K ≥ 0. With 0 nothing is remembered.
         graphs: keep each step's graph instead of rebuilding it in the sweep: saves one gradient per
-            sweep step, costs K times the activations. Pays for ``horizon=1``, where the graph of
+            sweep step, costs K times the activations. Pays for ``steps=1``, where the graph of
             the training step itself is used.
     """
 
-    horizon: int
+    exact = True
+    bounded = True
+
+    steps: int
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        """Check the horizon."""
-        if self.horizon < 0:
-            raise ValueError(f"horizon must be at least 0, got {self.horizon}")
-
-    @property
-    def exact(self) -> bool:
-        """Yes, as far back as it goes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """Yes."""
-        return True
+        """Check the settings."""
+        checks.count(self, "steps", self.steps, at_least=0)
+        checks.flag(self, "graphs", self.graphs)
 
     def start(self, state: InnerState, lam: Tree) -> LastTape:
         """An empty tape."""
@@ -59,18 +52,23 @@ class Last:
         self, tape: LastTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, LastTape]:
         """Take a step; forget the oldest."""
-        if self.horizon == 0:
+        if self.steps == 0:
             return step(state, lam, batch), LastTape((), tape.steps + 1)
-        rng = replay.snapshot(state)
-        linearized = step.linearize(state, lam, batch) if self.graphs else None
-        new = step(state, lam, batch) if linearized is None else linearized.state
-        moment = Moment(state, lam, batch, rng, linearized)
-        return new, LastTape((*tape.moments, moment)[-self.horizon :], tape.steps + 1)
+        given = Exogenous.now(state, batch)
+        if self.graphs:
+            linearized = step.linearize(state, lam, batch)
+            new = linearized.state
+            moment = given.moment(state, lam)._replace(linearized=linearized)
+        else:
+            new, loss = step.evaluate(state, lam, batch)
+            check_during(new.t, batch, given.versions)
+            moment = given.moment(state, lam, loss)
+        return new, LastTape((*tape.moments, moment)[-self.steps :], tape.steps + 1)
 
     def moments(self, tape: LastTape, step: Step, last: InnerState) -> Iterator[Moment]:
         """The remembered steps, newest first."""
         return reversed(tape.moments)
 
     def complete(self, tape: LastTape) -> bool:
-        """Whether the run has been no longer than the horizon."""
+        """Whether the run has been no longer than that."""
         return len(tape.moments) == tape.steps

@@ -34,6 +34,9 @@ class Offloaded:
         ValueError: unless exactly one of ``device`` and ``directory`` is given.
     """
 
+    exact = True
+    bounded = False
+
     device: str | None = None
     directory: str | None = None
     of: Checkpointed = Checkpointed(every=1)
@@ -52,16 +55,6 @@ class Offloaded:
         """The trajectory that does the work."""
         store: Store = OnDisk(self.directory) if self.directory is not None else OnDevice(str(self.device))
         return replace(self.of, store=store)
-
-    @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """No: λ must not move."""
-        return False
 
     def start(self, state: InnerState, lam: Tree) -> CheckpointedTape:
         """Put the first state away."""

@@ -20,9 +20,8 @@ from metaopt.inner.state import InnerState
 from metaopt.inner.step import inner_of
 from metaopt.optim.optimizer import per_leaf
 from metaopt.optim.sgd import SGD
-from metaopt.replay import Rng
 from metaopt.trajectory._fixed_point import Remainders, ratio, to_fixed, to_float
-from metaopt.trajectory.base import Moment, check_fixed, versions_of
+from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed, check_since
 from metaopt.tree import Tree
 
 
@@ -37,7 +36,8 @@ class ReversibleTape:
         x: weights.
         v: velocities.
         lost: the bits.
-        batches: per step, the batch and the random state before it.
+        given: per step, what it took from outside.
+        losses: per step, its inner loss.
     """
 
     lam: Tree
@@ -46,7 +46,8 @@ class ReversibleTape:
     x: list[Tensor]
     v: list[Tensor]
     lost: list[Remainders]
-    batches: list[tuple[Any, Rng]] = field(default_factory=list)
+    given: list[Exogenous] = field(default_factory=list)
+    losses: list[Tensor | None] = field(default_factory=list)
 
     def bits_per_weight(self) -> float:
         """Size of the bits kept, per weight."""
@@ -58,8 +59,8 @@ class ReversibleTape:
 class Reversible:
     """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
 
-    The run itself is done in fixed point (units of 2^-52; the momentum as a fraction with a
-    denominator of at most 2^16), so its numbers are not those of :class:`Full` to the bit (the
+    The moments are those of the run, which is itself done in fixed point (units of 2^-52; the
+    momentum as a fraction with a denominator of at most 2^16), so its numbers are not those of :class:`Full` to the bit (the
     start is rounded too). Cost: two gradients per step in the sweep. Memory: one state and ``T ·
     log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state of floats per step would take
     64). SGD with momentum only, as :class:`metaopt.optim.SGD` does it, without Nesterov; weight
@@ -72,23 +73,18 @@ class Reversible:
         OverflowError: if a weight or velocity reaches 512.
     """
 
-    @property
-    def exact(self) -> bool:
-        """Yes: the moments are those of the (fixed-point) run."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """No: bits and batches are kept, and λ must not move."""
-        return False
+    exact = True
+    bounded = False
 
     def start(self, state: InnerState, lam: Tree) -> ReversibleTape:
         """The first state as integers."""
         x = [to_fixed(leaf, "a weight") for leaf in tree.leaves(state.w)]
-        if not isinstance(state.slots, dict) or set(state.slots) != {"momentum"}:
+        if not isinstance(state.slots, dict) or not {"momentum"} <= set(state.slots) <= {"momentum", "missed"}:
             raise TypeError("a reversible trajectory needs momentum SGD: mo.optim.SGD(lr=..., momentum=...)")
         v = [to_fixed(leaf, "a velocity") for leaf in tree.leaves(state.slots["momentum"])]
-        return ReversibleTape(lam, versions_of(lam), state, x, v, [Remainders(torch.zeros_like(leaf)) for leaf in x])
+        return ReversibleTape(
+            lam, replay.versions_of(lam), state, x, v, [Remainders(torch.zeros_like(leaf)) for leaf in x]
+        )
 
     def record(
         self, tape: ReversibleTape, step: Step, state: InnerState, lam: Tree, batch: Any
@@ -101,9 +97,12 @@ class Reversible:
                 "a reversible trajectory was given a state that is not the one it returned last: its run is in fixed "
                 "point"
             )
-        tape.batches.append((batch, replay.snapshot(state)))
+        given = Exogenous.now(state, batch)
+        tape.given.append(given)
         rates, ratios = _settings(optimizer, state, lam)
-        gradients = _push(step, _floats(tape.x, tape.v, state, state.t), lam, batch)
+        gradients, loss = _push(step, _floats(tape.x, tape.v, state, state.t), lam, batch)
+        tape.losses.append(loss)
+        check_during(state.t + 1, batch, given.versions)
         for i, g in enumerate(gradients):
             tape.v[i] = tape.lost[i].multiply(tape.v[i], *ratios[i]) + g
             tape.x[i] = tape.x[i] - _moved(rates[i], tape.v[i])
@@ -120,15 +119,16 @@ class Reversible:
         check_fixed(tape.lam, tape.lam, tape.versions, "a reversible trajectory")
         optimizer = _momentum_sgd(step)
         x, v, lost, state = list(tape.x), list(tape.v), deepcopy(tape.lost), tape.newest
-        for batch, rng in reversed(tape.batches):
+        for given, loss in zip(reversed(tape.given), reversed(tape.losses), strict=True):
             before = state._replace(t=state.t - 1)
             rates, ratios = _settings(optimizer, before, tape.lam)
             x = [leaf + _moved(rate, u) for leaf, rate, u in zip(x, rates, v, strict=True)]
-            replay.restore(rng)
-            gradients = _push(step, _floats(x, v, state, before.t), tape.lam, batch)
+            check_since(state.t, given.batch, given.versions)
+            replay.restore(given.rng)
+            gradients, _ = _push(step, _floats(x, v, state, before.t), tape.lam, given.batch)
             v = [bits.divide(u - g, *beta) for bits, u, g, beta in zip(lost, v, gradients, ratios, strict=True)]
             state = _floats(x, v, state, before.t)
-            yield Moment(state, tape.lam, batch, rng)
+            yield given.moment(state, tape.lam, loss)
 
     def complete(self, tape: ReversibleTape) -> bool:
         """Always."""
@@ -154,10 +154,18 @@ def _settings(optimizer: SGD, state: InnerState, lam: Tree) -> tuple[list[Any], 
     return rates, [ratio(float(momentum)) for momentum in momenta]
 
 
-def _push(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
-    """What the step adds to the decayed velocity: the velocity it leads to from rest."""
+def _push(step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+    """What the step adds to the decayed velocity, which is the velocity it leads to from rest; and the inner loss."""
     at_rest = state._replace(slots=tree.zeros_like(state.slots))
-    return [to_fixed(g, "a gradient") for g in tree.leaves(step(at_rest, lam, batch).slots["momentum"])]
+    new, loss = step.evaluate(at_rest, lam, batch)
+    pairs = zip(tree.names(state.w), tree.leaves(at_rest.w), tree.leaves(new.w), strict=True)
+    still = [name for name, old, after in pairs if after is old]
+    if still:
+        raise ValueError(
+            f"a reversible trajectory needs a gradient for every weight, and {', '.join(still)} got none at step "
+            f"{state.t + 1}: take them out of w (mo.partition)"
+        )
+    return [to_fixed(g, "a gradient") for g in tree.leaves(new.slots["momentum"])], loss
 
 
 def _moved(rate: Any, v: Tensor) -> Tensor:

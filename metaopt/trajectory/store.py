@@ -6,10 +6,11 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
@@ -28,37 +29,57 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class ByReference:
+class ByReference(Store):
     """The tensors themselves, not copied."""
 
+    @override
     def put(self, state: InnerState) -> InnerState:
-        """As it is."""
         return state
 
+    @override
     def get(self, kept: InnerState) -> InnerState:
-        """As it is."""
         return kept
 
 
+class Away(NamedTuple):
+    """A state elsewhere.
+
+    Attributes:
+        state: what stands for it there.
+        home: the device that each leaf came from; ``None`` where it is not a tensor.
+    """
+
+    state: InnerState
+    home: list[torch.device | None]
+
+
+class Elsewhere:
+    """The way back, which is one for all stores that copy a state away."""
+
+    def get(self, kept: Away) -> InnerState:
+        """The state on the devices it came from (pages of a mapped file come in when they are read)."""
+        flat, spec = tree.flatten(kept.state)
+        return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept.home, strict=True)], spec)
+
+
+def _home(state: InnerState) -> list[torch.device | None]:
+    return [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
+
+
 @dataclass(frozen=True)
-class OnDevice:
+class OnDevice(Elsewhere):
     """Copies on another device (usually ``"cpu"``, for a run on a GPU)."""
 
     device: str
 
-    def put(self, state: InnerState) -> tuple[InnerState, list[torch.device | None]]:
-        """A copy there, and the devices it came from."""
-        home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
-        return tree.map(lambda x: x.to(self.device, copy=True) if isinstance(x, Tensor) else x, state), home
-
-    def get(self, kept: tuple[InnerState, list[torch.device | None]]) -> InnerState:
-        """A copy back."""
-        flat, spec = tree.flatten(kept[0])
-        return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept[1], strict=True)], spec)
+    def put(self, state: InnerState) -> Away:
+        """A copy there."""
+        there = tree.map(lambda x: x.to(self.device, copy=True) if isinstance(x, Tensor) else x, state)
+        return Away(there, _home(state))
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class OnDisk(Elsewhere):
     """One memory-mapped file per state in ``directory``.
 
     The file never has a name where the file system allows that (Linux), and elsewhere loses it as
@@ -68,7 +89,7 @@ class OnDisk:
 
     directory: str
 
-    def put(self, state: InnerState) -> tuple[InnerState, list[torch.device | None]]:
+    def put(self, state: InnerState) -> Away:
         """Write it to a file, and map that.
 
         Raises:
@@ -76,7 +97,6 @@ class OnDisk:
                 directory.
         """
         tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
-        home = [leaf.device if isinstance(leaf, Tensor) else None for leaf in tree.leaves(state)]
         starts, size = [], 0
         for tensor in tensors:
             starts.append(size)
@@ -92,12 +112,7 @@ class OnDisk:
             there = mapped[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
             return there.copy_(tensor.detach())
 
-        return tree.map(place, state), home
-
-    def get(self, kept: tuple[InnerState, list[torch.device | None]]) -> InnerState:
-        """The mapped tensors (their pages come in when they are read); copied back if they lived on another device."""
-        flat, spec = tree.flatten(kept[0])
-        return tree.unflatten([x if d is None else x.to(d) for x, d in zip(flat, kept[1], strict=True)], spec)
+        return Away(tree.map(place, state), _home(state))
 
     def _map(self, size: int) -> Tensor:
         try:

@@ -108,9 +108,9 @@ def _one_step(problem: Problem, horizon: int, estimator: OneStep, alpha: Tensor)
 
 
 def _truncated(problem: Problem, horizon: int, estimator: TruncatedRMD, alpha: Tensor) -> Tensor:
-    if estimator.horizon == 0:
+    if estimator.steps == 0:
         return torch.zeros_like(vector(problem.lam))
-    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=estimator.horizon))
+    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=estimator.steps))
 
 
 def _straight_line(problem: Problem, horizon: int, estimator: DrMAD, alpha: Tensor) -> Tensor:
