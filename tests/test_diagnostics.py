@@ -271,7 +271,7 @@ def test_peak_memory_of_full_trajectories_grows_by_one_state_per_step():
         )
         return mo.diagnose.costs(mo.RMD(), problem, repeats=0).expenses[0].peak_bytes
 
-    assert peak(30) - peak(20) == 10 * 8000
+    assert peak(30) - peak(20) == pytest.approx(10 * 8000, rel=0.01)  # and the losses
 
 
 # -- together ------------------------------------------------------------------------------------

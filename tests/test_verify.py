@@ -261,7 +261,7 @@ class ConstantMomentum(Planted):
 class OffByOneDrMAD(mo.DrMAD):
     def respond(self, step, state, lam, carry):
         def pullback(alpha):
-            T, moments = len(carry.batches), list(self.remembered.moments(carry, step, state))
+            T, moments = len(carry.given), list(self.remembered.moments(carry, step, state))
             shifted = [
                 m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t), linearized=None)
                 for i, m in enumerate(moments)

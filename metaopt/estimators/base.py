@@ -11,7 +11,7 @@ dw_t/d\lambda`, the response pullback.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -28,13 +28,13 @@ class Response(NamedTuple):
 
     Attributes:
         lam: ``α · dw_t/dλ``, a pytree like λ; a leaf that Φ does not depend on is ``None``.
-        initial: ``α · dw_t/dw_0``, where the method has it.
+        initial: the cotangent of the initial state ``s_0``, where the method has it.
         info: what the method reports about itself (the linear solver's
             :class:`~metaopt.linsolve.Solution`), if anything.
     """
 
     lam: Tree
-    initial: Tree | None = None
+    initial: InnerState | None = None
     info: Any = None
 
 
@@ -103,6 +103,12 @@ class Estimator(ABC):
     """
 
     traits: ClassVar[Traits] = Traits("not stated", False, "not stated")
+    whole_state: ClassVar[bool] = False
+    """Whether its pullback takes an :class:`InnerState` too, with cotangents of slots and buffers."""
+    gives_initial: ClassVar[bool] = False
+    """Whether its pullback knows the cotangent of the initial state, at least for short runs."""
+    one_sweep: ClassVar[bool] = False
+    """Whether :meth:`pull` takes cotangents of several states of the run at once."""
 
     @property
     def exact(self) -> bool:
@@ -154,6 +160,12 @@ class Estimator(ABC):
     def needs_outer_loss(self) -> bool:
         """Whether the outer loss shapes what is carried along the run (:meth:`observe`), so that there is no pullback on its own."""
         return False
+
+    def pull(
+        self, step: Step, state: InnerState, lam: Tree, carry: Any, cotangents: Mapping[int, InnerState]
+    ) -> Response:
+        """The pullback of cotangents of several states, by their number ``t``, where :attr:`one_sweep` says so."""
+        raise TypeError(f"{type(self).__name__} takes the cotangent of one state at a time")
 
     def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Any) -> Any:
         """A look at the outer loss after each inner step, before any hyper-step there.

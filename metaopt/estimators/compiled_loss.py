@@ -37,7 +37,7 @@ class CompiledLoss(Compiled):
         return self.loss(w, lam, batch)
 
     def gradient(self, w: Tree, lam: Tree, batch: Any, eager: Callable[[], ValueAndGradient]) -> ValueAndGradient:
-        """``L`` and its gradient by every leaf of ``(w, λ)``, ``None`` where it plays no part.
+        """``L`` and its gradient by every float leaf of ``(w, λ)``, ``None`` where it plays no part.
 
         That is found out by ``eager``, once.
         """
@@ -51,10 +51,11 @@ class CompiledLoss(Compiled):
         ]
 
     def _value_and_gradient(self, w: Tree, lam: Tree, batch: Any) -> tuple[Tensor, ...]:
-        flat, spec = tree.flatten((w, lam))
+        flat = tree.floats((w, lam))
 
         def loss(*values: Tensor) -> Tensor:
-            w_, lam_ = tree.unflatten(values, spec)
+            supply = iter(values)
+            w_, lam_ = tree.map(lambda x: next(supply) if tree.is_float(x) else x, (w, lam))
             return self.loss(w_, lam_, batch)
 
         gradients, value = torch.func.grad_and_value(loss, argnums=tuple(range(len(flat))))(*flat)

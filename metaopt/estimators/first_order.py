@@ -21,6 +21,7 @@ class FirstOrder(Estimator):
     """
 
     traits: ClassVar[Traits] = Traits(sees="nothing", high_dimensional=True, bias="the whole indirect term")
+    gives_initial: ClassVar[bool] = True
 
     @property
     def drops_indirect(self) -> bool:
@@ -35,5 +36,5 @@ class FirstOrder(Estimator):
         return step(state, lam, batch), None
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:
-        """The weights, and the zero map."""
-        return state.w, lambda alpha: Response(tree.zeros_like(lam))
+        """The weights, and the zero map; the initial weights get α itself, which is first-order MAML."""
+        return state.w, lambda alpha: Response(tree.zeros_like(lam), InnerState(alpha, None, state.t))

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.base import Estimator
+from metaopt.estimators.along import along, check_at, terms_along
+from metaopt.estimators.base import Estimator, Terms
+from metaopt.estimators.beginning import begin
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.estimators.reverse import RMD
@@ -64,6 +66,7 @@ def hypergradient(
     outer_batch: Any,
     *,
     estimator: Estimator = RMD(),
+    at: Sequence[int] | None = None,
     horizon: int | None = None,
 ) -> Hypergradient:
     """Run the inner loop from ``w0`` and differentiate the outer loss at its end with respect to ``lam``.
@@ -71,11 +74,15 @@ def hypergradient(
     Args:
         step: Φ, from :func:`metaopt.inner_step` or :func:`metaopt.custom_step`.
         outer_loss: ``(w, lam, batch) -> scalar``.
-        w0: initial weights.
-        lam: hyperparameters, any pytree of floating-point tensors.
+        w0: initial weights, or an :class:`InnerState` to go on from (its slots and its step count).
+        lam: hyperparameters, any pytree of floating-point tensors; ``None`` where only the initial
+            weights learn: ``initial`` is then the answer.
         batches: one batch per inner step: a sequence, or ``t -> batch`` (t = 1 … T) with
             ``horizon=T``.
         outer_batch: what the outer loss is evaluated on.
+        at: steps ``t`` of the run (1 … T, increasing) whose outer losses are summed, instead of the
+            last one's; ``outer_batch`` is then one batch for each, in a sequence or ``t -> batch``.
+            Exact reverse mode takes one sweep for all of them; other estimators respond at each.
         estimator: default ``mo.RMD()``, the exact gradient.
         horizon: T; default: all of a sequence.
 
@@ -90,17 +97,28 @@ def hypergradient(
     >>> hg.total  # 1 - (1 - 0.5)^2
     tensor([0.7500])
     """
-    check_lam(lam)
+    check_lam(lam, estimator)
     lam = tree.detach(lam)
-    cost = Cost()
-    counted = CountedStep(step, cost)
-    state = counted.init(w0, lam)
-    carry = estimator.init(counted, state, lam)
-    outer = OuterObjective(outer_loss, outer_batch)
-    for batch in each(batches, horizon):
-        state, carry = estimator.advance(counted, state, lam, batch, carry)
-        carry = estimator.observe(counted, outer, state, lam, carry)
-    return evaluate(counted, outer_loss, state, lam, outer_batch, estimator, carry)
+    counted = CountedStep(step, Cost())
+    beginning = begin(counted, w0, lam, estimator)
+    if at is not None:
+        outers = along(outer_loss, outer_batch, check_at(at, estimator))
+        state, terms = terms_along(counted, outers, beginning.state, lam, each(batches, horizon), estimator)
+    else:
+        outer = OuterObjective(outer_loss, outer_batch)
+        state, terms = terms_at_end(counted, outer, beginning.state, lam, each(batches, horizon), estimator)
+    return result(counted, state, lam, estimator, beginning.complete(terms, estimator))
+
+
+def terms_at_end(
+    step: Step, outer: OuterObjective, state: InnerState, lam: Tree, batches: Iterator[Any], estimator: Estimator
+) -> tuple[InnerState, Terms]:
+    """The run, and the two terms at its end."""
+    carry = estimator.init(step, state, lam)
+    for batch in batches:
+        state, carry = estimator.advance(step, state, lam, batch, carry)
+        carry = estimator.observe(step, outer, state, lam, carry)
+    return state, estimator.differentiate(step, outer, state, lam, carry)
 
 
 def evaluate(
@@ -112,8 +130,15 @@ def evaluate(
     estimator: Estimator,
     carry: Any,
 ) -> Hypergradient:
-    """The hypergradient at the state an inner run has reached (the common end of offline and online use)."""
+    """The hypergradient at the state that an online run has reached."""
     terms = estimator.differentiate(step, OuterObjective(outer_loss, outer_batch), state, lam, carry)
+    if terms.initial is not None:
+        terms = terms._replace(initial=terms.initial.w)
+    return result(step, state, lam, estimator, terms)
+
+
+def result(step: CountedStep, state: InnerState, lam: Tree, estimator: Estimator, terms: Terms) -> Hypergradient:
+    """The hypergradient, checked."""
     _check_used(terms.direct, terms.indirect, lam, estimator)
     direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
@@ -147,11 +172,18 @@ def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
     return iter(batches[:horizon])
 
 
-def check_lam(lam: Tree) -> None:
-    """Raise a ``ValueError`` that names the first leaf of λ which cannot have a gradient."""
-    flat = tree.leaves(lam)
+def check_lam(lam: Tree, estimator: Estimator | None = None) -> None:
+    """Raise a ``ValueError`` that names the first leaf of λ which cannot have a gradient.
+
+    Where there is an estimator, and it knows the cotangent of the initial weights, there may be no
+    λ at all.
+    """
+    flat = [] if lam is None else tree.leaves(lam)
     if not flat:
-        raise ValueError("lam has no leaves: there is nothing to differentiate with respect to")
+        if estimator is not None and estimator.gives_initial:
+            return
+        because = "" if estimator is None else f", since {type(estimator).__name__} has no gradient of initial weights"
+        raise ValueError(f"lam has no leaves: there is nothing to differentiate with respect to{because}")
     for name, leaf in zip(tree.names(lam), flat, strict=True):
         if not tree.is_float(leaf):
             kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__} ({leaf!r})"
@@ -161,6 +193,8 @@ def check_lam(lam: Tree) -> None:
 
 
 def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -> None:
+    if not tree.floats(lam):
+        return
     if estimator.drops_indirect and all(leaf is None for leaf in tree.leaves(direct)):
         warnings.warn(
             f"outer_loss does not see lam, and {type(estimator).__name__} drops the indirect term: the hypergradient "

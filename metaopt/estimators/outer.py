@@ -49,11 +49,9 @@ def outer_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> tup
             else "the weights are finite"
         )
         raise FloatingPointError(f"outer_loss is {loss.item()}; {where}")
-    w_flat, w_spec = tree.flatten(w)
-    alpha = tree.unflatten(
-        [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, w_flat, strict=False)], w_spec
-    )
-    return loss.detach(), alpha, tree.unflatten(gradients[len(w_flat) :], tree.flatten(lam)[1])
+    supply = iter(gradients)
+    alpha, direct = tree.map(lambda x: next(supply) if tree.is_float(x) else None, (w, lam))
+    return loss.detach(), tree.filled(alpha, w), direct
 
 
 def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -> ValueAndGradient:
@@ -65,6 +63,6 @@ def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any) -
                 "outer_loss depends neither on the weights nor on lam, or its graph was cut (detach, no_grad, "
                 ".item(), argmax)"
             )
-        gradients = torch.autograd.grad(loss, tree.leaves((w_, lam_)), allow_unused=True)
+        gradients = torch.autograd.grad(loss, tree.floats((w_, lam_)), allow_unused=True)
         torch.clear_autocast_cache()  # as in the inner step
     return loss, gradients

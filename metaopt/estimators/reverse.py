@@ -13,7 +13,7 @@ DrMAD (Fu et al. 2016, arXiv 1601.00917).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,9 @@ from metaopt.tree import Tree
 
 class ReverseMode(Estimator):
     """The sweep over a trajectory; what the trajectory is makes the method."""
+
+    whole_state: ClassVar[bool] = True
+    gives_initial: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -60,20 +63,40 @@ class ReverseMode(Estimator):
         """The weights, and the sweep."""
 
         def pullback(alpha: Tree) -> Response:
-            tree.check_like(alpha, state.w, "alpha", "w")
-            complete = self.remembered.complete(carry)
-            total = tree.zeros_like(lam)
-            cotangent = InnerState(alpha, None, state.t)
-            moments = self.remembered.moments(carry, step, state)
-            for total, cotangent in sweep(step, moments, cotangent, lam, to_start=complete):  # noqa: B007, B020
-                pass
-            return Response(tree.map(_as_dtype_of, total, lam), cotangent.w if complete else None)
+            cotangent = alpha if isinstance(alpha, InnerState) else InnerState(alpha, None, state.t)
+            tree.check_like(cotangent.w, state.w, "alpha", "w")
+            return self.pull(step, state, lam, carry, {state.t: cotangent})
 
         return state.w, pullback
 
+    def pull(
+        self, step: Step, state: InnerState, lam: Tree, carry: Any, cotangents: Mapping[int, InnerState]
+    ) -> Response:
+        """One sweep that takes in each state's cotangent on its way down."""
+        complete = self.remembered.complete(carry)
+        last = cotangents.get(state.t, InnerState(tree.zeros_like(state.w), None, state.t))
+        waiting = {t: cotangent for t, cotangent in cotangents.items() if t != state.t}
+        total = tree.zeros_like(lam)
+        cotangent = last
+        moments = self.remembered.moments(carry, step, state)
+        for total, cotangent in sweep(step, moments, last, lam, to_start=complete, waiting=waiting):  # noqa: B007
+            pass
+        if waiting:
+            raise ValueError(
+                f"{self!r} does not remember the run back to step {min(waiting)}, whose state has a cotangent: use "
+                "RMD over a trajectory that keeps the whole run"
+            )
+        return Response(tree.map(_as_dtype_of, total, lam), cotangent if complete else None)
+
 
 def sweep(
-    step: Step, moments: Iterator[Moment], cotangent: InnerState, lam: Tree, *, to_start: bool
+    step: Step,
+    moments: Iterator[Moment],
+    cotangent: InnerState,
+    lam: Tree,
+    *,
+    to_start: bool,
+    waiting: dict[int, InnerState] | None = None,
 ) -> Iterator[tuple[Tree, InnerState]]:
     """The sweep, one ``(g, α)`` after each step, newest step first.
 
@@ -84,6 +107,8 @@ def sweep(
         lam: a pytree like λ.
         to_start: whether the cotangent of the oldest state is wanted too; otherwise that last
             product is left out.
+        waiting: cotangents of earlier states by their number ``t``; each is added when its state is
+            reached, and taken out.
 
     ``g`` is summed in float32 at least; afterwards the inner losses of the replay are compared with
     those of the run. What was yielded is overwritten by the next steps.
@@ -97,6 +122,8 @@ def sweep(
             total = tree.accumulate(total, product)
             cotangent = place.put(state_bar) if state_bar is not None else cotangent
             del state_bar, product
+            if waiting and moment.state.t in waiting:
+                cotangent = _sum(cotangent, waiting.pop(moment.state.t))
             yield total, cotangent
     check_replayed(losses)
 
@@ -124,6 +151,13 @@ def _as_dtype_of(total: Tensor | None, leaf: Any) -> Tensor | None:
     return None if total is None else total.to(leaf.dtype)
 
 
+def _sum(a: InnerState, b: InnerState) -> InnerState:
+    """The sum of two cotangents of one state."""
+    if a.slots is None or b.slots is None:
+        return a._replace(w=tree.add(a.w, b.w), slots=b.slots if a.slots is None else a.slots)
+    return a._replace(w=tree.add(a.w, b.w), slots=tree.add(a.slots, b.slots))
+
+
 @dataclass(frozen=True)
 class RMD(ReverseMode):
     """Reverse-mode differentiation: the exact hypergradient.
@@ -136,6 +170,7 @@ class RMD(ReverseMode):
     """
 
     traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="none")
+    one_sweep: ClassVar[bool] = True
 
     trajectory: Trajectory = Full()
 

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
 from metaopt import replay, tree
-from metaopt.estimators.base import Estimator, Pullback
+from metaopt.estimators.along import as_taken, check_at, responses_along
+from metaopt.estimators.base import Estimator, Response
+from metaopt.estimators.beginning import check_resumed, filled, speak_of_dropped
 from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, each
 from metaopt.estimators.reverse import RMD
 from metaopt.inner.closed import closed_over as with_closed_over
@@ -24,6 +26,9 @@ from metaopt.inner.closed import undeclared
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
+
+States: TypeAlias = Callable[[Mapping[int, InnerState]], Response]
+"""The pullback of the cotangents of several states."""
 
 
 class UndeclaredTensorWarning(UserWarning):
@@ -37,17 +42,20 @@ def unroll(
     batches: Batches,
     *,
     estimator: Estimator = RMD(),
+    at: Sequence[int] | None = None,
     horizon: int | None = None,
     closed_over: Sequence[Tensor] = (),
-) -> InnerState:
+) -> Any:
     """Run the inner loop; autograd sees it as one node, whose backward pass is the estimator's pullback.
 
     Gradients reach the leaves of ``lam``, ``w0`` and ``closed_over`` that require grad, whether
-    they are leaves of autograd or computed from something; the optimiser slots of the result are
-    constants. With :class:`RMD` the gradients are exact; with another estimator they are that
+    they are leaves of autograd or computed from something, and they come from the weights, the slots
+    and the buffers of what is returned: runs can be chained. With :class:`RMD` the gradients are exact; with another estimator they are that
     estimator's, also for ``closed_over``, and ``w0`` gets one only where the estimator has it.
     Several losses on the result and ``retain_graph=True`` work as on any node; its own second
-    derivative (``create_graph=True``) does not exist and is an error.
+    derivative (``create_graph=True``) does not exist and is an error, as are ``torch.func``'s
+    transforms around it. With :class:`FirstOrder` the initial weights get the gradient of the last:
+    first-order MAML.
 
     Under ``torch.no_grad()``, or if nothing requires grad, this is the plain run, and nothing is
     remembered. Under ``torch.autocast`` the sweep runs under the same autocast. The sweep happens
@@ -63,11 +71,14 @@ def unroll(
 
     Args:
         step: Φ.
-        w0: initial weights.
+        w0: initial weights, or the state of an earlier run to go on from.
         lam: hyperparameters, any pytree of floating-point tensors; those with
-            ``requires_grad=False`` are constants.
+            ``requires_grad=False`` are constants. ``None`` where only the initial weights learn.
         batches: one per inner step, or ``t -> batch`` with ``horizon=T``.
         estimator: any estimator that gives a pullback.
+        at: steps ``t`` (1 … T, increasing) whose states are returned, in a tuple, each of them
+            differentiable. Exact reverse mode takes one sweep for all of them; other estimators
+            respond at each.
         horizon: T.
         closed_over: tensors that the inner loss uses without being given them (a teacher's
             parameters, …). One that requires grad and is not declared gets no gradient, and a
@@ -86,7 +97,7 @@ def unroll(
     >>> lam.grad
     tensor([0.7500])
     """
-    check_lam(lam)
+    check_lam(lam, estimator)
     if estimator.needs_outer_loss:
         raise ValueError(
             f"{type(estimator).__name__} needs to see the outer loss during the run, so there is no pullback to "
@@ -100,15 +111,40 @@ def unroll(
     for tensor in closed_over:
         if not tree.is_float(tensor):
             raise ValueError(f"closed_over holds floating-point tensors, got {tensor!r}")
+    refuse_transforms((w0, lam, closed_over))
+    steps = None if at is None else check_at(at, estimator)
     inputs = (w0, lam, list(closed_over))
-    run = _Run(step, estimator, batches, horizon, tuple(closed_over))
+    run = _Run(step, estimator, batches, horizon, steps, tuple(closed_over))
     if not (torch.is_grad_enabled() and tree.requires_grad(inputs)):
-        return run.plain(tree.detach(w0), tree.detach(lam))
-    run.warn_of_undeclared(w0, lam)
-    flat, spec = tree.flatten(inputs)
-    outputs = _Unrolled.apply(run, spec, *flat)
-    assert run.last is not None
-    return run.last._replace(w=tree.unflatten(outputs, tree.flatten(w0)[1]))
+        states = run.plain(w0, lam)
+    else:
+        run.warn_of_undeclared(w0, lam)
+        states = run.differentiable(w0, lam)
+    return states[0] if at is None else tuple(states)
+
+
+def warn_of(found: Sequence[Tensor], loss: str) -> None:
+    """Warn of tensors that require grad and that nobody declared."""
+    if not found:
+        return
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
+    warnings.warn(
+        f"the {loss} depends on {len(found)} tensor(s) that require grad and are neither weights nor lam "
+        f"(shapes {shapes}): they get no gradient. Call model(w, x), not net(x); put them into lam, declare them "
+        "with unroll(closed_over=[...]), or detach them",
+        UndeclaredTensorWarning,
+        stacklevel=4,
+    )
+
+
+def refuse_transforms(inputs: Tree) -> None:
+    """Raise a ``RuntimeError`` under ``torch.func``'s transforms, which see no node of autograd."""
+    if any(isinstance(x, Tensor) and is_functorch_wrapped_tensor(x) for x in tree.leaves(inputs)):
+        raise RuntimeError(
+            "unroll is a node of plain autograd and cannot be inside torch.func.grad, jacrev, jvp or vmap: take "
+            "torch.autograd.grad or torch.autograd.functional.jacobian of it, and stack runs with mo.vmapped(loss) "
+            "instead of vmap"
+        )
 
 
 @dataclass
@@ -119,90 +155,150 @@ class _Run:
     estimator: Estimator
     batches: Batches
     horizon: int | None
+    at: tuple[int, ...] | None
     closed: tuple[Tensor, ...]
-    last: InnerState | None = None
 
-    def plain(self, w0: Tree, lam: Tree) -> InnerState:
+    def plain(self, w0: Tree, lam: Tree) -> list[InnerState]:
         """Without remembering anything."""
-        state = self.step.init(w0, lam)
         with torch.no_grad():
-            for batch in each(self.batches, self.horizon):
+            lam = tree.detach(lam)
+            state = tree.detach(self._begin(self.step, w0, lam))
+            first, reached = state.t, []
+            for batch in self._batches():
                 state = self.step(state, lam, batch)
-        return state
+                if self.at is not None and state.t - first in self.at:
+                    reached.append(state)
+        if self.at is not None and len(reached) < len(self.at):
+            raise ValueError(f"at={self.at}, but the run has {state.t - first} steps")
+        return [state] if self.at is None else reached
 
-    def remembered(self, w0: Tree, lam: Tree, closed: list[Tensor]) -> Pullback:
-        """With the estimator; λ is ``(lam, closed)`` where there is something closed over."""
+    def differentiable(self, w0: Tree, lam: Tree) -> list[InnerState]:
+        """As a node from the first state, λ and what is closed over to the states reached."""
         step = with_closed_over(self.step, self.closed) if self.closed else self.step
-        full = (lam, closed) if self.closed else lam
-        state = step.init(w0, full)
-        carry = self.estimator.init(step, state, full)
-        for batch in each(self.batches, self.horizon):
-            state, carry = self.estimator.advance(step, state, full, batch, carry)
-        point, pullback = self.estimator.respond(step, state, full, carry)
-        self.last = tree.detach(state._replace(w=point))
-        return pullback
+        full = (lam, list(self.closed)) if self.closed else lam
+        state = self._begin(step, w0, full)
+        if not self.estimator.gives_initial and not tree.requires_grad(w0):
+            if tree.requires_grad(state):
+                speak_of_dropped(self.estimator)
+            state = tree.detach(state)
+        record = _Record(self, step, state, full)
+        outputs = iter(_Unrolled.apply(record, *tree.floats((state, full))))
+        return tree.map(lambda x: next(outputs) if tree.is_float(x) else x, record.reached)
+
+    def remembered(self, step: Step, state: InnerState, lam: Tree) -> tuple[list[InnerState], States]:
+        """The states that the run reaches, and the pullback of their cotangents."""
+        if self.at is not None:
+            return responses_along(step, state, lam, self._batches(), self.estimator, self.at)
+        carry = self.estimator.init(step, state, lam)
+        for batch in self._batches():
+            state, carry = self.estimator.advance(step, state, lam, batch, carry)
+        point, pullback = self.estimator.respond(step, state, lam, carry)
+        last = tree.detach(state._replace(w=point))
+        return [last], lambda cotangents: pullback(as_taken(self.estimator, cotangents[last.t]))
 
     def warn_of_undeclared(self, w0: Tree, lam: Tree) -> None:
         """One evaluation of the inner loss, to see what else it depends on."""
+        if not callable(self.batches) and not isinstance(self.batches, Sequence):
+            return
         step = with_closed_over(self.step, self.closed) if self.closed else self.step
         full = tree.detach((lam, list(self.closed)) if self.closed else lam)
+        w0 = tree.detach(w0)
         with replay.preserved(w0):  # the batch itself may be drawn
-            first = next(iter(each(self.batches, self.horizon)))
-            found = undeclared(step, step.init(w0, full), full, first)
-        if found:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
-            warnings.warn(
-                f"the inner loss depends on {len(found)} tensor(s) that require grad and are neither weights nor lam "
-                f"(shapes {shapes}): they get no "
-                "gradient. Put them into lam, declare them with closed_over=[...], or detach them",
-                UndeclaredTensorWarning,
-                stacklevel=3,
-            )
+            first = next(self._batches())
+            warn_of(undeclared(step, self._begin(step, w0, full), full, first), "inner loss")
+
+    def _begin(self, step: Step, w0: Tree, lam: Tree) -> InnerState:
+        if not isinstance(w0, InnerState):
+            return step.init(w0, lam)
+        check_resumed(step, w0, lam)
+        return w0
+
+    def _batches(self) -> Iterator[Any]:
+        horizon = self.horizon
+        if horizon is None and self.at is not None and callable(self.batches):
+            horizon = self.at[-1]
+        return each(self.batches, horizon)
+
+
+class _Record:
+    """What the node is made from, and the states that its forward pass reached."""
+
+    def __init__(self, run: _Run, step: Step, state: InnerState, lam: Tree) -> None:
+        self.run, self.step, self.state, self.lam = run, step, tree.detach(state), tree.detach(lam)
+        self.reached: list[InnerState] = []
 
 
 class _Unrolled(torch.autograd.Function):
-    """The node."""
+    """The node: floating-point leaves of the first state and of λ to those of the states reached."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, spec: tree.Spec, *flat: Any) -> tuple[Tensor, ...]:
-        w0, lam, closed = tree.unflatten([x.detach() for x in flat], spec)
-        ctx.pullback = run.remembered(w0, lam, closed)
-        assert run.last is not None
-        ctx.state, ctx.estimator, ctx.closed = run.last, run.estimator, bool(run.closed)
-        ctx.like, ctx.counts = run.last.w, (len(tree.leaves(w0)), len(tree.leaves(lam)), len(closed))
+    def forward(ctx: Any, record: _Record, *flat: Tensor) -> tuple[Tensor, ...]:
+        record.reached, ctx.pullback = record.run.remembered(record.step, record.state, record.lam)
+        ctx.like, ctx.first, ctx.estimator = record.reached, record.state, record.run.estimator
         ctx.autocast = [
             (kind, torch.get_autocast_dtype(kind)) for kind in _device_types(flat) if torch.is_autocast_enabled(kind)
         ]
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
-        return tuple(x.clone() for x in tree.leaves(run.last.w))
+        return tuple(x.clone() for x in tree.floats(record.reached))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _ = ctx.saved_tensors  # raises if somebody changed them in place, or if the graph has been used up
-        n_w, n_lam, n_closed = ctx.counts
-        flat = tree.leaves(ctx.like)
-        if all(bar is None for bar in bars):
-            return (None,) * (2 + n_w + n_lam + n_closed)
-        alpha = tree.unflatten(
-            [torch.zeros_like(x) if b is None else b for b, x in zip(bars, flat, strict=True)],
-            tree.flatten(ctx.like)[1],
-        )
-        with ExitStack() as contexts:
-            for kind in ("cpu", "cuda"):
-                contexts.enter_context(torch.autocast(kind, enabled=False)) if torch.is_autocast_enabled(kind) else None
-            for kind, dtype in ctx.autocast:
-                contexts.enter_context(torch.autocast(kind, dtype=dtype))
-            response = ctx.pullback(alpha)
-        check_finite(response.lam, response.lam, ctx.state, ctx.estimator)
-        if any(ctx.needs_input_grad[2 : 2 + n_w]) and response.initial is None:
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                f"w0 requires grad, but {type(ctx.estimator).__name__} has no cotangent for the initial weights: "
+                "unroll has no second derivative: leave out create_graph=True. For a gradient of a gradient, call "
+                "the step in a plain loop (it is differentiable), or take differences of mo.hypergradient"
+            )
+        refuse_transforms(bars)
+        flat = ctx.saved_tensors  # raises if somebody changed them in place, or if the graph has been used up
+        if all(bar is None for bar in bars):
+            return (None,) * (1 + len(flat))
+        with _autocast(ctx.autocast):
+            response = ctx.pullback(_cotangents(ctx.like, bars))
+        check_finite(response.lam, response.lam, ctx.like[-1], ctx.estimator)
+        first = tree.floats(ctx.first)
+        if response.initial is not None:
+            initial: list[Any] = tree.floats(filled(response.initial, ctx.first))
+        elif any(ctx.needs_input_grad[1 : 1 + len(first)]):
+            raise RuntimeError(
+                f"w0 requires grad, but {type(ctx.estimator).__name__} has no cotangent for the initial state: "
                 "pass a detached w0, or use RMD"
             )
-        w_bars = tree.leaves(response.initial) if response.initial is not None else [None] * n_w
-        return (None, None, *w_bars, *tree.leaves(response.lam))
+        else:
+            initial = [None] * len(first)
+        return (None, *initial, *_float_parts(response.lam, flat[len(first) :]))
+
+
+def _cotangents(states: list[InnerState], bars: Sequence[Tensor | None]) -> dict[int, InnerState]:
+    """The cotangent of each state that has one, by its number ``t``; slots ``None`` where nothing depends on them."""
+    supply, found = iter(bars), {}
+    for state in states:
+        bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, state._replace(t=None))
+        given = {name: any(x is not None for x in tree.leaves(part)) for name, part in bar._asdict().items()}
+        if not any(given.values()):
+            continue
+        zeros = tree.map(lambda b, x: torch.zeros_like(x) if b is None and tree.is_float(x) else b, bar, state)
+        rest = any(given[name] for name in given if name not in ("w", "t"))
+        found[state.t] = zeros._replace(t=state.t) if rest else InnerState(zeros.w, None, state.t)
+    return found
+
+
+def _float_parts(lam_bar: Tree, like: Sequence[Tensor]) -> list[Tensor | None]:
+    """A cotangent of λ as leaves, one for each floating-point leaf of λ."""
+    flat = [x for x in tree.leaves(lam_bar) if x is None or tree.is_float(x)]
+    return flat if len(flat) == len(like) else [x for x in flat if x is not None]
+
+
+@contextmanager
+def _autocast(kinds: list[tuple[str, torch.dtype]]) -> Iterator[None]:
+    """Under the autocast of the run, and no other."""
+    with ExitStack() as contexts:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                contexts.enter_context(torch.autocast(kind, enabled=False))
+        for kind, dtype in kinds:
+            contexts.enter_context(torch.autocast(kind, dtype=dtype))
+        yield
 
 
 def _device_types(flat: Sequence[Tensor]) -> list[str]:

@@ -44,10 +44,9 @@ class CustomStep(Step):
     initial: Callable[[Tree, Tree], InnerState] | None = None
 
     def init(self, w: Tree, lam: Tree) -> InnerState:
-        """The state before the first step."""
+        """The state before the first step; differentiable as the step is."""
         check_weights(w)
-        w = tree.detach(w)
-        return InnerState(w) if self.initial is None else tree.detach(self.initial(w, lam))
+        return InnerState(w) if self.initial is None else self.initial(w, lam)
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ; differentiable by autograd where the inputs require grad."""

@@ -114,14 +114,13 @@ class InnerStep(Step):
 
     @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
-        """The state before the first step: the weights (detached) and fresh slots.
+        """The state before the first step: the weights and fresh slots; differentiable as the step is.
 
         Raises:
             ValueError: if a weight is not a floating-point tensor.
         """
         w = w.w if isinstance(w, Stacked) else w
         check_weights(w)
-        w = tree.detach(w)
         return InnerState(w, self.optimizer.init(w), self.optimizer.steps_taken)
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
