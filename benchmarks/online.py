@@ -42,7 +42,9 @@ def run(problem: Problem, method: str) -> object:
     if method == "plain, ours":
         return trained(step, w, lam, problem.batches)
     outer_batches, optimizer = [problem.outer_batch] * len(problem.batches), partial(torch.optim.SGD, lr=1e-3)
-    *_, last = mo.online(step, loss, w, lam, problem.batches, outer_batches, ESTIMATORS[method], optimizer)
+    *_, last = mo.online(
+        step, loss, w, lam, problem.batches, outer_batches, estimator=ESTIMATORS[method], optimizer=optimizer
+    )
     return last.lam
 
 

@@ -39,12 +39,13 @@ from metaopt.estimators import (
     UnusedHyperparameterWarning,
     ZeroHypergradientWarning,
     compiled_loss,
+    cycle,
     hypergradient,
     unroll,
 )
 from metaopt.functional import FunctionalModel, functional, merge, partition
 from metaopt.inner import InnerState, Stacked, custom_step, inner_step, looped, replicated, vmapped
-from metaopt.meta import online
+from metaopt.meta import online, tune
 
 if TYPE_CHECKING:
     from metaopt import interop, tasks
@@ -103,6 +104,7 @@ __all__ = [
     "ZeroHypergradientWarning",
     "compiled_loss",
     "custom_step",
+    "cycle",
     "diagnose",
     "functional",
     "hypergradient",
@@ -121,6 +123,7 @@ __all__ = [
     "tasks",
     "trajectory",
     "tree",
+    "tune",
     "unroll",
     "verify",
     "vmapped",

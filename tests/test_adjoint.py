@@ -226,8 +226,8 @@ def test_online_passes_per_step(monkeypatch):
                 lam,
                 [None] * T,
                 [None] * T,
-                estimator,
-                lambda p: torch.optim.SGD(p, lr=0.1),
+                estimator=estimator,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             )
             assert sum(1 for _ in run) == T
             per_step[name] = (passes.forward / T, passes.backward / T - 1, passes.double / T)

@@ -126,9 +126,30 @@ def test_batches_and_horizon():
         call(horizon=3)
     with pytest.raises(ValueError, match="horizon=T"):
         call(batches=lambda t: None)
-    with pytest.raises(TypeError, match="make a list"):
-        call(batches=iter([None]))
+    for wrong in (None, 3, "xy", torch.ones(2, 3), {"x": torch.ones(2)}):
+        with pytest.raises(TypeError, match="batches gives one batch per inner step: a list, a DataLoader"):
+            call(batches=wrong)
     assert call(batches=lambda t: None, horizon=2).total["used"].item() == call().total["used"].item()
+
+
+def test_batches_as_users_have_them():
+    data = torch.utils.data.TensorDataset(torch.arange(6.0))
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    step = mo.inner_step(lambda w, lam, b: ((w - lam["used"] * b[0].sum()) ** 2).sum(), mo.optim.SGD(lr=0.1))
+    expected = call(step, batches=list(loader)).total["used"]
+    assert call(step, batches=loader).total["used"] == expected
+    assert call(step, batches=iter(loader)).total["used"] == expected
+    assert call(step, batches=(batch for batch in loader)).total["used"] == expected
+    assert call(step, batches=mo.cycle(loader), horizon=3).total["used"] == expected
+    lam = {"used": torch.tensor(1.0, requires_grad=True)}
+    outer(mo.unroll(step, W0, lam, iter(loader)).w, lam, None).backward()
+    assert lam["used"].grad == expected
+    twice = call(step, batches=[*loader, *loader]).total["used"]
+    assert call(step, batches=mo.cycle(loader), horizon=6).total["used"] == twice
+    with pytest.raises(ValueError, match=r"mo\.cycle never ends"):
+        call(step, batches=mo.cycle(loader))
+    with pytest.raises(ValueError, match="the loader gives no batch"):
+        call(step, batches=mo.cycle([]), horizon=3)
 
 
 def test_batches_functions_are_asked_for_steps_one_to_the_horizon():
@@ -176,4 +197,4 @@ def test_neumann_needs_a_rate_where_the_learning_rate_is_no_number():
 
 def test_an_outer_optimiser_that_is_none():
     with pytest.raises(TypeError, match=r"torch\.optim"):
-        mo.meta.Outer(torch.ones(1), functools.partial(list))
+        mo.meta.OuterOptimizer(torch.ones(1), functools.partial(list))

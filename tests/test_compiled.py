@@ -99,8 +99,8 @@ def test_compiled_outer_loss_is_eager(name):
             lam,
             batches,
             batches,
-            getattr(mo, name)(),
-            lambda params: torch.optim.SGD(params, lr=0.1),
+            estimator=getattr(mo, name)(),
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         )
         return [report.hypergradient.total for report in reports]
 

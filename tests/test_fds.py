@@ -126,7 +126,7 @@ def test_online_and_through_unroll():
     problem = Problem()
     reports = list(
         mo.online(
-            problem.step, problem.loss, problem.w0, problem.lam, problem.batches, [problem.outer_batch] * T, mo.FDS(WINDOWS), mo.meta.SignStep,
+            problem.step, problem.loss, problem.w0, problem.lam, problem.batches, [problem.outer_batch] * T, estimator=mo.FDS(WINDOWS), optimizer=mo.meta.SignStep,
             project=mo.meta.bounded((0.0, 0.9)), hyper_steps=mo.meta.HyperSteps(every=4),
         )
     )  # fmt: skip
@@ -209,7 +209,7 @@ def test_sign_steps_by_group_in_the_outer_loop_and_after_a_restart():
 
     def outer():
         groups = [{"params": [lam["lr"]], "lr": 0.2}, {"params": [lam["wd"]], "lr": 3e-2}]
-        return mo.meta.Outer(
+        return mo.meta.OuterOptimizer(
             lam, mo.meta.SignStep(groups), project=mo.meta.bounded({"lr": (0.0, None), "wd": (0.0, 0.12)})
         )
 

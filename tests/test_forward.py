@@ -156,7 +156,10 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
         for p in problems
     ]
     step = mo.inner_step(stacked(loss), mo.optim.Adam(lr=0.1))
-    w0, batches = tree.stack([p.w0 for p in problems]), [tree.stack([p.batches[t] for p in problems]) for t in range(T)]
+    w0, batches = (
+        mo.Stacked(tree.stack([p.w0 for p in problems])),
+        [tree.stack([p.batches[t] for p in problems]) for t in range(T)],
+    )
     outer_loss = stacked(lambda w, lam, batch: outer(w, lam, None))
     hg = mo.hypergradient(step, outer_loss, w0, together.lam, batches, torch.zeros(3), estimator=mo.FMD())
     assert close(hg.total, tree.add(tree.add(alone[0], alone[1]), alone[2]))
@@ -171,8 +174,8 @@ def test_online_it_is_the_derivative_along_a_common_shift():
         problem.lam,
         problem.batches,
         [None] * T,
-        mo.FMD(),
-        lambda p: torch.optim.SGD(p, lr=0.05),
+        estimator=mo.FMD(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
     )
     lams = [problem.lam]
     for report in reports:
@@ -196,7 +199,7 @@ def test_through_unroll_and_without_a_cotangent_of_the_initial_weights():
     got = torch.autograd.grad(outer(state.w, lam, None), tree.leaves(lam))
     assert close(list(got), tree.leaves(problem.by_autograd()))
     w0 = tree.attach(problem.w0)
-    with pytest.raises(RuntimeError, match="FMD has no cotangent for the initial weights"):
+    with pytest.raises(RuntimeError, match="FMD has no cotangent for the initial state"):
         tree.norm(mo.unroll(problem.step, w0, lam, problem.batches, estimator=mo.FMD()).w).backward()
 
 

@@ -133,7 +133,7 @@ def test_an_episode_is_a_meta_task():
     meta = mo.meta.MetaTraining(
         mo.inner_step(mo.vmapped(loss), mo.optim.SGD(0.1)), mo.vmapped(loss), mo.OneStep(), horizon=2
     )
-    outer = mo.meta.Outer(lam, lambda p: torch.optim.SGD(p, 0.1))
+    outer = mo.meta.OuterOptimizer(lam, lambda p: torch.optim.SGD(p, 0.1))
 
     def task(run):
         episode = PLAIN.sample(2, run)

@@ -177,7 +177,7 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(estimator, stacked, seed, t
     problems = [Problem(seed + i, 3, OPTIMIZERS[1]) for i in range(tasks)]
     first = problems[0]
     stacked_step = mo.inner_step(stacked(Problem.loss), OPTIMIZERS[1])
-    w0 = tree.stack([p.w0 for p in problems])
+    w0 = mo.Stacked(tree.stack([p.w0 for p in problems]))
     batches = [tree.stack([p.batches[t] for p in problems]) for t in range(3)]
     outer_batch = tree.stack([p.outer_batch for p in problems])
     together = mo.hypergradient(

@@ -252,10 +252,16 @@ def test_stacked_tasks_equal_a_loop_over_them():
         vmapped(lambda w, lam, batch: (w - 1).square().sum()),
     )
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
-        together = mo.hypergradient(step, loss, w0, lam, [targets], targets, estimator=mo.IFT(solver)).total
+        together = mo.hypergradient(step, loss, mo.Stacked(w0), lam, [targets], targets, estimator=mo.IFT(solver)).total
         apart = [
             mo.hypergradient(
-                step, loss, w0[i : i + 1], lam, [targets[i : i + 1]], targets[i : i + 1], estimator=mo.IFT(solver)
+                step,
+                loss,
+                mo.Stacked(w0[i : i + 1]),
+                lam,
+                [targets[i : i + 1]],
+                targets[i : i + 1],
+                estimator=mo.IFT(solver),
             ).total
             for i in range(4)
         ]
@@ -275,8 +281,8 @@ def test_online_a_warm_start_saves_products():
             lam,
             [None] * 6,
             [None] * 6,
-            estimator,
-            torch_sgd,
+            estimator=estimator,
+            optimizer=torch_sgd,
             hyper_steps=HyperSteps(),
         )
         return [report.hypergradient.info.products for report in run]

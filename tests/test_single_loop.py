@@ -114,7 +114,7 @@ def test_bome_sees_stacked_tasks_as_one_problem():
     stacked = mo.hypergradient(
         mo.inner_step(mo.vmapped(inner), sgd),
         mo.vmapped(outer),
-        w,
+        mo.Stacked(w),
         lam,
         [x] * 4,
         x,
@@ -145,9 +145,8 @@ def test_bome_solves_a_bilevel_problem_up_to_its_rate():
             torch.zeros(2, dtype=F64),
             [None] * 300,
             [None] * 300,
-            mo.BOME(rate=rate),
         )
-        *_, last = mo.online(*args, lambda p: torch.optim.SGD(p, lr=rate))
+        *_, last = mo.online(*args, estimator=mo.BOME(rate=rate), optimizer=lambda p: torch.optim.SGD(p, lr=rate))
         return last
 
     solution = torch.linalg.solve(A.T @ A + 0.1 * torch.eye(2, dtype=F64), A.T @ b)
@@ -167,7 +166,9 @@ def test_meta_batch_is_the_sum_over_tasks(estimator):
     outer = mo.vmapped(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
-    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total
+    together = mo.hypergradient(
+        stacked, outer, mo.Stacked(w), one.lam, batches, torch.zeros(2), estimator=estimator
+    ).total
     first = gradient(one, estimator).total
     second = gradient(one._replace(w=mo.tree.scale(0.5, one.w), batches=[x + 1 for x in one.batches]), estimator).total
     torch.testing.assert_close(flat(together), flat(first) + flat(second), rtol=1e-3, atol=1e-4)
@@ -179,7 +180,7 @@ class TestFirstDerivatives:
     def test_every_optimiser_online(self, estimator, case):
         problem = small_problem(case.make())
         args = (problem.step, problem.outer, problem.w, problem.lam, problem.batches, [None] * 4)
-        reports = list(mo.online(*args, estimator, lambda p: torch.optim.SGD(p, lr=1e-3)))
+        reports = list(mo.online(*args, estimator=estimator, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)))
         expected = problem.lam
         for report in reports:
             assert mo.tree.is_finite(report.hypergradient.total) and flat(report.hypergradient.total).abs().sum() > 0

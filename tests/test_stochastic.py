@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -111,14 +112,13 @@ class TestRandomMethods:
             problem.lam,
             problem.batches,
             [None] * 4,
-            estimator,
-            lambda p: torch.optim.SGD(p, lr=1e-3),
         )
+        run = functools.partial(mo.online, *args, estimator=estimator, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
         if estimator.online:
-            assert len([r for r in mo.online(*args) if r.hypergradient is not None]) == 4
+            assert len([r for r in run() if r.hypergradient is not None]) == 4
         else:
             with pytest.raises(ValueError, match="fixed"):
-                next(iter(mo.online(*args)))
+                run()
 
     def test_dropout_is_replayed_not_redrawn(self, estimator):
         problem = small_problem()
@@ -392,7 +392,9 @@ def test_meta_batch(estimator):
     outer = mo.vmapped(lambda w, lam, _: one.outer(w, lam, None))
     w = {name: torch.stack([value, 0.5 * value]) for name, value in one.w.items()}
     batches = [torch.stack([x, x + 1]) for x in one.batches]
-    together = mo.hypergradient(stacked, outer, w, one.lam, batches, torch.zeros(2), estimator=estimator).total
+    together = mo.hypergradient(
+        stacked, outer, mo.Stacked(w), one.lam, batches, torch.zeros(2), estimator=estimator
+    ).total
     if isinstance(estimator, (mo.EvoGrad, mo.UORO)):  # noise in the weights: another draw
         assert mo.tree.is_finite(together)
         return

@@ -71,7 +71,13 @@ def test_online():
     found = []
     for pair in ((step, outer_loss), mo.meta.in_task_chunks(step, outer_loss, 2)):
         reports = mo.online(
-            *pair, w0, lam, batches, [outer_batch] * T, mo.HyperDistill(gamma=0.9), lambda p: torch.optim.SGD(p, lr=0.1)
+            *pair,
+            w0,
+            lam,
+            batches,
+            [outer_batch] * T,
+            estimator=mo.HyperDistill(gamma=0.9),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         )
         found.append([report.lam for report in reports][-1])
     assert_equal(*found)

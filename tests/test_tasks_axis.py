@@ -94,7 +94,7 @@ def test_a_stacked_loss_can_be_sent_to_another_process(way):
 def test_copies_for_each_task_are_differentiable(way):
     w, lam, batches, outer_batch = problem()
     w = tree.map(lambda x: x.requires_grad_(), w)
-    state = mo.unroll(mo.inner_step(way(inner), mo.optim.SGD(lr=0.1)), mo.replicated(w, TASKS).w, lam, batches)
+    state = mo.unroll(mo.inner_step(way(inner), mo.optim.SGD(lr=0.1)), mo.replicated(w, TASKS), lam, batches)
     way(outer)(state.w, lam, outer_batch).backward()
     expected = total([hg.initial for hg in alone(mo.optim.SGD(lr=0.1), tree.detach(w), lam, batches, outer_batch)])
     assert_close({name: leaf.grad for name, leaf in w.items()}, expected)

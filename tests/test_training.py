@@ -18,7 +18,7 @@ from metaopt.meta import (
     HyperSteps,
     MetaTask,
     MetaTraining,
-    Outer,
+    OuterOptimizer,
     Reptile,
     SizeWarning,
     replicated,
@@ -44,7 +44,7 @@ STEP = mo.inner_step(quadratic, mo.optim.SGD(lr=0.5))
 def test_outer_leaves_the_users_lam_and_optimiser_alone():
     lam = {"a": torch.ones(2, dtype=F64), "b": torch.zeros(1, dtype=F64)}
     optimizer = torch.optim.Adam(list(lam.values()), lr=0.1)
-    outer = Outer(lam, optimizer)
+    outer = OuterOptimizer(lam, optimizer)
     outer.update({"a": torch.ones(2, dtype=F64), "b": torch.ones(1, dtype=F64)})
     assert torch.equal(lam["a"], torch.ones(2, dtype=F64))
     assert not optimizer.state
@@ -56,17 +56,17 @@ def test_a_configured_optimiser_keeps_its_groups_and_state():
     optimizer = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.01}], momentum=0.9)
     a.grad, b.grad = torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)
     optimizer.step()  # momentum buffers are now 1
-    outer = Outer([a, b], optimizer)
+    outer = OuterOptimizer([a, b], optimizer)
     before = [x.clone() for x in outer.lam]
     outer.update([torch.zeros(1, dtype=F64)] * 2)
     assert torch.allclose(before[0] - outer.lam[0], torch.tensor([0.9], dtype=F64))
     assert torch.allclose(before[1] - outer.lam[1], torch.tensor([0.009], dtype=F64))
     with pytest.raises(ValueError, match="no leaves of lam"):
-        Outer([a.clone()], optimizer)
+        OuterOptimizer([a.clone()], optimizer)
 
 
 def test_old_lam_keeps_its_value_after_an_update():
-    outer = Outer(torch.ones(1), sgd)
+    outer = OuterOptimizer(torch.ones(1), sgd)
     old = outer.lam
     outer.update(torch.ones(1))
     assert old.item() == 1.0
@@ -74,15 +74,15 @@ def test_old_lam_keeps_its_value_after_an_update():
 
 
 def test_clipping_bounds_the_global_norm_and_projection_bounds_lam():
-    outer = Outer([torch.zeros(1), torch.zeros(1)], functools.partial(torch.optim.SGD, lr=1.0), clip_norm=1.0)
+    outer = OuterOptimizer([torch.zeros(1), torch.zeros(1)], functools.partial(torch.optim.SGD, lr=1.0), clip_norm=1.0)
     given = [torch.tensor([3.0]), torch.tensor([4.0])]
     outer.update(given)
     assert torch.allclose(torch.cat(outer.lam), torch.tensor([-0.6, -0.8]), atol=1e-5)
     assert given[0].item() == 3.0
-    projected = Outer(torch.zeros(1), sgd, project=lambda lam: lam.clamp(min=0.0))
+    projected = OuterOptimizer(torch.zeros(1), sgd, project=lambda lam: lam.clamp(min=0.0))
     assert projected.update(torch.ones(1)).item() == 0.0
     with pytest.raises(ValueError, match="clip_norm"):
-        Outer(torch.zeros(1), sgd, clip_norm=0.0)
+        OuterOptimizer(torch.zeros(1), sgd, clip_norm=0.0)
 
 
 def test_state_dict_resumes_exactly():
@@ -93,7 +93,7 @@ def test_state_dict_resumes_exactly():
         return outer
 
     def fresh():
-        return Outer(
+        return OuterOptimizer(
             torch.ones(2, dtype=F64),
             functools.partial(torch.optim.Adam, lr=0.1),
             scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o),
@@ -113,14 +113,14 @@ def test_online_is_the_hand_written_loop():
         torch.ones(1, dtype=F64),
         [torch.full((1,), float(t), dtype=F64) for t in range(1, 6)],
     )
-    reports = list(mo.online(STEP, linear, w, lam, [None] * 5, cs, mo.OneStep(), sgd))
+    reports = list(mo.online(STEP, linear, w, lam, [None] * 5, cs, estimator=mo.OneStep(), optimizer=sgd))
     for report, c in zip(reports, cs, strict=True):
         w = w - 0.5 * (w - lam)
         assert torch.allclose(report.hypergradient.total, 0.5 * c)
         lam = lam - 0.1 * 0.5 * c
         assert torch.allclose(report.state.w, w)
         assert torch.allclose(report.lam, lam)
-    assert [report.t for report in reports] == [1, 2, 3, 4, 5]
+    assert [report.number for report in reports] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_hyper_steps_come_when_they_are_due(when, due):
             torch.ones(1),
             [None] * 6,
             [torch.ones(1)] * 6,
-            mo.OneStep(),
-            sgd,
+            estimator=mo.OneStep(),
+            optimizer=sgd,
             hyper_steps=when,
         )
     )
-    assert [r.t for r in reports if r.hypergradient is not None] == due
-    assert all((r.outer_loss is not None) == (r.t in due) for r in reports)
+    assert [r.number for r in reports if r.hypergradient is not None] == due
+    assert all((r.outer_loss is not None) == (r.number in due) for r in reports)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,8 @@ def test_a_size_of_its_own_is_spoken_of_where_the_outer_step_is_proportional_to_
             torch.ones(2),
             [None] * 3,
             [torch.ones(2)] * 3,
-            estimator,
-            functools.partial(optimizer, lr=0.1),
         )
-        return list(mo.online(*args))
+        return list(mo.online(*args, estimator=estimator, optimizer=functools.partial(optimizer, lr=0.1)))
 
     with (
         pytest.warns(SizeWarning, match=r"EvoGrad.*proportional.*unit_rate=True")
@@ -191,14 +189,16 @@ def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
     )
     estimator = mo.HyperDistill(gamma=gamma, theta=0.7, pi=pi)
     past = []
-    for report in mo.online(step, linear, w, lam, [None] * 6, [c] * 6, estimator, sgd, hyper_steps=when):
+    for report in mo.online(
+        step, linear, w, lam, [None] * 6, [c] * 6, estimator=estimator, optimizer=sgd, hyper_steps=when
+    ):
         past.append(w)
         w = w - 0.5 * (1 - lam) * w
         torch.testing.assert_close(report.state.w, w, rtol=1e-12, atol=0)
-        if report.t % when.every:
+        if report.number % when.every:
             assert report.hypergradient is None
             continue
-        weights = torch.tensor([gamma ** (report.t - i) for i in range(1, report.t + 1)], dtype=F64)
+        weights = torch.tensor([gamma ** (report.number - i) for i in range(1, report.number + 1)], dtype=F64)
         v = c * 0.5 * (weights[:, None] * torch.stack(past)).sum(0) / weights.sum()
         expected = {"theta": 0.7 * weights.sum() * v, "plain": v, "unit": v / v.norm()}[pi]
         torch.testing.assert_close(report.hypergradient.total, expected, rtol=1e-12, atol=0)
@@ -208,7 +208,16 @@ def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
 def test_truncated_online_uses_the_lam_of_each_step():
     """Each B_t of this problem is 0.5 whatever λ, A = 0.5: two steps give α (B + B A) = 0.75, although λ moved between them."""
     reports = list(
-        mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None] * 4, [torch.ones(1)] * 4, mo.TruncatedRMD(2), sgd)
+        mo.online(
+            STEP,
+            linear,
+            torch.zeros(1),
+            torch.ones(1),
+            [None] * 4,
+            [torch.ones(1)] * 4,
+            estimator=mo.TruncatedRMD(2),
+            optimizer=sgd,
+        )
     )
     assert [round(r.hypergradient.total.item(), 6) for r in reports] == [0.5, 0.75, 0.75, 0.75]
 
@@ -216,7 +225,18 @@ def test_truncated_online_uses_the_lam_of_each_step():
 def test_estimators_that_need_fixed_lam_are_refused_online():
     for estimator in (mo.RMD(), mo.DrMAD()):
         with pytest.raises(ValueError, match="needs lam fixed"):
-            list(mo.online(STEP, linear, torch.zeros(1), torch.ones(1), [None], [torch.ones(1)], estimator, sgd))
+            list(
+                mo.online(
+                    STEP,
+                    linear,
+                    torch.zeros(1),
+                    torch.ones(1),
+                    [None],
+                    [torch.ones(1)],
+                    estimator=estimator,
+                    optimizer=sgd,
+                )
+            )
 
 
 # -- initial weights and meta-training -----------------------------------------------------------
@@ -251,7 +271,7 @@ def outer(w, lam, target):
 def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
     step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, vmapped(outer), estimator, 4, initialisation=initialisation, calibration_period=10)
-    state = Outer(torch.zeros(2, dtype=F64), sgd)
+    state = OuterOptimizer(torch.zeros(2, dtype=F64), sgd)
     reports = list(training.runs(torch.zeros(2, dtype=F64), state, task_of, 15))
     assert len(reports) == 15
     assert sum(r.outer_losses[-1] for r in reports[-5:]) < sum(r.outer_losses[-1] for r in reports[:5])
@@ -263,7 +283,7 @@ def test_offline_meta_training_is_one_exact_hypergradient_per_run():
     step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, vmapped(outer), mo.RMD(), 4)
     lam, phi = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
-    (report,) = training.runs(phi, Outer(lam, sgd), task_of, 1)
+    (report,) = training.runs(phi, OuterOptimizer(lam, sgd), task_of, 1)
     task = task_of(1)
     hg = mo.hypergradient(
         step, vmapped(outer), replicated(phi, 3), lam, task.batches, task.outer_batches[0], estimator=mo.RMD()
@@ -282,7 +302,7 @@ def test_calibration_happens_when_it_is_due():
     training = MetaTraining(step, vmapped(outer), mo.HyperDistill(gamma=0.5, example_axis=1), 4, calibration_period=2)
     thetas = [
         r.estimator.theta
-        for r in training.runs(torch.zeros(2, dtype=F64), Outer(torch.zeros(2, dtype=F64), sgd), tasks, 4)
+        for r in training.runs(torch.zeros(2, dtype=F64), OuterOptimizer(torch.zeros(2, dtype=F64), sgd), tasks, 4)
     ]
     assert asked == [0, 1, 2, -2, 3, 4]
     assert thetas[0] == thetas[1] != thetas[2] == thetas[3]
@@ -306,7 +326,7 @@ def trained(path, stop_after=None):
         return ((w - batch).tanh().square().sum(-1) * lam.exp().sum()).mean()
 
     step = mo.inner_step(vmapped(inner_loss), mo.optim.SGD(lr=0.3, momentum=0.9))
-    outer = Outer(
+    outer = OuterOptimizer(
         torch.zeros(2, dtype=F64),
         functools.partial(torch.optim.Adam, lr=0.1),
         scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o),

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -154,7 +156,7 @@ plt.show()
 # A few steps of an ordinary `torch.optim` optimiser on $\lambda$, each with the exact hypergradient of a whole training run:
 
 # %%
-outer = mo.meta.Outer(lam, lambda params: torch.optim.Adam(params, lr=0.1))
+outer = mo.meta.OuterOptimizer(lam, lambda params: torch.optim.Adam(params, lr=0.1))
 losses = []
 for _ in range(30):
     hg = mo.hypergradient(step, outer_loss, model.params, outer.lam, batches, (x_val, y_val), estimator=mo.RMD())

@@ -17,6 +17,7 @@ from metaopt.estimators.hypergradient import (
     Hypergradient,
     UnusedHyperparameterWarning,
     ZeroHypergradientWarning,
+    cycle,
     hypergradient,
 )
 from metaopt.estimators.implicit import IFT, NotConvergedWarning
@@ -62,6 +63,7 @@ __all__ = [
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
     "compiled_loss",
+    "cycle",
     "hypergradient",
     "unroll",
 ]

@@ -103,6 +103,8 @@ class Estimator(ABC):
     """
 
     traits: ClassVar[Traits] = Traits("not stated", False, "not stated")
+    needs_calibration: ClassVar[bool] = False
+    """Whether a setting has to be fitted to a run (:meth:`calibrate`) and has not been."""
     whole_state: ClassVar[bool] = False
     """Whether its pullback takes an :class:`InnerState` too, with cotangents of slots and buffers."""
     gives_initial: ClassVar[bool] = False

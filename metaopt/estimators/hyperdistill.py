@@ -89,6 +89,11 @@ class HyperDistill(Estimator):
             raise ValueError(f"pi must be 'theta', 'plain' or 'unit', got {self.pi!r}")
 
     @property
+    def needs_calibration(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where θ counts, as long as it is 1."""
+        return self.pi == "theta" and self.theta == 1.0
+
+    @property
     def linear(self) -> bool:
         """Unless ``pi="unit"``."""
         return self.pi != "unit"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.along import along, check_at, terms_along
+from metaopt.estimators._along import along, check_at, terms_along
+from metaopt.estimators._beginning import begin
 from metaopt.estimators.base import Estimator, Terms
-from metaopt.estimators.beginning import begin
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.estimators.reverse import RMD
@@ -19,8 +21,8 @@ from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
-Batches: TypeAlias = Sequence[Any] | Callable[[int], Any]
-"""A sequence, or ``t -> batch`` for t = 1 … T together with ``horizon=T``."""
+Batches: TypeAlias = Iterable[Any] | Callable[[int], Any]
+"""A list, a ``DataLoader``, an iterator, or ``t -> batch`` for t = 1 … T together with ``horizon=T``."""
 
 
 class UnusedHyperparameterWarning(UserWarning):
@@ -77,14 +79,14 @@ def hypergradient(
         w0: initial weights, or an :class:`InnerState` to go on from (its slots and its step count).
         lam: hyperparameters, any pytree of floating-point tensors; ``None`` where only the initial
             weights learn: ``initial`` is then the answer.
-        batches: one batch per inner step: a sequence, or ``t -> batch`` (t = 1 … T) with
-            ``horizon=T``.
+        batches: one batch per inner step: a list, a ``DataLoader``, an iterator,
+            ``mo.cycle(loader)``, or ``t -> batch`` (t = 1 … T) with ``horizon=T``.
         outer_batch: what the outer loss is evaluated on.
         at: steps ``t`` of the run (1 … T, increasing) whose outer losses are summed, instead of the
             last one's; ``outer_batch`` is then one batch for each, in a sequence or ``t -> batch``.
             Exact reverse mode takes one sweep for all of them; other estimators respond at each.
         estimator: default ``mo.RMD()``, the exact gradient.
-        horizon: T; default: all of a sequence.
+        horizon: T; default: as many steps as there are batches.
 
     Raises:
         ValueError: bad shapes, empty batches, integer λ, a loss that is no scalar, λ that
@@ -100,13 +102,14 @@ def hypergradient(
     check_lam(lam, estimator)
     lam = tree.detach(lam)
     counted = CountedStep(step, Cost())
-    beginning = begin(counted, w0, lam, estimator)
+    first, stream = opened(batches, horizon)
+    beginning = begin(counted, w0, lam, estimator, first)
     if at is not None:
         outers = along(outer_loss, outer_batch, check_at(at, estimator))
-        state, terms = terms_along(counted, outers, beginning.state, lam, each(batches, horizon), estimator)
+        state, terms = terms_along(counted, outers, beginning.state, lam, stream, estimator)
     else:
         outer = OuterObjective(outer_loss, outer_batch)
-        state, terms = terms_at_end(counted, outer, beginning.state, lam, each(batches, horizon), estimator)
+        state, terms = terms_at_end(counted, outer, beginning.state, lam, stream, estimator)
     return result(counted, state, lam, estimator, beginning.complete(terms, estimator))
 
 
@@ -151,6 +154,7 @@ def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
 
     Raises:
         ValueError: if there are none, too few, or no way to know how many.
+        TypeError: if it is not something that gives batches.
     """
     if horizon is not None and horizon < 1:
         raise ValueError(
@@ -160,16 +164,57 @@ def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
         if horizon is None:
             raise ValueError("batches is a function of t, so horizon=T must say how many inner steps to take")
         return (batches(t) for t in range(1, horizon + 1))
-    if not isinstance(batches, Sequence):
+    if isinstance(batches, (str, bytes, Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"batches must be a sequence or a function t -> batch, got {type(batches).__name__}; make a list of an "
-            "iterator first"
+            "batches gives one batch per inner step: a list, a DataLoader, an iterator, or a function t -> batch with "
+            f"horizon=T; got {type(batches).__name__}"
         )
-    if len(batches) == 0:
+    if isinstance(batches, cycle) and horizon is None:
+        raise ValueError("mo.cycle never ends, so horizon=T must say how many inner steps to take")
+    return _counted(batches, horizon)
+
+
+def _counted(batches: Iterable[Any], horizon: int | None) -> Iterator[Any]:
+    count = 0
+    for batch in itertools.islice(batches, horizon):
+        count += 1
+        yield batch
+    if horizon is not None and count < horizon:
+        raise ValueError(f"horizon is {horizon}, but there are only {count} batches: mo.cycle(loader) starts again")
+    if not count:
         raise ValueError("batches is empty: one batch per inner step is needed")
-    if horizon is not None and len(batches) < horizon:
-        raise ValueError(f"horizon is {horizon}, but there are only {len(batches)} batches")
-    return iter(batches[:horizon])
+
+
+@dataclass(frozen=True)
+class cycle:  # noqa: N801  (used as a function is)
+    """The batches of a loader, again and again; a shuffling loader shuffles anew each time round.
+
+    >>> list(itertools.islice(cycle([1, 2]), 5))
+    [1, 2, 1, 2, 1]
+    """
+
+    loader: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        """From the start, without end.
+
+        Raises:
+            ValueError: if there is nothing in the loader.
+        """
+        while True:
+            empty = True
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("mo.cycle: the loader gives no batch")
+
+
+def opened(batches: Batches, horizon: int | None = None) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them."""
+    stream = each(batches, horizon)
+    first = next(stream)
+    return first, itertools.chain([first], stream)
 
 
 def check_lam(lam: Tree, estimator: Estimator | None = None) -> None:

@@ -16,15 +16,16 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
 from metaopt import replay, tree
-from metaopt.estimators.along import as_taken, check_at, responses_along
+from metaopt.estimators._along import as_taken, check_at, responses_along
+from metaopt.estimators._beginning import check_resumed, filled, speak_of_dropped
 from metaopt.estimators.base import Estimator, Response
-from metaopt.estimators.beginning import check_resumed, filled, speak_of_dropped
-from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, each
+from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, opened
 from metaopt.estimators.reverse import RMD
 from metaopt.inner.closed import closed_over as with_closed_over
 from metaopt.inner.closed import undeclared
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
+from metaopt.inner.tasks import for_all_tasks
 from metaopt.tree import Tree
 
 States: TypeAlias = Callable[[Mapping[int, InnerState]], Response]
@@ -115,11 +116,12 @@ def unroll(
     steps = None if at is None else check_at(at, estimator)
     inputs = (w0, lam, list(closed_over))
     run = _Run(step, estimator, batches, horizon, steps, tuple(closed_over))
+    first, stream = run.opened()
     if not (torch.is_grad_enabled() and tree.requires_grad(inputs)):
-        states = run.plain(w0, lam)
+        states = run.plain(w0, lam, first, stream)
     else:
-        run.warn_of_undeclared(w0, lam)
-        states = run.differentiable(w0, lam)
+        run.warn_of_undeclared(w0, lam, first)
+        states = run.differentiable(w0, lam, first, stream)
     return states[0] if at is None else tuple(states)
 
 
@@ -158,13 +160,14 @@ class _Run:
     at: tuple[int, ...] | None
     closed: tuple[Tensor, ...]
 
-    def plain(self, w0: Tree, lam: Tree) -> list[InnerState]:
+    def plain(self, w0: Tree, lam: Tree, batch: Any, batches: Iterator[Any]) -> list[InnerState]:
         """Without remembering anything."""
         with torch.no_grad():
             lam = tree.detach(lam)
-            state = tree.detach(self._begin(self.step, w0, lam))
-            first, reached = state.t, []
-            for batch in self._batches():
+            state = tree.detach(self._begin(self.step, w0, lam, batch))
+            first = state.t
+            reached = []
+            for batch in batches:
                 state = self.step(state, lam, batch)
                 if self.at is not None and state.t - first in self.at:
                     reached.append(state)
@@ -172,59 +175,63 @@ class _Run:
             raise ValueError(f"at={self.at}, but the run has {state.t - first} steps")
         return [state] if self.at is None else reached
 
-    def differentiable(self, w0: Tree, lam: Tree) -> list[InnerState]:
+    def differentiable(self, w0: Tree, lam: Tree, batch: Any, batches: Iterator[Any]) -> list[InnerState]:
         """As a node from the first state, λ and what is closed over to the states reached."""
         step = with_closed_over(self.step, self.closed) if self.closed else self.step
         full = (lam, list(self.closed)) if self.closed else lam
-        state = self._begin(step, w0, full)
+        state = self._begin(step, w0, full, batch)
         if not self.estimator.gives_initial and not tree.requires_grad(w0):
             if tree.requires_grad(state):
                 speak_of_dropped(self.estimator)
             state = tree.detach(state)
-        record = _Record(self, step, state, full)
+        record = _Record(self, step, state, full, batches)
         outputs = iter(_Unrolled.apply(record, *tree.floats((state, full))))
         return tree.map(lambda x: next(outputs) if tree.is_float(x) else x, record.reached)
 
-    def remembered(self, step: Step, state: InnerState, lam: Tree) -> tuple[list[InnerState], States]:
+    def remembered(
+        self, step: Step, state: InnerState, lam: Tree, batches: Iterator[Any]
+    ) -> tuple[list[InnerState], States]:
         """The states that the run reaches, and the pullback of their cotangents."""
         if self.at is not None:
-            return responses_along(step, state, lam, self._batches(), self.estimator, self.at)
+            return responses_along(step, state, lam, batches, self.estimator, self.at)
         carry = self.estimator.init(step, state, lam)
-        for batch in self._batches():
+        for batch in batches:
             state, carry = self.estimator.advance(step, state, lam, batch, carry)
         point, pullback = self.estimator.respond(step, state, lam, carry)
         last = tree.detach(state._replace(w=point))
         return [last], lambda cotangents: pullback(as_taken(self.estimator, cotangents[last.t]))
 
-    def warn_of_undeclared(self, w0: Tree, lam: Tree) -> None:
+    def warn_of_undeclared(self, w0: Tree, lam: Tree, batch: Any) -> None:
         """One evaluation of the inner loss, to see what else it depends on."""
-        if not callable(self.batches) and not isinstance(self.batches, Sequence):
-            return
         step = with_closed_over(self.step, self.closed) if self.closed else self.step
         full = tree.detach((lam, list(self.closed)) if self.closed else lam)
-        w0 = tree.detach(w0)
-        with replay.preserved(w0):  # the batch itself may be drawn
-            first = next(self._batches())
-            warn_of(undeclared(step, self._begin(step, w0, full), full, first), "inner loss")
+        state = self._begin(step, tree.detach(w0), full, batch)
+        with replay.preserved(state):
+            warn_of(undeclared(step, state, full, batch), "inner loss")
 
-    def _begin(self, step: Step, w0: Tree, lam: Tree) -> InnerState:
+    def _begin(self, step: Step, w0: Tree, lam: Tree, batch: Any) -> InnerState:
         if not isinstance(w0, InnerState):
-            return step.init(w0, lam)
+            return step.init(for_all_tasks(step, w0, batch), lam)
         check_resumed(step, w0, lam)
         return w0
 
-    def _batches(self) -> Iterator[Any]:
+    def opened(self) -> tuple[Any, Iterator[Any]]:
+        """The first batch, and all of them."""
         horizon = self.horizon
         if horizon is None and self.at is not None and callable(self.batches):
             horizon = self.at[-1]
-        return each(self.batches, horizon)
+        return opened(self.batches, horizon)
 
 
 class _Record:
     """What the node is made from, and the states that its forward pass reached."""
 
-    def __init__(self, run: _Run, step: Step, state: InnerState, lam: Tree) -> None:
-        self.run, self.step, self.state, self.lam = run, step, tree.detach(state), tree.detach(lam)
+    def __init__(self, run: _Run, step: Step, state: InnerState, lam: Tree, batches: Iterator[Any]) -> None:
+        self.run = run
+        self.step = step
+        self.state = tree.detach(state)
+        self.lam = tree.detach(lam)
+        self.batches = batches
         self.reached: list[InnerState] = []
 
 
@@ -233,7 +240,7 @@ class _Unrolled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, record: _Record, *flat: Tensor) -> tuple[Tensor, ...]:
-        record.reached, ctx.pullback = record.run.remembered(record.step, record.state, record.lam)
+        record.reached, ctx.pullback = record.run.remembered(record.step, record.state, record.lam, record.batches)
         ctx.like, ctx.first, ctx.estimator = record.reached, record.state, record.run.estimator
         ctx.autocast = [
             (kind, torch.get_autocast_dtype(kind)) for kind in _device_types(flat) if torch.is_autocast_enabled(kind)

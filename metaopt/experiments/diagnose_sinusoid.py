@@ -15,7 +15,7 @@ from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, 
 from metaopt.experiments.diagnose import Stage, diagnose
 from metaopt.experiments.sinusoid import REFITTED, Setup, SinusoidConfig, meta_task, setup
 from metaopt.linsolve import Neumann
-from metaopt.meta import MetaTraining, Outer, Reptile, replicated
+from metaopt.meta import MetaTraining, OuterOptimizer, Reptile, replicated
 from metaopt.tree import Tree
 from metaopt.verify import Problem
 
@@ -62,7 +62,9 @@ def run(
 
 def train(start: Setup, config: SinusoidConfig, distill: HyperDistill, seed: int) -> tuple[Tree, Tree, list[float]]:
     """``(φ, λ)`` after M runs, and θ in each of them."""
-    outer = Outer(start.lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
+    outer = OuterOptimizer(
+        start.lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm
+    )
     training = MetaTraining(
         start.step,
         start.outer_loss,

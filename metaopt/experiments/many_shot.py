@@ -31,7 +31,7 @@ from metaopt.meta import (
     MetaReport,
     MetaTask,
     MetaTraining,
-    Outer,
+    OuterOptimizer,
     Reptile,
     looped,
     replicated,
@@ -189,7 +189,7 @@ def run(method: Method, config: ManyShotConfig, seed: int, folder: Path | None =
     path = folder / f"{method.key}-{seed}.pt" if folder else None
     resume = earlier(path, settings) if path and path.exists() else None
     course = resume.notes["course"] if resume else Course()
-    outer = Outer(
+    outer = OuterOptimizer(
         lam,
         functools.partial(torch.optim.SGD, lr=config.outer_lr, momentum=0.9),
         scheduler=functools.partial(

@@ -35,7 +35,7 @@ from metaopt.estimators import OneStep, hypergradient
 from metaopt.estimators.fds import FDS
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
-from metaopt.meta import Outer, SignStep, bounded, online
+from metaopt.meta import OuterOptimizer, SignStep, bounded, online
 from metaopt.optim import SGD, ClipValue
 from metaopt.optim.schedules import piecewise
 from metaopt.tasks import LabelledImages
@@ -200,7 +200,7 @@ def learn(problem: Problem) -> Learned:
     estimator = FDS({"lr": T // config.windows, "momentum": T, "weight_decay": T}, bound=config.bound)
     limits = {"lr": (0.0, None), "momentum": (0.0, config.highest_momentum), "weight_decay": (0.0, None)}
     groups = [{"params": [lam[name]], "lr": size} for name, size in zip(lam, config.sign_steps, strict=True)]
-    outer = Outer(lam, SignStep(groups), project=bounded(limits))
+    outer = OuterOptimizer(lam, SignStep(groups), project=bounded(limits))
     step = _scheduled(problem)
     started = time.perf_counter()
     losses = []
@@ -270,8 +270,8 @@ def greedy(problem: Problem, rate: float) -> float:
         lam,
         problem.batch,
         lambda t: Part(validation.x[chosen[t - 1]], validation.y[chosen[t - 1]]),
-        OneStep(),
-        partial(torch.optim.Adam, lr=rate),
+        estimator=OneStep(),
+        optimizer=partial(torch.optim.Adam, lr=rate),
         horizon=config.steps,
         project=bounded({"lr": (0.0, None), "momentum": (0.0, config.highest_momentum), "weight_decay": (0.0, None)}),
     )

@@ -26,7 +26,7 @@ from metaopt.experiments.pictures import draw_curves
 from metaopt.experiments.statistics import summarise
 from metaopt.inner import ConstantSlots, Step, inner_step
 from metaopt.linsolve import Neumann
-from metaopt.meta import HyperSteps, MetaTask, MetaTraining, Outer, Reptile, replicated, vmapped
+from metaopt.meta import HyperSteps, MetaTask, MetaTraining, OuterOptimizer, Reptile, replicated, vmapped
 from metaopt.models import ANIL, sinusoid_net
 from metaopt.optim import SGD
 from metaopt.tasks import Sinusoid
@@ -169,7 +169,7 @@ def run(method: Method, config: SinusoidConfig, seed: int) -> SinusoidRun:
     """Meta-train and meta-test once. Deterministic in ``(method, config, seed)``."""
     config = method.configured(config)
     anil, step, outer_loss, phi, lam = setup(config, seed)
-    outer = Outer(lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
+    outer = OuterOptimizer(lam, functools.partial(torch.optim.Adam, lr=config.outer_lr), clip_norm=config.clip_norm)
     training = MetaTraining(
         step,
         outer_loss,

@@ -12,7 +12,7 @@ from metaopt.estimators.outer import OuterLoss
 from metaopt.experiments.schedules import Part
 from metaopt.inner import Step
 from metaopt.meta import online
-from metaopt.meta.outer import OuterOptimizer
+from metaopt.meta.outer_optimizer import MakesOptimizer
 from metaopt.tree import Tree
 
 
@@ -38,7 +38,7 @@ class Supervised:
     validation: Part
     batch: int
     steps: int
-    optimizer: OuterOptimizer
+    optimizer: MakesOptimizer
     clip_norm: float | None = None
     seed: int = 0
 
@@ -62,18 +62,20 @@ class Supervised:
                 state = self.step(state, lam, self.batches(t))
                 yield t, state.w, lam
             return
-        arguments = (
+        reports = online(
             self.step,
             self.outer_loss,
             w,
             lam,
             self.batches,
             self.outer_batches,
-            seeded(estimator, self.seed),
-            self.optimizer,
+            estimator=seeded(estimator, self.seed),
+            optimizer=self.optimizer,
+            horizon=self.steps,
+            clip_norm=self.clip_norm,
         )
-        for report in online(*arguments, horizon=self.steps, clip_norm=self.clip_norm):
-            yield report.t, report.state.w, report.lam
+        for report in reports:
+            yield report.number, report.state.w, report.lam
 
 
 def shuffled(part: Part, t: int, size: int, stream: int) -> Part:

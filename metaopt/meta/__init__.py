@@ -2,36 +2,43 @@
 
 from metaopt.inner.tasks import Ragged, Stacked, looped, replicated, vmapped
 from metaopt.meta.bounds import bounded
+from metaopt.meta.calibration import calibrated
 from metaopt.meta.checkpoint import Checkpoint
+from metaopt.meta.hyper_steps import HyperSteps
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
-from metaopt.meta.online import HyperSteps, OnlineReport, online
-from metaopt.meta.outer import Outer, SizeWarning
+from metaopt.meta.online import online
+from metaopt.meta.outer_optimizer import OuterOptimizer, SizeWarning
+from metaopt.meta.report import Guard, Report
 from metaopt.meta.sign_step import SignStep
 from metaopt.meta.task_chunks import InTaskChunks, TaskChunks, in_task_chunks
 from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
+from metaopt.meta.tune import tune
 
 __all__ = [
     "FOMAML",
     "Checkpoint",
     "Fixed",
+    "Guard",
     "HyperSteps",
     "InTaskChunks",
     "Initialisation",
     "MetaReport",
     "MetaTask",
     "MetaTraining",
-    "OnlineReport",
-    "Outer",
+    "OuterOptimizer",
     "Ragged",
+    "Report",
     "Reptile",
     "SignStep",
     "SizeWarning",
     "Stacked",
     "TaskChunks",
     "bounded",
+    "calibrated",
     "in_task_chunks",
     "looped",
     "online",
     "replicated",
+    "tune",
     "vmapped",
 ]

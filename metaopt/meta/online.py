@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.hypergradient import Batches, Hypergradient, each, evaluate
 from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.meta.outer import Outer, OuterOptimizer, Scheduler
+from metaopt.inner.tasks import for_all_tasks
+from metaopt.meta import checkpoint as files
+from metaopt.meta._packed import described
+from metaopt.meta.calibration import calibrated
+from metaopt.meta.hyper_steps import HyperSteps
+from metaopt.meta.outer_optimizer import MakesOptimizer, OuterOptimizer, Scheduler
+from metaopt.meta.report import Guard, Report, peak_bytes
 from metaopt.tree import Tree
-
-
-class OnlineReport(NamedTuple):
-    """One inner step of an online run.
-
-    Attributes:
-        t: number of the step, 1 … T.
-        state: inner state after it.
-        lam: hyperparameters after it.
-        hypergradient: what moved λ, taken at the new weights and the λ before the update; ``None``
-            where no hyper-step was due.
-    """
-
-    t: int
-    state: InnerState
-    lam: Tree
-    hypergradient: Hypergradient | None
-
-    @property
-    def outer_loss(self) -> Tensor | None:
-        """The outer loss where a hyper-step was due, else ``None``."""
-        return None if self.hypergradient is None else self.hypergradient.outer_loss
-
-
-class HyperSteps(NamedTuple):
-    """When λ moves: at every ``every``-th inner step, among the ``last`` ones of the run (``None``: all of them)."""
-
-    every: int = 1
-    last: int | None = None
-
-    def due(self, t: int, horizon: int | None) -> bool:
-        """Whether a hyper-step follows inner step ``t`` of ``horizon``."""
-        if self.last is not None and (horizon is None or t <= horizon - self.last):
-            return False
-        return t % self.every == 0
 
 
 def online(
@@ -59,20 +35,24 @@ def online(
     lam: Tree,
     batches: Batches,
     outer_batches: Batches,
-    estimator: Estimator,
-    optimizer: OuterOptimizer,
     *,
+    estimator: Estimator,
+    optimizer: MakesOptimizer,
     horizon: int | None = None,
     hyper_steps: HyperSteps = HyperSteps(),
     scheduler: Scheduler | None = None,
     clip_norm: float | None = None,
     project: Callable[[Tree], Tree] | None = None,
-) -> Iterator[OnlineReport]:
+    guard: Guard = "raise",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+) -> Iterator[Report]:
     """One inner run in which λ is updated as it goes.
 
     Order inside step t: the estimator remembers, ``w_t = Φ(w_{t-1}, λ; D_t)``, the hypergradient at
     ``(w_t, λ)``, the update of λ. The user's tensors are not touched; the last report holds the
-    result.
+    result. An estimator with a setting that has to be fitted (HyperDistill's θ) is fitted to one
+    plain run before the first step.
 
     Args:
         step: Φ.
@@ -89,57 +69,229 @@ def online(
         scheduler: ``optimizer -> lr scheduler``, stepped after every hyper-step.
         clip_norm: bound on the hypergradient's global norm.
         project: ``lam -> lam`` after every update.
+        guard: what becomes of a hypergradient that is not finite: "raise", "skip" or "stop". Where
+            the weights are not finite either, "skip" raises: nothing after it would be.
+        checkpoint: a file. It is written as the run goes; where it is there already, the run goes on
+            from it, torch's random state included. A finished run gives its last report again.
+        checkpoint_every: inner steps between two writes; the last step is always written.
 
     Raises:
-        ValueError: if the estimator needs λ fixed during the run.
+        ValueError: if the estimator needs λ fixed during the run, if λ would never move, or if the
+            checkpoint is damaged or of another run.
         FloatingPointError: if a loss or hypergradient is not finite.
 
     Warns:
         SizeWarning: if the estimator's size is its own (EvoGrad without ``unit_rate``), and the
             outer optimiser not scale-free.
     """
-    outer = Outer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
-    for report in run_online(
-        step, outer_loss, w0, outer, batches, outer_batches, estimator, horizon=horizon, hyper_steps=hyper_steps
-    ):
-        if report.hypergradient is not None:
+    checks.one_of("online", "guard", guard, ("raise", "skip", "stop"))
+    checks.count("online", "checkpoint_every", checkpoint_every)
+    outer = OuterOptimizer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
+    run = OnlineRun(step, outer_loss, batches, outer_batches, estimator, horizon, hyper_steps, guard)
+    run.check(outer)
+    return run.reports(w0, outer, None if checkpoint is None else Path(checkpoint), checkpoint_every)
+
+
+@dataclass
+class _Position:
+    """Where an online run has got to."""
+
+    t: int
+    state: InnerState
+    carry: Any
+    estimator: Estimator
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class OnlineRun:
+    """What :func:`online` runs, with an outer optimiser that may already have a past (meta-training keeps it).
+
+    The attributes are :func:`online`'s arguments, and ``scheduled``: whether the outer optimiser's
+    schedule goes on at every hyper-step.
+    """
+
+    step: Step
+    outer_loss: OuterLoss
+    batches: Batches
+    outer_batches: Batches
+    estimator: Estimator
+    horizon: int | None = None
+    hyper_steps: HyperSteps = HyperSteps()
+    guard: Guard = "raise"
+    scheduled: bool = True
+
+    @property
+    def steps(self) -> int | None:
+        """T, where it is known."""
+        if self.horizon is None and hasattr(self.batches, "__len__"):
+            return len(self.batches)  # type: ignore[arg-type]
+        return self.horizon
+
+    def check(self, outer: OuterOptimizer) -> None:
+        """What can be said before the first step."""
+        if not self.estimator.online:
+            raise ValueError(
+                f"{type(self.estimator).__name__} needs lam fixed during the inner run and cannot be used online; use "
+                "mo.tune, where lam moves after each run"
+            )
+        self.hyper_steps.check(self.steps)
+        outer.check_size(self.estimator)
+
+    def reports(
+        self, w0: Tree, outer: OuterOptimizer, path: Path | None = None, checkpoint_every: int = 100
+    ) -> Iterator[Report]:
+        """One report per inner step, from ``path`` on if there is such a file."""
+        settings = None if path is None else self._settings(w0, outer)
+        if path is not None and path.exists():
+            yield from self._resumed(files.read(path, "online", settings), outer, checkpoint_every, settings)
+            return
+        before = replay.snapshot(w0)
+        pairs = self._pairs(0)
+        batch, outer_batch = next(pairs)
+        pairs = itertools.chain([(batch, outer_batch)], pairs)
+        counted, estimator = CountedStep(self.step, Cost()), self.estimator
+        w0 = for_all_tasks(self.step, w0, batch)
+        if estimator.needs_calibration:
+            estimator = calibrated(
+                estimator, counted, self.outer_loss, w0, outer.lam, self.batches, outer_batch, self.horizon
+            )
+        state = counted.init(w0, outer.lam)
+        position = _Position(0, state, estimator.init(counted, state, outer.lam), estimator)
+        keep = None if path is None else _Keeper(path, checkpoint_every, settings, before)
+        yield from self._go(counted, position, outer, pairs, keep)
+
+    def _go(
+        self,
+        counted: CountedStep,
+        at: _Position,
+        outer: OuterOptimizer,
+        pairs: Iterator[tuple[Any, Any]],
+        keep: _Keeper | None,
+    ) -> Iterator[Report]:
+        device, started, report = tree.floats(at.state.w)[0].device, time.perf_counter(), None
+        batch = None
+        for batch, outer_batch in pairs:
+            at.t += 1
+            objective = OuterObjective(self.outer_loss, outer_batch)
+            at.state, at.carry = at.estimator.advance(counted, at.state, outer.lam, batch, at.carry)
+            at.carry = at.estimator.observe(counted, objective, at.state, outer.lam, at.carry)
+            due = self.hyper_steps.due(at.t, self.steps)
+            result = self._moved(counted, at, outer, outer_batch) if due else None
+            now = time.perf_counter()
+            report = Report(
+                at.t, outer.lam, at.state, result, counted.cost, now - started, peak_bytes(device), at.skipped
+            )
+            started, counted.cost = now, Cost()
+            if keep is not None:
+                keep.note(at, outer, batch, report, last=at.t == self.steps)
+            yield report
+            if due and result is None and self.guard == "stop":
+                break
+        if keep is not None and report is not None and at.t != self.steps:
+            keep.note(at, outer, batch, report, last=True)
+
+    def _moved(
+        self, counted: CountedStep, at: _Position, outer: OuterOptimizer, outer_batch: Any
+    ) -> Hypergradient | None:
+        """λ moved by the hypergradient; ``None`` where that is not finite and the guard passes over it."""
+        try:
+            result = evaluate(counted, self.outer_loss, at.state, outer.lam, outer_batch, at.estimator, at.carry)
+        except FloatingPointError:
+            if self.guard == "raise" or (self.guard == "skip" and not tree.is_finite(at.state.w)):
+                raise
+            at.skipped += 1
+            return None
+        at.carry = at.estimator.reuse(at.carry, result.info)
+        outer.update(result.total)
+        if self.scheduled:
             outer.end_run()
-        yield report
+        return result
+
+    def _pairs(self, start: int) -> Iterator[tuple[Any, Any]]:
+        """Inner and outer batches from step ``start + 1`` on."""
+        inner = _from(self.batches, self.horizon, start)
+        outer = _from(self.outer_batches, self.steps, start)
+        return zip(inner, outer, strict=self.steps is not None)
+
+    def _settings(self, w0: Tree, outer: OuterOptimizer) -> dict[str, Any]:
+        return {
+            "estimator": described(self.estimator),
+            "horizon": self.steps,
+            "hyper_steps": described(self.hyper_steps),
+            "guard": self.guard,
+            "outer": outer.settings(),
+            "step": described(self.step),
+            "w0": described(w0),
+            "lam": described(outer.lam),
+            "seed": files.seed(),
+            "torch": files.TORCH,
+        }
+
+    def _resumed(
+        self, stored: files.Stored, outer: OuterOptimizer, checkpoint_every: int, settings: Any
+    ) -> Iterator[Report]:
+        number = stored.peek("t")
+        before = stored.peek("before")
+        replay.restore(before)
+        pairs = self._pairs(number - 1)
+        batch, _ = next(pairs)
+        content = stored.open(_tensors(batch))
+        outer.load_state_dict(content["outer"])
+        replay.restore(content["rng"])
+        at = _Position(number, content["state"], content["carry"], content["estimator"], content["skipped"])
+        if content["report"] is not None:
+            yield content["report"]
+            return
+        keep = _Keeper(stored.path, checkpoint_every, settings, before)
+        yield from self._go(CountedStep(self.step, Cost()), at, outer, pairs, keep)
 
 
-def run_online(
-    step: Step,
-    outer_loss: OuterLoss,
-    w0: Tree,
-    outer: Outer,
-    batches: Batches,
-    outer_batches: Batches,
-    estimator: Estimator,
-    *,
-    horizon: int | None = None,
-    hyper_steps: HyperSteps = HyperSteps(),
-) -> Iterator[OnlineReport]:
-    """The loop of :func:`online`, with an outer optimiser that may already have a past (meta-training keeps it between runs)."""
-    if not estimator.online:
-        raise ValueError(
-            f"{type(estimator).__name__} needs lam fixed during the inner run and cannot be used online; use "
-            "mo.hypergradient or an offline loop"
-        )
-    outer.check_size(estimator)
-    if horizon is None and not callable(batches):
-        horizon = len(batches)
-    counted = CountedStep(step, Cost())
-    state = counted.init(w0, outer.lam)
-    carry = estimator.init(counted, state, outer.lam)
-    for t, (batch, outer_batch) in enumerate(
-        zip(each(batches, horizon), each(outer_batches, horizon), strict=True), start=1
-    ):
-        state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
-        carry = estimator.observe(counted, OuterObjective(outer_loss, outer_batch), state, outer.lam, carry)
-        result = None
-        if hyper_steps.due(t, horizon):
-            result = evaluate(counted, outer_loss, state, outer.lam, outer_batch, estimator, carry)
-            carry = estimator.reuse(carry, result.info)
-            outer.update(result.total)
-            counted.cost = Cost()
-        yield OnlineReport(t, state, outer.lam, result)
+@dataclass(frozen=True)
+class _Keeper:
+    """Writes an online run's checkpoints.
+
+    Attributes:
+        path: the file.
+        every: steps between two.
+        settings: of the run.
+        before: torch's random state before its first batch was drawn.
+    """
+
+    path: Path
+    every: int
+    settings: Any
+    before: replay.Rng
+
+    def note(self, at: _Position, outer: OuterOptimizer, batch: Any, report: Report, *, last: bool) -> None:
+        """Write one if it is time. The tensors of the last batch are not stored: the run reads it again."""
+        if not last and at.t % self.every:
+            return
+        content = {
+            "t": at.t,
+            "before": self.before,
+            "rng": replay.snapshot(at.state),
+            "outer": outer.state_dict(),
+            "state": at.state,
+            "carry": at.carry,
+            "estimator": at.estimator,
+            "skipped": at.skipped,
+            "report": report._replace(hypergradient=_plain(report.hypergradient)) if last else None,
+        }
+        files.write(self.path, "online", content, self.settings, _tensors(batch))
+
+
+def _plain(result: Hypergradient | None) -> Hypergradient | None:
+    """The hypergradient without what the method reports about itself, which need not be storable."""
+    return None if result is None else result._replace(info=None)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _from(batches: Batches, horizon: int | None, start: int) -> Iterator[Any]:
+    """The batches of steps ``start + 1`` … T."""
+    if callable(batches) and horizon is not None:
+        return (batches(t) for t in range(start + 1, horizon + 1))
+    return itertools.islice(each(batches, horizon), start, None)

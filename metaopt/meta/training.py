@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metaopt import tree
-from metaopt.estimators.base import Estimator, FinishedRun
+from metaopt import replay, tree
+from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
-from metaopt.estimators.hypergradient import Batches, each, evaluate
-from metaopt.estimators.outer import OuterLoss, OuterObjective, outer_gradient
+from metaopt.estimators.hypergradient import hypergradient
+from metaopt.estimators.outer import OuterLoss, outer_gradient
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.inner.tasks import replicated
+from metaopt.meta.calibration import calibrated
 from metaopt.meta.checkpoint import Checkpoint
+from metaopt.meta.hyper_steps import HyperSteps
 from metaopt.meta.initialisation import Fixed, Initialisation
-from metaopt.meta.online import HyperSteps, run_online
-from metaopt.meta.outer import Outer
+from metaopt.meta.online import OnlineRun
+from metaopt.meta.outer_optimizer import OuterOptimizer
 from metaopt.tree import Tree
 
 
@@ -30,8 +32,8 @@ class MetaTask(NamedTuple):
         tasks: how many tasks are stacked.
     """
 
-    batches: Batches
-    outer_batches: Batches
+    batches: Sequence[Any] | Callable[[int], Any]
+    outer_batches: Sequence[Any] | Callable[[int], Any]
     tasks: int
 
 
@@ -56,9 +58,9 @@ class MetaReport(NamedTuple):
     cost: Cost
     estimator: Estimator
 
-    def checkpoint(self, outer: Outer, notes: Any = None) -> Checkpoint:
+    def checkpoint(self, outer: OuterOptimizer, notes: Any = None) -> Checkpoint:
         """What :meth:`MetaTraining.runs` needs to go on after this run."""
-        return Checkpoint(self.run, self.phi, outer.state_dict(), self.estimator, notes)
+        return Checkpoint(self.run, self.phi, outer.state_dict(), self.estimator, notes, replay.snapshot(self.state))
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,13 @@ class MetaTraining:
     calibration_period: int = 50
 
     def runs(
-        self, phi: Tree, outer: Outer, tasks: Callable[[int], MetaTask], count: int, *, resume: Checkpoint | None = None
+        self,
+        phi: Tree,
+        outer: OuterOptimizer,
+        tasks: Callable[[int], MetaTask],
+        count: int,
+        *,
+        resume: Checkpoint | None = None,
     ) -> Iterator[MetaReport]:
         """Yield a report after each of ``count`` runs.
 
@@ -105,6 +113,8 @@ class MetaTraining:
         if resume is not None:
             phi, estimator, done = resume.phi, resume.estimator, resume.run
             outer.load_state_dict(resume.outer)
+            if resume.rng is not None:
+                replay.restore(resume.rng)
         for run in range(done + 1, count + 1):
             cost = Cost()
             if (run - 1) % self.calibration_period == 0:
@@ -120,53 +130,50 @@ class MetaTraining:
             yield MetaReport(run, outer.lam, phi, state, losses, cost, estimator)
 
     def _online(
-        self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost
+        self, estimator: Estimator, w0: Tree, outer: OuterOptimizer, task: MetaTask, cost: Cost
     ) -> tuple[InnerState, list[float], Cost]:
         losses, state = [], None
-        reports = run_online(
+        run = OnlineRun(
             self.step,
             self.outer_loss,
-            w0,
-            outer,
             task.batches,
             task.outer_batches,
             estimator,
-            horizon=self.horizon,
-            hyper_steps=self.hyper_steps,
+            self.horizon,
+            self.hyper_steps,
+            scheduled=False,
         )
-        for report in reports:
+        run.check(outer)
+        for report in run.reports(w0, outer):
             state = report.state
-            if report.hypergradient is not None:
-                losses.append(report.hypergradient.outer_loss)
-                cost = cost + report.hypergradient.cost
+            cost = cost + report.cost
+            if report.outer_loss is not None:
+                losses.append(report.outer_loss)
         assert state is not None  # the horizon is at least 1
         return state, [float(loss) for loss in losses], cost
 
     def _offline(
-        self, estimator: Estimator, w0: Tree, outer: Outer, task: MetaTask, cost: Cost
+        self, estimator: Estimator, w0: Tree, outer: OuterOptimizer, task: MetaTask, cost: Cost
     ) -> tuple[InnerState, list[float], Cost]:
-        counted = CountedStep(self.step, cost)
-        state = counted.init(w0, outer.lam)
-        carry = estimator.init(counted, state, outer.lam)
-        outer_batch = self._last_outer_batch(task)
-        objective = OuterObjective(self.outer_loss, outer_batch)
-        for batch in each(task.batches, self.horizon):
-            state, carry = estimator.advance(counted, state, outer.lam, batch, carry)
-            carry = estimator.observe(counted, objective, state, outer.lam, carry)
-        result = evaluate(counted, self.outer_loss, state, outer.lam, outer_batch, estimator, carry)
+        result = hypergradient(
+            self.step,
+            self.outer_loss,
+            w0,
+            outer.lam,
+            task.batches,
+            self._last_outer_batch(task),
+            estimator=estimator,
+            horizon=self.horizon,
+        )
         outer.update(result.total)
-        return state, [float(result.outer_loss)], cost
+        return result.state, [float(result.outer_loss)], cost + result.cost
 
     def _calibrated(self, estimator: Estimator, phi: Tree, lam: Tree, task: MetaTask, cost: Cost) -> Estimator:
         if type(estimator).calibrate is Estimator.calibrate:
             return estimator
-        counted = CountedStep(self.step, cost)
-        first = state = counted.init(replicated(phi, task.tasks), lam)
-        batches = list(each(task.batches, self.horizon))
-        for batch in batches:
-            state = counted(state, lam, batch)
-        _, alpha, _ = outer_gradient(self.outer_loss, state.w, lam, self._last_outer_batch(task))
-        return estimator.calibrate(counted, lam, FinishedRun(first, state, batches, alpha))
+        counted, w0 = CountedStep(self.step, cost), replicated(phi, task.tasks)
+        last = self._last_outer_batch(task)
+        return calibrated(estimator, counted, self.outer_loss, w0, lam, task.batches, last, self.horizon)
 
     def _learn_phi(self, phi: Tree, state: InnerState, lam: Tree, task: MetaTask) -> Tree:
         alpha = None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.hypergradient import check_lam
+from metaopt.meta._packed import described
 from metaopt.tree import Tree
 
-OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | TorchOptimizer
+MakesOptimizer: TypeAlias = Callable[[Iterable[Tensor]], TorchOptimizer] | TorchOptimizer
 """``params -> torch.optim optimiser``, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``.
 
 Or a configured optimiser over the leaves of
@@ -33,12 +34,12 @@ class SizeWarning(UserWarning):
     """A hypergradient of another size than the true one goes to an outer optimiser whose step is proportional to it."""
 
 
-class Outer:
+class OuterOptimizer:
     """λ and its optimiser. One of the two places in the library that hold changing state (the other is autograd's own).
 
     Args:
         lam: hyperparameters; copied.
-        optimizer: see :data:`OuterOptimizer`.
+        optimizer: see :data:`MakesOptimizer`.
         scheduler: learning-rate schedule of the outer optimiser; :meth:`end_run` steps it.
         clip_norm: bound on the global norm of each hypergradient, or ``None``.
         project: ``lam -> lam``, applied after every update (bounds, simplex, …), or ``None``.
@@ -47,7 +48,7 @@ class Outer:
     def __init__(
         self,
         lam: Tree,
-        optimizer: OuterOptimizer,
+        optimizer: MakesOptimizer,
         *,
         scheduler: Scheduler | None = None,
         clip_norm: float | None = None,
@@ -55,8 +56,10 @@ class Outer:
     ) -> None:
         """See the class."""
         check_lam(lam)
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if clip_norm is not None:
+            checks.positive(self, "clip_norm", clip_norm)
+        if project is not None:
+            checks.function(self, "project", project, "lam -> lam")
         originals, self._spec = tree.flatten(lam)
         self._params = [leaf.detach().clone().requires_grad_() for leaf in originals]
         self.optimizer = _bind(optimizer, originals, self._params)
@@ -87,8 +90,10 @@ class Outer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._project is not None:
+            projected = self._project(self._read())
+            tree.check_like(projected, self.lam, "what project returned", "lam")
             with torch.no_grad():
-                for parameter, value in zip(self._params, tree.leaves(self._project(self._read())), strict=True):
+                for parameter, value in zip(self._params, tree.leaves(projected), strict=True):
                     parameter.copy_(value)
         self.lam = self._read()
         return self.lam
@@ -97,6 +102,16 @@ class Outer:
         """Tell the scheduler that an inner run has ended."""
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this optimiser from another, as plain data: class, rates, schedule, bounds."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "defaults": described(self.optimizer.defaults),
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "clip_norm": self._clip_norm,
+            "project": described(self._project),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """λ, the optimiser's and the scheduler's state: a copy, which later updates do not change."""
@@ -119,16 +134,23 @@ class Outer:
         return tree.unflatten([p.detach().clone() for p in self._params], self._spec)
 
 
-def _bind(optimizer: OuterOptimizer, originals: list[Tensor], params: list[Tensor]) -> TorchOptimizer:
+def _bind(optimizer: MakesOptimizer, originals: list[Tensor], params: list[Tensor]) -> TorchOptimizer:
     """The optimiser over our copies of λ; a configured one is copied, with its groups and state."""
     if not isinstance(optimizer, TorchOptimizer):
+        if not callable(optimizer):
+            raise TypeError(
+                "optimizer must be a function params -> torch.optim optimiser, e.g. "
+                f"lambda params: torch.optim.Adam(params, lr=1e-3); got {optimizer!r}"
+            )
         built = optimizer(params)
+        _check_steps_once(built)
         if not isinstance(built, TorchOptimizer):
             raise TypeError(
                 "optimizer must make a torch.optim optimiser from parameters, e.g. "
                 f"functools.partial(torch.optim.Adam, lr=1e-3); got {built!r}"
             )
         return built
+    _check_steps_once(optimizer)
     ours = {id(original): param for original, param in zip(originals, params, strict=True)}
     for group in optimizer.param_groups:
         if any(id(p) not in ours for p in group["params"]):
@@ -144,3 +166,11 @@ def _bind(optimizer: OuterOptimizer, originals: list[Tensor], params: list[Tenso
     for p, slots in optimizer.state.items():
         bound.state[ours[id(p)]] = copy.deepcopy(slots)
     return bound
+
+
+def _check_steps_once(optimizer: Any) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "LBFGS evaluates its loss several times in one step, and here a step has one hypergradient: take "
+            "torch.optim.SGD or torch.optim.Adam"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from metaopt import tree
 from metaopt.estimators.base import Estimator, Terms
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
+from metaopt.inner.tasks import Stacked, for_all_tasks
 from metaopt.tree import Tree
 
 
@@ -54,11 +55,13 @@ class Beginning(NamedTuple):
         found = torch.autograd.grad(outputs, tree.floats(inputs), bars, retain_graph=True, allow_unused=True)
         supply = iter(found)
         w_bar, lam_bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, inputs)
-        return terms._replace(initial=tree.filled(w_bar, self.state.w), indirect=tree.add(terms.indirect, lam_bar))
+        return terms._replace(initial=tree.filled(w_bar, self.w), indirect=tree.add(terms.indirect, lam_bar))
 
 
-def begin(step: Step, w0: Tree, lam: Tree, estimator: Estimator) -> Beginning:
+def begin(step: Step, w0: Tree, lam: Tree, estimator: Estimator, batch: Any) -> Beginning:
     """The first state; ``w0`` is the initial weights, or an :class:`InnerState` to go on from.
+
+    The first ``batch`` tells how many tasks there are, where weights of one task are given to all.
 
     Raises:
         ValueError: if the state does not belong to this step, or if λ shapes the first state and an
@@ -69,7 +72,8 @@ def begin(step: Step, w0: Tree, lam: Tree, estimator: Estimator) -> Beginning:
         return Beginning(tree.detach(w0), None, None, None, resumed=True)
     with torch.enable_grad():
         w_, lam_ = tree.attach(w0), tree.attach(lam)
-        live = step.init(w_, lam_)
+        live = step.init(for_all_tasks(step, w_, batch), lam_)
+        w_ = w_.w if isinstance(w_, Stacked) else w_
     state = tree.detach(live)
     given = {id(x) for x in tree.leaves(w_)}
     same_weights = all(id(x) in given for x in tree.leaves(live.w))
