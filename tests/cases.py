@@ -61,7 +61,7 @@ ESTIMATORS: list[EstimatorCase] = [
     EstimatorCase("FMD", lambda T: mo.FMD(), full=True),
     EstimatorCase("FDS", lambda T: mo.FDS(window=2)),
     EstimatorCase("DrMAD", lambda T: mo.DrMAD()),
-    EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1), converged=None)),
+    EstimatorCase("IFT", lambda T: mo.IFT(mo.linsolve.Neumann(5, rate=0.1), converged=None, solved=None)),
     EstimatorCase("HyperDistill", lambda T: mo.HyperDistill(gamma=0.9)),
     EstimatorCase("EvoGrad", lambda T: mo.EvoGrad()),
     EstimatorCase("PES", lambda T: mo.PES(window=2)),

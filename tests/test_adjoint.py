@@ -213,7 +213,7 @@ def test_online_passes_per_step(monkeypatch):
     per_step = {}
     for name, estimator in {
         "OneStep": mo.OneStep(),
-        "HyperDistill": mo.HyperDistill(),
+        "HyperDistill": mo.HyperDistill(theta=0.5),  # fitted
         "FirstOrder": mo.FirstOrder(),
     }.items():
         with monkeypatch.context() as patch:

@@ -55,13 +55,11 @@ ALLOWED = {
 NOT_METHODS = {
     "estimators": {
         "Estimator",
-        "FinishedRun",
         "Hypergradient",
         "NotConvergedWarning",
         "OuterObjective",
         "CompiledLoss",
         "Response",
-        "Terms",
         "Cost",
         "UnusedHyperparameterWarning",
         "UndeclaredTensorWarning",

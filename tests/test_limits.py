@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.estimators import FinishedRun
+from metaopt.estimators.base import FinishedRun
 
 F64 = torch.float64
 SEEDS, HORIZONS = st.integers(0, 10_000), st.integers(1, 6)
@@ -165,7 +165,7 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
     solution = lam - 0.1 * torch.linalg.solve(H, lam)
     args = (step, lambda w, lam, b: (w * c).sum() + (w**2).sum(), solution, lam, [None] * 6, None)
     truncated = mo.hypergradient(*args, estimator=mo.TruncatedRMD(K)).total
-    assert close(mo.hypergradient(*args, estimator=mo.IFT(mo.linsolve.Neumann(K - 1))).total, truncated)
+    assert close(mo.hypergradient(*args, estimator=mo.IFT(mo.linsolve.Neumann(K - 1), solved=None)).total, truncated)
 
 
 @given(seed=SEEDS, tasks=st.integers(1, 4))
@@ -252,7 +252,13 @@ def test_dropout_is_replayed_exactly():
 
 @pytest.mark.parametrize(
     "estimator",
-    [mo.RMD(), mo.OneStep(), mo.DrMAD(), mo.IFT(mo.linsolve.Neumann(2), converged=None), mo.HyperDistill()],
+    [
+        mo.RMD(),
+        mo.OneStep(),
+        mo.DrMAD(),
+        mo.IFT(mo.linsolve.Neumann(2), converged=None, solved=None),
+        mo.HyperDistill(),
+    ],
     ids=lambda e: type(e).__name__,
 )
 def test_nothing_of_the_users_is_mutated(estimator):

@@ -252,7 +252,9 @@ def test_stacked_tasks_equal_a_loop_over_them():
         vmapped(lambda w, lam, batch: (w - 1).square().sum()),
     )
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
-        together = mo.hypergradient(step, loss, mo.Stacked(w0), lam, [targets], targets, estimator=mo.IFT(solver)).total
+        together = mo.hypergradient(
+            step, loss, mo.Stacked(w0), lam, [targets], targets, estimator=mo.IFT(solver, solved=None)
+        ).total
         apart = [
             mo.hypergradient(
                 step,
@@ -261,7 +263,7 @@ def test_stacked_tasks_equal_a_loop_over_them():
                 lam,
                 [targets[i : i + 1]],
                 targets[i : i + 1],
-                estimator=mo.IFT(solver),
+                estimator=mo.IFT(solver, solved=None),
             ).total
             for i in range(4)
         ]
@@ -293,3 +295,83 @@ def test_online_a_warm_start_saves_products():
     cold, warm = products(False), products(True)
     assert cold[0] == warm[0] == 2 + 1
     assert sum(warm[1:]) < sum(cold[1:])
+
+
+# -- the default ---------------------------------------------------------------------------------
+def regression():
+    torch.manual_seed(0)
+    X, y = torch.randn(30, 5, dtype=F64), torch.randn(30, dtype=F64)
+
+    def inner(w, lam, _):
+        return ((X @ w - y) ** 2).mean() / 2 + lam.exp() * w.pow(2).sum() / 2
+
+    def outer(w, lam, _):
+        return ((X @ w - y - 0.3) ** 2).mean()
+
+    lam = torch.tensor(-1.0, dtype=F64, requires_grad=True)
+    solution = torch.linalg.solve(X.T @ X / 30 + lam.exp() * torch.eye(5, dtype=F64), X.T @ y / 30)
+    (expected,) = torch.autograd.grad(outer(solution, lam, None), lam)
+    return inner, outer, solution.detach(), lam.detach(), expected
+
+
+@pytest.mark.parametrize("lr", [0.5, 0.1, 1e-2, 1e-4])
+@pytest.mark.parametrize("make", [mo.optim.SGD, mo.optim.Adam, mo.optim.RMSprop])
+def test_the_default_is_right_at_a_solution_whatever_the_rate_was(lr, make):
+    inner, outer, solution, lam, expected = regression()
+    step = mo.inner_step(inner, make(lr=lr))
+    hg = mo.hypergradient(step, outer, solution, lam, [None], None, estimator=mo.IFT())
+    torch.testing.assert_close(hg.total, expected, rtol=1e-8 if make is mo.optim.SGD else 0.2, atol=0)
+    if make is mo.optim.SGD:
+        assert hg.info.residual < 1e-8
+
+
+def test_the_default_for_a_custom_step_is_gmres():
+    """A rotation with a contraction: not symmetric, so that conjugate gradients would be wrong."""
+    A = torch.tensor([[0.5, -0.6], [0.6, 0.5]], dtype=F64)
+    step = mo.custom_step(lambda state, lam, _: state._replace(w=state.w @ A + lam))
+    lam = torch.tensor([1.0, -2.0], dtype=F64)
+    fixed = torch.linalg.solve((torch.eye(2, dtype=F64) - A).T, lam)
+    hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), fixed, lam, [None], None, estimator=mo.IFT())
+    torch.testing.assert_close(hg.total, torch.linalg.solve(torch.eye(2, dtype=F64) - A, 2 * fixed))
+
+
+@pytest.mark.parametrize(
+    "solver", [Neumann(5, rate=0.01), ConjugateGradient(1), GMRES(1), MINRES(1), Nystrom(rank=1)], ids=repr
+)
+def test_every_solver_that_has_not_solved_it_is_told(solver):
+    inner, outer, solution, lam, _ = regression()
+    step = mo.inner_step(inner, mo.optim.SGD(lr=0.1))
+    with pytest.warns(NotConvergedWarning, match=r"relative residual.*above\s+solved=0.1"):
+        mo.hypergradient(step, outer, solution, lam, [None], None, estimator=mo.IFT(solver))
+
+
+def test_conjugate_gradients_on_what_is_not_symmetric_is_told():
+    A = torch.tensor([[0.5, -0.6], [0.6, 0.5]], dtype=F64)
+    step = mo.custom_step(lambda state, lam, _: state._replace(w=state.w @ A + lam))
+    lam = torch.tensor([1.0, -2.0], dtype=F64)
+    fixed = torch.linalg.solve((torch.eye(2, dtype=F64) - A).T, lam)
+    with pytest.warns(NotConvergedWarning, match="relative residual"):
+        mo.hypergradient(
+            step, lambda w, lam, _: w[0] ** 2, fixed, lam, [None], None, estimator=mo.IFT(ConjugateGradient(2))
+        )
+
+
+@pytest.mark.parametrize("make", [mo.optim.SGD, mo.optim.Adam])
+def test_weight_decay_that_is_added_to_the_gradient_is_part_of_the_problem(make):
+    inner, outer, _, lam, _ = regression()
+    decayed = mo.inner_step(inner, make(lr=0.1, weight_decay=0.4))
+    in_loss = mo.inner_step(lambda w, lam, b: inner(w, lam, b) + 0.2 * w.pow(2).sum(), mo.optim.SGD(lr=0.1))
+    state = in_loss.init(torch.zeros(5, dtype=F64), lam)
+    for _ in range(2000):
+        state = in_loss(state, lam, None)
+    arguments = outer, state.w, lam, [None], None
+    expected = mo.hypergradient(in_loss, *arguments, estimator=mo.IFT()).total
+    found = mo.hypergradient(decayed, *arguments, estimator=mo.IFT(converged=None)).total
+    torch.testing.assert_close(found, expected, rtol=0.05 if make is mo.optim.Adam else 1e-8, atol=0)
+
+
+def test_decoupled_weight_decay_is_refused_by_name():
+    inner, outer, solution, lam, _ = regression()
+    step = mo.inner_step(inner, mo.optim.AdamW(lr=0.1))
+    with pytest.raises(ValueError, match="AdamW takes its weight decay off the weights"):
+        mo.hypergradient(step, outer, solution, lam, [None], None, estimator=mo.IFT())

@@ -282,10 +282,10 @@ def test_offline_es_refuses_a_lam_that_moves():
 
 # -- EvoGrad -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("noise", ["sign", "gaussian"])
-@pytest.mark.parametrize("chunk_size", [None, 1, 2])
-def test_evograd_formula(noise, chunk_size):
+@pytest.mark.parametrize("copies_at_once", [None, 1, 2])
+def test_evograd_formula(noise, copies_at_once):
     problem = small_problem(steps=1)
-    estimator = mo.EvoGrad(copies=3, sigma=0.2, temperature=0.4, noise=noise, chunk_size=chunk_size, seed=7)
+    estimator = mo.EvoGrad(copies=3, sigma=0.2, temperature=0.4, noise=noise, copies_at_once=copies_at_once, seed=7)
     step, w, x = problem.step, problem.w, problem.batches[0]
     state, carry = estimator.advance(
         step, step.init(w, problem.lam), problem.lam, x, estimator.init(step, step.init(w, problem.lam), problem.lam)
@@ -358,7 +358,7 @@ def test_evograd_settings():
         {"temperature": -1.0},
         {"noise": "uniform"},
         {"around": "now"},
-        {"chunk_size": 0},
+        {"copies_at_once": 0},
     ):
         with pytest.raises(ValueError, match="EvoGrad"):
             mo.EvoGrad(**bad)

@@ -163,3 +163,13 @@ def test_what_rides_along_in_a_batch_is_shared():
     for way in WAYS:
         loss = way(lambda w, lam, batch: (w - batch["x"]).square().sum() * batch["power"])
         assert float(loss(torch.zeros(2, 3), None, {"x": torch.ones(2, 3), "power": 2, "none": None})) == 12.0
+
+
+def test_hyperdistill_finds_the_examples_behind_the_tasks():
+    """By default it is the method with the right axis, whose direction is that of the exact indirect term."""
+    w, lam, batches, outer_batch = problem()
+    step = mo.inner_step(mo.vmapped(inner), mo.optim.SGD(lr=0.1))
+    arguments = step, mo.vmapped(outer), w, lam, batches, outer_batch
+    found = mo.hypergradient(*arguments, estimator=mo.HyperDistill(gamma=0.9)).indirect
+    told = mo.hypergradient(*arguments, estimator=mo.HyperDistill(gamma=0.9, example_axis=1)).indirect
+    assert_close(found, told)

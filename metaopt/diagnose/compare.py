@@ -13,7 +13,8 @@ from metaopt.diagnose.costs import Costs, costs
 from metaopt.diagnose.norms import Norms, norms
 from metaopt.diagnose.results import Estimators, Result, named
 from metaopt.diagnose.smoothness import Smoothness, smoothness
-from metaopt.estimators import RMD, Cost, Estimator, FinishedRun
+from metaopt.estimators import RMD, Cost, Estimator
+from metaopt.estimators.base import FinishedRun
 from metaopt.estimators.cost import CountedStep
 from metaopt.estimators.outer import outer_gradient
 from metaopt.verify.cases import Problem

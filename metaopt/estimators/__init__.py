@@ -1,6 +1,6 @@
 """Hypergradient estimators: one linear map, many ways to it."""
 
-from metaopt.estimators.base import Estimator, FinishedRun, Response, Terms
+from metaopt.estimators.base import Estimator, Response
 from metaopt.estimators.bome import BOME
 from metaopt.estimators.compiled_loss import CompiledLoss, compiled_loss
 from metaopt.estimators.cost import Cost
@@ -47,7 +47,6 @@ __all__ = [
     "DrMAD",
     "Estimator",
     "EvoGrad",
-    "FinishedRun",
     "FirstOrder",
     "ForwardGradient",
     "HyperDistill",
@@ -56,7 +55,6 @@ __all__ = [
     "OneStep",
     "OuterObjective",
     "Response",
-    "Terms",
     "TruncatedES",
     "TruncatedRMD",
     "UndeclaredTensorWarning",

@@ -60,3 +60,17 @@ def check_positive(value: float, where: str) -> None:
     """Raise a ``ValueError`` for a setting that is not positive."""
     if not value > 0:
         raise ValueError(f"{where} must be positive, got {value}")
+
+
+def check_precision(moved: Tree, size: float, setting: str, what: str) -> None:
+    """Refuse numbers that are too coarse for a step of this size.
+
+    Raises:
+        ValueError: if the rounding of a leaf is not far below the step.
+    """
+    for name, leaf in zip(tree.names(moved), tree.leaves(moved), strict=True):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and torch.finfo(leaf.dtype).eps > 0.01 * size:
+            raise ValueError(
+                f"{setting}={size:g} is a step that {leaf.dtype} hardly resolves, and the {what} at {name or 'the root'} "
+                "are of that type: keep them in float32 (torch.autocast makes the rest fast), or take a larger step"
+            )

@@ -95,52 +95,39 @@ class Traits(NamedTuple):
 class Estimator(ABC):
     """A response pullback that is built along the inner run. Subclasses are frozen dataclasses: settings only.
 
-    Properties:
-        exact: whether the pullback is the true one (for as many steps as it claims).
-        online: whether λ may move between inner steps.
-        needs_fixed_lam: whether moving λ during the run is an error.
+    What a method's theory says of it are attributes of its class. Where a setting decides, the
+    subclass makes a property of the attribute.
+
+    Attributes:
         traits: see :class:`Traits`; the page "which estimator?" shows them.
+        exact: whether the pullback is the true one, of the whole run.
+        online: whether λ may move between inner steps. If not, moving it is an error.
+        own_size: whether the indirect term comes in another size than the hypergradient's, so that
+            it wants a scale-free outer optimiser.
+        drops_indirect: whether the pullback is zero by definition.
+        linear: whether the pullback is linear in α, as a chain rule around it needs.
+        needs_outer_loss: whether the outer loss shapes what is carried along the run
+            (:meth:`observe`), so that there is no pullback without one.
+        needs_calibration: whether a setting has to be fitted to a run (:meth:`calibrate`) and has
+            not been.
+        gives_initial: whether the pullback knows the cotangent of the initial state, at least for
+            short runs.
+        whole_state: whether the pullback takes an :class:`InnerState` too, with cotangents of slots
+            and buffers.
+        one_sweep: whether :meth:`pull` takes cotangents of several states of the run at once.
     """
 
     traits: ClassVar[Traits] = Traits("not stated", False, "not stated")
+    exact: ClassVar[bool] = False
+    online: ClassVar[bool] = True
+    own_size: ClassVar[bool] = False
+    drops_indirect: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    needs_outer_loss: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
-    """Whether a setting has to be fitted to a run (:meth:`calibrate`) and has not been."""
-    whole_state: ClassVar[bool] = False
-    """Whether its pullback takes an :class:`InnerState` too, with cotangents of slots and buffers."""
     gives_initial: ClassVar[bool] = False
-    """Whether its pullback knows the cotangent of the initial state, at least for short runs."""
+    whole_state: ClassVar[bool] = False
     one_sweep: ClassVar[bool] = False
-    """Whether :meth:`pull` takes cotangents of several states of the run at once."""
-
-    @property
-    def exact(self) -> bool:
-        """See the class."""
-        return False
-
-    @property
-    def online(self) -> bool:
-        """See the class."""
-        return True
-
-    @property
-    def needs_fixed_lam(self) -> bool:
-        """See the class."""
-        return not self.online
-
-    @property
-    def own_size(self) -> bool:
-        """Whether the indirect term comes in another size than the hypergradient's, so that it wants a scale-free outer optimiser."""
-        return False
-
-    @property
-    def drops_indirect(self) -> bool:
-        """Whether the pullback is zero by definition, so that only the direct term is left."""
-        return False
-
-    @property
-    def linear(self) -> bool:
-        """Whether the pullback is linear in α, as a chain rule around it needs."""
-        return True
 
     @abstractmethod
     def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
@@ -157,11 +144,6 @@ class Estimator(ABC):
         The weights at which the outer loss is to be taken, and the linear map ``alpha ->
         Response``.
         """
-
-    @property
-    def needs_outer_loss(self) -> bool:
-        """Whether the outer loss shapes what is carried along the run (:meth:`observe`), so that there is no pullback on its own."""
-        return False
 
     def pull(
         self, step: Step, state: InnerState, lam: Tree, carry: Any, cotangents: Mapping[int, InnerState]

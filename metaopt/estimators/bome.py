@@ -14,35 +14,36 @@ Bilevel optimization made easy: a simple first-order approach", arXiv 2209.08709
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from metaopt import replay, tree
+from metaopt import tree
 from metaopt.estimators import _noise
+from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
-from metaopt.estimators._second_run import SecondRun
 from metaopt.estimators.base import Terms, Traits
-from metaopt.estimators.implicit import LastBatch
 from metaopt.estimators.outer import OuterObjective, outer_gradient
 from metaopt.inner import InnerState, Step
-from metaopt.replay import Rng
+from metaopt.trajectory import Moment
 from metaopt.tree import Tree
 
 
-class BOMECarry(NamedTuple):
-    """The second run's weights, the last batch, and the two terms where that run last was."""
+class Second(NamedTuple):
+    """The second run's weights, and the two terms where that run last was."""
 
     y: Tree
-    last: LastBatch
     terms: Terms | None = None
 
 
 class Barrier(NamedTuple):
-    """What BOME reports: the multiplier κ, and ``L(y, λ) - L(w, λ)``, which is to vanish (below zero.
+    """What BOME reports about itself.
 
-    The inner run lags behind).
+    Attributes:
+        multiplier: κ.
+        gap: ``L(y, λ) - L(w, λ)``, which is to vanish; below zero the inner run lags behind.
     """
 
     multiplier: Tensor
@@ -50,7 +51,7 @@ class Barrier(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BOME(SecondRun):
+class BOME(AlongOneOuterLoss):
     r"""The λ part of one joint first-order step; the y part is taken along the inner run.
 
     The inner run itself, with its own optimiser, stands for the paper's few lower-level steps from
@@ -83,30 +84,33 @@ class BOME(SecondRun):
         _noise.check_positive(self.rate, "BOME: rate")
         _noise.check_positive(self.eta, "BOME: eta")
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> BOMECarry:
-        """Both runs start at the same weights."""
-        return BOMECarry(state.w, LastBatch())
+    @override
+    def start_of(self, state: InnerState, lam: Tree) -> Second:
+        return Second(state.w)  # both runs start at the same weights
 
-    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: BOMECarry) -> BOMECarry:
+    @override
+    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered) -> Remembered:
         """The gradients at y, which a hyper-step here would use too, and the second run's step."""
-        batch, rng = self._seen(carry)
-        loss, outer_y, direct = outer_gradient(outer.loss, carry.y, lam, outer.batch)
-        at_y, inner_y, inner_lam = _inner_gradient(step, carry.y, lam, batch, rng)
-        at_w = lam_gradient(step, state.w, lam, batch, rng)
+        at = self.last_of(carry)._replace(lam=lam)
+        y = carry.own.y
+        loss, outer_y, direct = outer_gradient(outer.loss, y, lam, outer.batch)
+        at_y, inner_y, inner_lam = _inner_gradient(step, at.moved(y))
+        at_w = lam_gradient(step, at)
         penalty = tree.map(lambda a, b: None if a is None or b is None else a - b, inner_lam, at_w)
         multiplier = self._multiplier((outer_y, tree.filled(direct, lam)), (inner_y, tree.filled(penalty, lam)))
-        y = tree.sub(carry.y, tree.scale(self.rate, tree.add(outer_y, tree.scale(multiplier, inner_y))))
-        with replay.preserved(state), torch.no_grad():
-            replay.restore(rng)
-            gap = at_y - step.loss(state.w, lam, batch)
+        with at.replayed(), torch.no_grad():
+            gap = at_y - step.loss(state.w, lam, at.batch)
         terms = Terms(loss, direct, tree.scale(multiplier, penalty), info=Barrier(multiplier, gap))
-        return carry._replace(y=y, terms=terms)
+        descent = tree.add(outer_y, tree.scale(multiplier, inner_y))
+        return carry._replace(own=Second(tree.sub(y, tree.scale(self.rate, descent)), terms))
 
-    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: BOMECarry) -> Terms:
+    @override
+    def differentiate(
+        self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered
+    ) -> Terms:
         """The direct term at y, and κ times the difference; the outer loss reported is the one at y."""
-        if carry.terms is None:
-            raise ValueError("BOME has seen no inner step yet")
-        return carry.terms
+        self.last_of(carry)
+        return carry.own.terms
 
     def _multiplier(self, outer: Tree, penalty: Tree) -> Tensor:
         """κ; 0 where the penalty has no slope."""
@@ -114,13 +118,11 @@ class BOME(SecondRun):
         return torch.where(squared > 0, (self.eta - along / squared).clamp_min(0.0), torch.zeros_like(squared))
 
 
-def _inner_gradient(step: Step, w: Tree, lam: Tree, batch: Any, rng: Rng) -> tuple[Tensor, Tree, Tree]:
+def _inner_gradient(step: Step, at: Moment) -> tuple[Tensor, Tree, Tree]:
     """``(L, ∂L/∂w, ∂L/∂λ)``; a leaf of λ that the loss does not see is ``None``."""
-    with replay.preserved(w), torch.enable_grad():
-        replay.restore(rng)
-        w_, lam_ = tree.attach(w), tree.attach(lam)
-        loss = step.loss(w_, lam_, batch)
-        (w_flat, w_spec), (lam_flat, lam_spec) = tree.flatten(w_), tree.flatten(lam_)
-        gradients = torch.autograd.grad(loss, w_flat + lam_flat, allow_unused=True)
-    w_gradient = tree.filled(tree.unflatten(gradients[: len(w_flat)], w_spec), w)
-    return loss.detach(), w_gradient, tree.unflatten(gradients[len(w_flat) :], lam_spec)
+    with at.replayed(), torch.enable_grad():
+        w, lam = tree.attach((at.state.w, at.lam))
+        loss = step.loss(w, lam, at.batch)
+        flat, spec = tree.flatten((w, lam))
+        by_w, by_lam = tree.unflatten(torch.autograd.grad(loss, flat, allow_unused=True), spec)
+    return loss.detach(), tree.filled(by_w, at.state.w), by_lam

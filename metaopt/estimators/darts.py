@@ -11,29 +11,23 @@ Liu et al. 2019, "DARTS: differentiable architecture search", arXiv 1806.09055, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-from metaopt import replay, tree
+from typing_extensions import override
+
+from metaopt import tree
 from metaopt.estimators import _noise
+from metaopt.estimators._last_step import FromLastStep, Remembered
 from metaopt.estimators._mixed_difference import mixed_difference
-from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt.estimators.base import Pullback, Response, Traits
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.replay import Rng
+from metaopt.trajectory import Moment
 from metaopt.tree import Tree
 
 
-class LastStep(NamedTuple):
-    """Where the last step started, its λ, its batch, and the random state before it."""
-
-    state: InnerState
-    lam: Tree
-    batch: Any = None
-    rng: Rng | None = None
-
-
 @dataclass(frozen=True)
-class DARTS(Estimator):
+class DARTS(FromLastStep):
     """:class:`OneStep` by finite differences.
 
     Cost per hyper-step: one gradient (for the optimiser's derivative) and two gradients with
@@ -58,29 +52,21 @@ class DARTS(Estimator):
         """Check the radius."""
         _noise.check_positive(self.radius, "DARTS: radius")
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> LastStep:
-        """Nothing yet."""
-        return LastStep(state, lam)
+    @override
+    def looked_at(self, taken: Moment, new: InnerState) -> Moment:
+        return taken  # where the step started
 
-    def advance(
-        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastStep
-    ) -> tuple[InnerState, LastStep]:
-        """A plain step; where it started is kept."""
-        rng = replay.snapshot(state)
-        return step(state, lam, batch), LastStep(state, lam, batch, rng)
-
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastStep) -> tuple[Tree, Pullback]:
+    @override
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: Remembered) -> tuple[Tree, Pullback]:
         """The weights, and the difference quotient."""
-        before, lam_then, batch, rng = carry
-        if rng is None:
-            raise ValueError("DARTS has seen no inner step yet")
+        at = self.last_of(carry)
+        _noise.check_precision(state.w, self.radius, "DARTS: radius", "weights")
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
-            with replay.preserved(state):
-                replay.restore(rng)
-                u, lam_bar = step.adapt(before, lam_then, batch, alpha)
-            product = mixed_difference(step, before.w, lam_then, batch, rng, u, self.radius)
+            with at.replayed():
+                u, lam_bar = step.adapt(at.state, at.lam, at.batch, alpha)
+            product = mixed_difference(step, at, u, self.radius)
             return Response(product if lam_bar is None else tree.add(product, lam_bar))
 
         return state.w, pullback

@@ -63,7 +63,7 @@ class EvoGrad(Estimator):
             cross-domain experiments).
         perturb: glob patterns of the weights to perturb, e.g. ``["head.*"]``; default: all of them.
         unit_rate: divide the pullback by :math:`\eta_{\mathrm{eff}}`.
-        chunk_size: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another
+        copies_at_once: copies evaluated at a time under ``vmap``; ``None``: all; 1: one after another
             without ``vmap`` (what ``vmap`` cannot do, such as batch norm that updates running
             statistics).
         seed: of the perturbations.
@@ -89,7 +89,7 @@ class EvoGrad(Estimator):
     around: Literal["before", "after"] = "before"
     perturb: Sequence[str] | None = None
     unit_rate: bool = False
-    chunk_size: int | None = None
+    copies_at_once: int | None = None
     seed: int = 0
     check_size: bool = True
 
@@ -101,11 +101,11 @@ class EvoGrad(Estimator):
         _noise.check_law(self.noise, "EvoGrad")
         if self.around not in ("before", "after"):
             raise ValueError(f"EvoGrad: around must be 'before' or 'after', got {self.around!r}")
-        if self.chunk_size is not None:
-            _noise.check_at_least(self.chunk_size, 1, "EvoGrad: chunk_size")
+        if self.copies_at_once is not None:
+            _noise.check_at_least(self.copies_at_once, 1, "EvoGrad: copies_at_once")
 
     @property
-    def own_size(self) -> bool:
+    def own_size(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Yes, without ``unit_rate``; no where that is said to be meant."""
         return self.check_size and not self.unit_rate
 
@@ -132,6 +132,7 @@ class EvoGrad(Estimator):
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: EvoGradCarry) -> tuple[Tree, Pullback]:
         """``θ*``, and the pullback through the softmax."""
+        _noise.check_precision(carry.w, self.sigma, "EvoGrad: sigma", "weights")
         epsilon = self.perturbations(carry)
         with torch.enable_grad():
             lam_ = tree.attach(lam)
@@ -187,11 +188,11 @@ class EvoGrad(Estimator):
         assert carry.rng is not None  # perturbations() has checked it
         with replay.preserved(carry.w):
             replay.restore(carry.rng)
-            if self.chunk_size == 1:
+            if self.copies_at_once == 1:
                 return torch.stack(
                     [step.loss(tree.select(population, k), lam, carry.batch) for k in range(self.copies)]
                 )
             mapped = torch.vmap(
-                lambda w: step.loss(w, lam, carry.batch), chunk_size=self.chunk_size, randomness="different"
+                lambda w: step.loss(w, lam, carry.batch), chunk_size=self.copies_at_once, randomness="different"
             )
             return mapped(population)

@@ -100,10 +100,14 @@ class Evolution(Estimator):
         self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: EvolutionCarry
     ) -> tuple[InnerState, EvolutionCarry]:
         """A step of every run, all with the same batch and the same random draws."""
-        if self.needs_fixed_lam:
+        if not self.online:
             check_fixed(lam, carry.lam, carry.versions, type(self).__name__)
+        if carry.t == 0:
+            _noise.check_precision(lam, self.sigma, f"{type(self).__name__}: sigma", "hyperparameters")
         rng = replay.snapshot(state)
-        new, pairs, generator = step(state, lam, batch), [], carry.generator
+        new = step(state, lam, batch)
+        pairs: list[Pair] = []
+        generator = carry.generator
         with replay.preserved(state):
             for pair in carry.pairs:
                 noise, generator = _noise.draw(lam, "gaussian", generator)
@@ -130,7 +134,9 @@ class Evolution(Estimator):
         self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: EvolutionCarry
     ) -> Terms:
         """From values of the outer loss, at ``(w±, λ ± σε)``."""
-        loss, rng, differences = outer.value(state.w, lam), replay.snapshot(state), []
+        loss = outer.value(state.w, lam)
+        rng = replay.snapshot(state)
+        differences = []
         with replay.preserved(state):
             for pair in carry.pairs:
                 replay.restore(rng)
@@ -182,11 +188,7 @@ class AntitheticES(NRES):
     traits: ClassVar[Traits] = Traits(
         sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the size of λ"
     )
-
-    @property
-    def online(self) -> bool:
-        """No: see :class:`NRES`."""
-        return False
+    online = False
 
 
 @dataclass(frozen=True)

@@ -12,29 +12,23 @@ al. 2023, "A fully first-order method for stochastic bilevel optimization", arXi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from metaopt import replay, tree
+from typing_extensions import override
+
+from metaopt import tree
 from metaopt.estimators import _noise
+from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
-from metaopt.estimators._second_run import SecondRun
 from metaopt.estimators.base import Terms, Traits
-from metaopt.estimators.implicit import LastBatch
 from metaopt.estimators.outer import OuterObjective, outer_gradient
 from metaopt.inner import InnerState, Step, inner_step
 from metaopt.optim import SGD
 from metaopt.tree import Tree
 
 
-class F2SACarry(NamedTuple):
-    """The second run's weights, and the last batch."""
-
-    y: Tree
-    last: LastBatch
-
-
 @dataclass(frozen=True)
-class F2SA(SecondRun):
+class F2SA(AlongOneOuterLoss):
     r"""A difference of two first-order gradients, for problems whose lower level is solved along the run.
 
     Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two
@@ -61,30 +55,30 @@ class F2SA(SecondRun):
         _noise.check_positive(self.rate, "F2SA: rate")
         _noise.check_positive(self.multiplier, "F2SA: multiplier")
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> F2SACarry:
-        """Both runs start at the same weights."""
-        return F2SACarry(state.w, LastBatch())
+    @override
+    def start_of(self, state: InnerState, lam: Tree) -> Tree:
+        return state.w  # y: both runs start at the same weights
 
-    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> F2SACarry:
+    @override
+    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered) -> Remembered:
         """A step of the second run, on the same batch."""
-        batch, rng = self._seen(carry)
+        at = self.last_of(carry)
 
         def penalised(y: Tree, lam: Tree, batch: Any) -> Any:
             return step.loss(y, lam, batch) + outer.loss(y, lam, outer.batch) / self.multiplier
 
-        with replay.preserved(state):
-            replay.restore(rng)
-            y = inner_step(penalised, SGD(lr=self.rate))(InnerState(carry.y), lam, batch).w
-        return carry._replace(y=y)
+        with at.replayed():
+            y = inner_step(penalised, SGD(lr=self.rate))(InnerState(carry.own), lam, at.batch).w
+        return carry._replace(own=y)
 
-    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: F2SACarry) -> Terms:
+    @override
+    def differentiate(
+        self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered
+    ) -> Terms:
         """The direct term at y, and κ times the difference; the outer loss reported is the one at y."""
-        batch, rng = self._seen(carry)
-        loss, _, direct = outer_gradient(outer.loss, carry.y, lam, outer.batch)
-        at_y = lam_gradient(step, carry.y, lam, batch, rng)
-        at_w = lam_gradient(step, state.w, lam, batch, rng)
-        return Terms(
-            loss,
-            direct,
-            tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w),
-        )
+        at = self.last_of(carry)._replace(lam=lam)
+        loss, _, direct = outer_gradient(outer.loss, carry.own, lam, outer.batch)
+        at_y = lam_gradient(step, at.moved(carry.own))
+        at_w = lam_gradient(step, at)
+        difference = tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w)
+        return Terms(loss, direct, difference)

@@ -21,12 +21,8 @@ class FirstOrder(Estimator):
     """
 
     traits: ClassVar[Traits] = Traits(sees="nothing", high_dimensional=True, bias="the whole indirect term")
-    gives_initial: ClassVar[bool] = True
-
-    @property
-    def drops_indirect(self) -> bool:
-        """Yes."""
-        return True
+    gives_initial = True
+    drops_indirect = True
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> None:
         """Nothing."""

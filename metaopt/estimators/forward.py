@@ -110,17 +110,13 @@ class FMD(ForwardMode):
     traits: ClassVar[Traits] = Traits(
         sees="the whole run", high_dimensional=False, bias="none (online: the past λ's Jacobians)"
     )
+    exact = True
 
     columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
         """Check the setting."""
         check_columns(self.columns_at_once, "FMD")
-
-    @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
 
 
 def check_columns(columns_at_once: int | None, who: str) -> None:

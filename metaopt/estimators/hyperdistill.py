@@ -65,7 +65,8 @@ class HyperDistill(Estimator):
         pi: what multiplies the direction: ``"theta"`` the fitted size ``θ S_t v_t``; ``"plain"`` v
             itself (the paper's π = 1 as its appendix I needs it); ``"unit"`` π = 1 read literally,
             ``v/‖v‖`` (not linear in α: :func:`metaopt.unroll` refuses it).
-        example_axis: axis of the batch tensors that runs over examples; 1 for a stacked meta-batch.
+        example_axis: axis of the batch tensors that runs over examples; ``None``: 1 where the step
+            is one of stacked tasks, else 0.
         stochastic_rounding: see :class:`metaopt.trajectory.Distilled`.
         seed: of the subsampling of ``D*``.
     """
@@ -77,7 +78,7 @@ class HyperDistill(Estimator):
     gamma: float = 0.99
     theta: float = 1.0
     pi: Literal["theta", "plain", "unit"] = "theta"
-    example_axis: int = 0
+    example_axis: int | None = None
     stochastic_rounding: bool = False
     seed: int = 0
 
@@ -94,14 +95,14 @@ class HyperDistill(Estimator):
         return self.pi == "theta" and self.theta == 1.0
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Unless ``pi="unit"``."""
         return self.pi != "unit"
 
-    @property
-    def memory(self) -> Distilled:
+    def memory(self, step: Step) -> Distilled:
         """The trajectory: running distillates."""
-        return Distilled(self.gamma, self.example_axis, self.stochastic_rounding, self.seed)
+        axis = int(step.stacked) if self.example_axis is None else self.example_axis
+        return Distilled(self.gamma, axis, self.stochastic_rounding, self.seed)
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> HyperDistillCarry:
         """Nothing yet."""
@@ -112,7 +113,8 @@ class HyperDistill(Estimator):
     ) -> tuple[InnerState, HyperDistillCarry]:
         """Algorithm 3, lines 9 and 11: distil, then step."""
         old = carry.distillate
-        distillate = self.memory.start(state, batch) if old is None else self.memory.append(old, state, batch)
+        memory = self.memory(step)
+        distillate = memory.start(state, batch) if old is None else memory.append(old, state, batch)
         rng = replay.snapshot(state)
         return step(state, lam, batch), HyperDistillCarry(distillate, rng)
 
@@ -160,7 +162,8 @@ class HyperDistill(Estimator):
 
         DrMAD's partial sweeps against the product at the distillate of the same horizon.
         """
-        horizon, memory = len(run.batches), self.memory
+        horizon = len(run.batches)
+        memory = self.memory(step)
         rng = replay.snapshot(run.first)
         states = straight_line(run.first, run.last, horizon)
         moments = [Moment(state, lam, batch, rng) for state, batch in zip(states, reversed(run.batches), strict=True)]

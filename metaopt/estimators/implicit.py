@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
-from metaopt import replay, tree
-from metaopt.estimators.base import Estimator, Pullback, Response, Traits
+from metaopt import tree
+from metaopt.estimators._last_step import FromLastStep, Remembered
+from metaopt.estimators.base import Pullback, Response, Traits
 from metaopt.inner.contract import Linearized, Stationary, Step
 from metaopt.inner.state import InnerState
-from metaopt.linsolve import Neumann, Solution, Solver, solve_from
-from metaopt.replay import Rng
+from metaopt.linsolve import GMRES, ConjugateGradient, Solution, Solver, solve_from
+from metaopt.trajectory import Moment
 from metaopt.tree import Tree
 
 
@@ -31,16 +33,12 @@ class NotConvergedWarning(UserWarning):
     """
 
 
-class LastBatch(NamedTuple):
-    """The batch of the last step, the random state before it, and the last hyper-step's solution."""
-
-    batch: Any = None
-    rng: Rng | None = None
-    start: Solution | None = None
+ITERATIONS = 100
+"""Of the default solver, at most."""
 
 
 @dataclass(frozen=True)
-class IFT(Estimator):
+class IFT(FromLastStep):
     """``α (I - A)^{-1} B`` at the last weights and the last batch, by a linear solver.
 
     ``A`` and ``B`` are those of gradient descent on the inner loss, whatever optimiser ran (a
@@ -51,11 +49,13 @@ class IFT(Estimator):
     :class:`~metaopt.linsolve.Solution`.
 
     Args:
-        solver: from :mod:`metaopt.linsolve`.
+        solver: from :mod:`metaopt.linsolve`. Default: conjugate gradients on the Hessian of the
+            inner loss, and for a custom Φ, whose derivative is not symmetric, GMRES. Both are right at a
+            solution whatever the learning rate was.
         converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger;
             ``None``: it is meant to be used there.
-        solved: warn where the solver's relative residual is larger. At 1 the answer is no better
-            than none, and a series diverges.
+        solved: warn where the solver's relative residual, which is measured, is larger; ``None``: it
+            is meant. At 1 the answer is no better than none.
         warm_start: solve for the correction of the last hyper-step's solution; the pullback is then
             affine in α.
         start: ``info`` of an earlier hypergradient to start from.
@@ -72,62 +72,56 @@ class IFT(Estimator):
         sees="a solution", high_dimensional=True, bias="away from a solution; the solver's residual"
     )
 
-    solver: Solver = Neumann()
+    solver: Solver | None = None
     converged: float | None = 1e-2
-    solved: float | None = 1.0
+    solved: float | None = 0.1
     warm_start: bool = False
     start: Solution | None = field(default=None, repr=False, compare=False)
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> LastBatch:
-        """Nothing yet."""
-        return LastBatch(start=self.start)
+    @override
+    def start_of(self, state: InnerState, lam: Tree) -> Solution | None:
+        return self.start
 
-    def advance(
-        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch
-    ) -> tuple[InnerState, LastBatch]:
-        """A plain step; its batch is kept."""
-        rng = replay.snapshot(state)
-        return step(state, lam, batch), LastBatch(batch, rng, carry.start)
-
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastBatch) -> tuple[Tree, Pullback]:
+    @override
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: Remembered) -> tuple[Tree, Pullback]:
         """The weights, and the implicit pullback; all its calls share one graph."""
-        batch, rng, start = carry
-        if rng is None:
-            raise ValueError("IFT has seen no inner step yet: it needs the batch of the last one")
-        kept: list[tuple[InnerState, Linearized]] = []
+        at = self.last_of(carry)._replace(lam=lam)
+        kept: list[tuple[Solver, InnerState, Linearized]] = []
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
             if not kept:
-                kept.append(self._at(step, state, lam, batch, rng))
-            seen, linearized = kept[0]
+                kept.append(self._fixed_point(step, at))
+            solver, seen, linearized = kept[0]
 
             def operator(v: InnerState) -> InnerState:
                 product, _ = linearized.pullback(v, "state")
                 return tree.sub(v, product)
 
             cotangent = InnerState(alpha, tree.zeros_like(seen.slots), seen.t)
-            found = solve_from(self.solver, operator, cotangent, start)
-            self._check_solved(found.residual)
+            found = solve_from(solver, operator, cotangent, carry.own)
+            self._check_solved(solver, found.residual)
             _, product = linearized.pullback(found.x, "lam")
-            _check_seen(step, state, lam, batch, rng, alpha, product)
+            _check_seen(step, at, alpha, product)
             return Response(product, info=found)
 
         return state.w, pullback
 
-    def reuse(self, carry: LastBatch, info: Solution) -> LastBatch:
+    def reuse(self, carry: Remembered, info: Solution) -> Remembered:
         """The solution is where the next hyper-step starts from, with ``warm_start``."""
-        return carry._replace(start=info) if self.warm_start else carry
+        return carry._replace(own=info) if self.warm_start else carry
 
-    def _at(self, step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng) -> tuple[InnerState, Linearized]:
-        """The fixed-point map at the last weights, and a warning where they are no fixed point."""
-        stationary = step.stationary(state, self.solver.descent_rate)
-        with replay.preserved(state):
-            replay.restore(rng)
-            linearized = stationary.step.linearize(stationary.state, lam, batch)
+    def _fixed_point(self, step: Step, at: Moment) -> tuple[Solver, InnerState, Linearized]:
+        """The solver and the fixed-point map at the last weights, and a warning where they are not a fixed point."""
+        stationary = step.stationary(at.state, 1.0 if self.solver is None else self.solver.descent_rate)
+        solver = self.solver
+        if solver is None:
+            solver = ConjugateGradient(ITERATIONS) if stationary.symmetric else GMRES(ITERATIONS)
+        with at.replayed():
+            linearized = stationary.step.linearize(stationary.state, at.lam, at.batch)
         if self.converged is not None:
             self._check_converged(gradient_norm(stationary, linearized), self.converged)
-        return stationary.state, linearized
+        return solver, stationary.state, linearized
 
     def _check_converged(self, norm: Tensor, bound: float) -> None:
         if not bool(norm <= bound):
@@ -141,10 +135,10 @@ class IFT(Estimator):
                 stacklevel=5,
             )
 
-    def _check_solved(self, residual: Tensor) -> None:
+    def _check_solved(self, solver: Solver, residual: Tensor) -> None:
         if self.solved is not None and not bool(residual <= self.solved):
             warnings.warn(
-                f"IFT: the linear system is not solved: {type(self.solver).__name__}'s relative residual is "
+                f"IFT: the linear system is not solved: {type(solver).__name__}'s relative residual is "
                 f"{float(residual):.3g}, above "
                 f"solved={self.solved:g}. More iterations, a smaller rate, damping, or a solver for indefinite "
                 "systems (MINRES); "
@@ -159,7 +153,7 @@ def gradient_norm(stationary: Stationary, linearized: Linearized) -> Tensor:
     return tree.norm(tree.sub(stationary.state.w, linearized.state.w)) / stationary.rate
 
 
-def _check_seen(step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng, alpha: Tree, product: Tree) -> None:
+def _check_seen(step: Step, at: Moment, alpha: Tree, product: Tree) -> None:
     """Raise if the real Φ depends on a leaf of λ that its fixed points do not.
 
     Costs a product, and only where a leaf is missing.
@@ -167,15 +161,14 @@ def _check_seen(step: Step, state: InnerState, lam: Tree, batch: Any, rng: Rng, 
     missing = [i for i, leaf in enumerate(tree.leaves(product)) if leaf is None]
     if not missing:
         return
-    with replay.preserved(state):
-        replay.restore(rng)
-        _, real = step.vjp(state, lam, batch, InnerState(alpha, None, state.t), wrt="lam")
-    names, leaves = tree.names(lam), tree.leaves(real)
+    with at.replayed():
+        _, real = step.vjp(at.state, at.lam, at.batch, InnerState(alpha, None, at.state.t), wrt="lam")
+    names = tree.names(at.lam)
+    leaves = tree.leaves(real)
     through_optimizer = [names[i] for i in missing if leaves[i] is not None]
     if through_optimizer:
         raise ValueError(
             f"lam at {', '.join(through_optimizer)} enters only through the optimiser: the solution of the inner "
-            "problem does not move with it, so "
-            "implicit differentiation has nothing to say about it. Use RMD, FMD, OneStep or HyperDistill, or take it "
-            "out of lam"
+            "problem does not move with it, so implicit differentiation has nothing to say about it. Use RMD, FMD, "
+            "OneStep or HyperDistill, or take it out of lam"
         )

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from typing_extensions import override
 
 from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
@@ -33,8 +32,8 @@ from metaopt.tree import Tree
 class ReverseMode(Estimator):
     """The sweep over a trajectory; what the trajectory is makes the method."""
 
-    whole_state: ClassVar[bool] = True
-    gives_initial: ClassVar[bool] = True
+    whole_state = True
+    gives_initial = True
 
     @property
     @abstractmethod
@@ -42,12 +41,7 @@ class ReverseMode(Estimator):
         """The trajectory."""
 
     @property
-    def exact(self) -> bool:
-        """As the trajectory."""
-        return self.remembered.exact
-
-    @property
-    def online(self) -> bool:
+    def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where the trajectory is bounded."""
         return self.remembered.bounded
 
@@ -170,9 +164,14 @@ class RMD(ReverseMode):
     """
 
     traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="none")
-    one_sweep: ClassVar[bool] = True
+    one_sweep = True
 
     trajectory: Trajectory = Full()
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the trajectory goes back to the start, at the states of the run."""
+        return self.trajectory.exact and not self.trajectory.bounded
 
     @property
     def remembered(self) -> Trajectory:
@@ -203,13 +202,7 @@ class TruncatedRMD(ReverseMode):
         checks.count(self, "steps", self.steps, at_least=0)
 
     @property
-    @override
-    def exact(self) -> bool:
-        """No: a run may be longer."""
-        return False
-
-    @property
-    def drops_indirect(self) -> bool:
+    def drops_indirect(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """With no step it is first-order."""
         return self.steps == 0
 
@@ -228,12 +221,6 @@ class OneStep(ReverseMode):
     """
 
     traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="the steps before the last")
-
-    @property
-    @override
-    def exact(self) -> bool:
-        """No: a run may be longer."""
-        return False
 
     @property
     def remembered(self) -> Trajectory:

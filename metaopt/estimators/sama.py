@@ -13,20 +13,22 @@ a change of the inner run, not of the hypergradient, and is not made here.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from metaopt import replay, tree
+from typing_extensions import override
+
+from metaopt import tree
 from metaopt.estimators import _noise
+from metaopt.estimators._last_step import FromLastStep, Remembered
 from metaopt.estimators._mixed_difference import mixed_difference
-from metaopt.estimators.base import Estimator, Pullback, Response, Traits
-from metaopt.estimators.implicit import LastBatch
+from metaopt.estimators.base import Pullback, Response, Traits
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class SAMA(Estimator):
+class SAMA(FromLastStep):
     """One finite difference along the preconditioned cotangent, at the last weights.
 
     Cost per hyper-step: one gradient and two gradients with respect to λ. Memory: nothing but the
@@ -52,28 +54,16 @@ class SAMA(Estimator):
         """Check the radius."""
         _noise.check_positive(self.radius, "SAMA: radius")
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> LastBatch:
-        """Nothing yet."""
-        return LastBatch()
-
-    def advance(
-        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: LastBatch
-    ) -> tuple[InnerState, LastBatch]:
-        """A plain step; its batch is kept."""
-        rng = replay.snapshot(state)
-        return step(state, lam, batch), LastBatch(batch, rng)
-
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: LastBatch) -> tuple[Tree, Pullback]:
+    @override
+    def respond(self, step: Step, state: InnerState, lam: Tree, carry: Remembered) -> tuple[Tree, Pullback]:
         """The weights, and the difference quotient."""
-        batch, rng = carry.batch, carry.rng
-        if rng is None:
-            raise ValueError("SAMA has seen no inner step yet: it needs the batch of the last one")
+        at = self.last_of(carry)._replace(lam=lam)
+        _noise.check_precision(state.w, self.radius, "SAMA: radius", "weights")
 
         def pullback(alpha: Tree) -> Response:
             tree.check_like(alpha, state.w, "alpha", "w")
-            with replay.preserved(state):
-                replay.restore(rng)
-                u, _ = step.adapt(state, lam, batch, alpha)  # u = -v
-            return Response(mixed_difference(step, state.w, lam, batch, rng, u, self.radius))
+            with at.replayed():
+                u, _ = step.adapt(at.state, lam, at.batch, alpha)  # u = -v
+            return Response(mixed_difference(step, at, u, self.radius))
 
         return state.w, pullback

@@ -13,27 +13,22 @@ here in this order).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-from metaopt import replay, tree
+from typing_extensions import override
+
+from metaopt import tree
 from metaopt.estimators import _noise
-from metaopt.estimators.base import Estimator, Pullback, Terms, Traits
-from metaopt.estimators.implicit import LastBatch
+from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
+from metaopt.estimators.base import Terms, Traits
 from metaopt.estimators.outer import OuterObjective, outer_gradient
-from metaopt.inner.contract import Step
+from metaopt.inner.contract import Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
 
-class SOBACarry(NamedTuple):
-    """The running solution v, and the last batch."""
-
-    v: Tree
-    last: LastBatch
-
-
 @dataclass(frozen=True)
-class SOBA(Estimator):
+class SOBA(AlongOneOuterLoss):
     """Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started by all before it.
 
     Cost per inner step: one outer gradient, one gradient with its graph and one product; a
@@ -58,50 +53,30 @@ class SOBA(Estimator):
         """Check the rate."""
         _noise.check_positive(self.rate, "SOBA: rate")
 
-    @property
-    def needs_outer_loss(self) -> bool:
-        """Yes: v follows its gradient."""
-        return True
+    @override
+    def start_of(self, state: InnerState, lam: Tree) -> Tree:
+        return tree.zeros_like(state.w)  # v
 
-    def init(self, step: Step, state: InnerState, lam: Tree) -> SOBACarry:
-        """``v_0 = 0``."""
-        return SOBACarry(tree.zeros_like(state.w), LastBatch())
-
-    def advance(
-        self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: SOBACarry
-    ) -> tuple[InnerState, SOBACarry]:
-        """A plain step; its batch is kept."""
-        rng = replay.snapshot(state)
-        return step(state, lam, batch), carry._replace(last=LastBatch(batch, rng))
-
-    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: SOBACarry) -> SOBACarry:
+    @override
+    def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered) -> Remembered:
         """One step of the linear system."""
         _, alpha, _ = outer_gradient(outer.loss, state.w, lam, outer.batch)
-        contracted, _ = self._products(step, state, lam, carry, "state")
-        return carry._replace(v=tree.sub(contracted.w, tree.scale(self.rate, alpha)))
+        contracted, _ = self._products(step, lam, carry, "state")
+        assert contracted is not None
+        return carry._replace(own=tree.sub(contracted.w, tree.scale(self.rate, alpha)))
 
-    def respond(self, step: Step, state: InnerState, lam: Tree, carry: SOBACarry) -> tuple[Tree, Pullback]:
-        """None.
-
-        Raises:
-            TypeError: always; v belongs to one outer loss.
-        """
-        raise TypeError(
-            "SOBA follows one outer loss along the run and has no pullback for another: use mo.hypergradient or "
-            "mo.online"
-        )
-
-    def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: SOBACarry) -> Terms:
+    @override
+    def differentiate(
+        self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered
+    ) -> Terms:
         """The direct term, and ``v`` times the mixed derivative."""
         loss, _, direct = outer_gradient(outer.loss, state.w, lam, outer.batch)
-        _, product = self._products(step, state, lam, carry, "lam")
+        _, product = self._products(step, lam, carry, "lam")
         return Terms(loss, direct, tree.scale(-1.0 / self.rate, product))
 
-    def _products(self, step: Step, state: InnerState, lam: Tree, carry: SOBACarry, wrt: Any) -> tuple[Any, Tree]:
+    def _products(self, step: Step, lam: Tree, carry: Remembered, wrt: Wrt) -> tuple[InnerState | None, Tree]:
         """``(v - ρHv, -ρ v ∂²L/∂w∂λ)``: gradient descent's own adjoint."""
-        if carry.last.rng is None:
-            raise ValueError("SOBA has seen no inner step yet")
-        descent, seen, _ = step.stationary(state, self.rate)
-        with replay.preserved(state):
-            replay.restore(carry.last.rng)
-            return descent.linearize(seen, lam, carry.last.batch).pullback(InnerState(carry.v, None, seen.t), wrt)
+        at = self.last_of(carry)
+        descent, seen, *_ = step.stationary(at.state, self.rate)
+        with at.replayed():
+            return descent.linearize(seen, lam, at.batch).pullback(InnerState(carry.own, None, seen.t), wrt)

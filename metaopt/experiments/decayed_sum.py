@@ -31,10 +31,7 @@ class DecayedSum(Estimator):
 
     gamma: float
 
-    @property
-    def online(self) -> bool:
-        """No: the states belong to one λ."""
-        return False
+    online = False  # the states belong to one λ
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
         """An empty tape."""

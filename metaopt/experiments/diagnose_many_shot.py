@@ -69,7 +69,7 @@ def run(
     return diagnose(
         stages,
         METHODS,
-        HyperDistill(gamma=gamma, example_axis=1),
+        HyperDistill(gamma=gamma),
         out,
         at=at,
         thetas=thetas,

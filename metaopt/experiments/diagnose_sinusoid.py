@@ -45,7 +45,7 @@ def run(
         seed: of the network and of the tasks.
     """
     config = replace(config, **REFITTED)
-    distill = HyperDistill(gamma=gamma, example_axis=1)
+    distill = HyperDistill(gamma=gamma)
     start = setup(config, seed)
     phi, lam, thetas = train(start, config, distill, seed)
     stages = {

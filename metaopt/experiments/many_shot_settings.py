@@ -38,7 +38,7 @@ def hyperdistill(gamma: float, pi: Any = "theta", paper: dict[str, str] | str = 
     """HyperDistill with this γ; π = 1 in appendix I and for MetaWeightNet."""
     name = "hyperdistill" if pi == "theta" else "hyperdistill-pi1"
     title = "HyperDistill" if pi == "theta" else "HyperDistill, π = 1"
-    estimator = HyperDistill(gamma=gamma, pi=pi, example_axis=1)
+    estimator = HyperDistill(gamma=gamma, pi=pi)
     return Method(f"{name}-{gamma:g}", f"{title}, γ = {gamma:g}", estimator, paper=paper)
 
 

@@ -86,11 +86,13 @@ class Stationary(NamedTuple):
         step: a step whose fixed points solve the inner problem.
         state: the state as that step sees it.
         rate: how far it goes along the gradient: ``w - step(w) = rate · ∇_w L`` (1 for a custom Φ).
+        symmetric: whether its derivative is symmetric, as gradient descent's is.
     """
 
     step: Step
     state: InnerState
     rate: float
+    symmetric: bool = True
 
 
 class Step(ABC):

@@ -68,7 +68,7 @@ class CustomStep(Step):
         """
         if rate not in (None, 1.0):
             raise ValueError(f"a custom step is its own fixed-point map and takes no rate, got {rate}")
-        return Stationary(self, state, 1.0)
+        return Stationary(self, state, 1.0, symmetric=False)
 
     def _run(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         new = self.fn(state, lam, batch)

@@ -157,12 +157,11 @@ class InnerStep(Step):
         r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
 
         The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is
-        symmetric. Weight decay inside the optimiser and frozen weights are not seen: a decay that
-        is part of the problem belongs into the loss.
+        symmetric. Weight decay that the optimiser adds to the gradient is taken over.
 
         Raises:
             ValueError: if ``rate`` is ``None`` and the optimiser's learning rate is not a plain
-                number that could serve.
+                number that could serve; or if weight decay is decoupled.
         """
         if rate is None:
             rate = getattr(self.optimizer, "lr", None)
@@ -171,7 +170,8 @@ class InnerStep(Step):
                     "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: "
                     "give it, Neumann(terms, rate=0.01)"
                 )
-        descent = InnerStep(self.inner_loss, SGD(lr=float(rate)), self.adjoint, _look=self._look)
+        rule = SGD(lr=float(rate), weight_decay=self.optimizer.loss_decay)
+        descent = InnerStep(self.inner_loss, rule, self.adjoint, _look=self._look)
         return Stationary(descent, InnerState(state.w, {}, state.t), float(rate))
 
     @override

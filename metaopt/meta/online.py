@@ -151,12 +151,11 @@ class OnlineRun:
         batch, outer_batch = next(pairs)
         pairs = itertools.chain([(batch, outer_batch)], pairs)
         counted, estimator = CountedStep(self.step, Cost()), self.estimator
-        w0 = for_all_tasks(self.step, w0, batch)
         if estimator.needs_calibration:
             estimator = calibrated(
                 estimator, counted, self.outer_loss, w0, outer.lam, self.batches, outer_batch, self.horizon
             )
-        state = counted.init(w0, outer.lam)
+        state = counted.init(for_all_tasks(self.step, w0, batch), outer.lam)
         position = _Position(0, state, estimator.init(counted, state, outer.lam), estimator)
         keep = None if path is None else _Keeper(path, checkpoint_every, settings, before)
         yield from self._go(counted, position, outer, pairs, keep)

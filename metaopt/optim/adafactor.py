@@ -55,6 +55,7 @@ class Adafactor(Optimizer):
     d: Hyper = 1.0
     weight_decay: Hyper = 0.0
 
+    decoupled: ClassVar[bool] = True
     hypers: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "eps", "d", "weight_decay")
     ranges: ClassVar[Mapping[str, Check]] = {
         "beta2_decay": partial(checks.within, low=-math.inf, high=0, closed="right"),

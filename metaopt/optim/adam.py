@@ -43,7 +43,6 @@ class Adam(Optimizer):
     amsgrad: bool = False
 
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
-    decoupled: ClassVar[bool] = False
 
     @property
     @override

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, tree
-from metaopt.optim.optimizer import Optimizer, Slots
+from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 from metaopt.optim.wrapper import CONVERT
 from metaopt.tree import Tree
 
@@ -46,6 +47,17 @@ class Groups(Optimizer):
     """
 
     groups: Sequence[tuple[Sequence[str], Optimizer]]
+
+    @property
+    @override
+    def loss_decay(self) -> Hyper:
+        decays = [optimizer.loss_decay for _, optimizer in self.groups]
+        if any([decay != decays[0] for decay in decays]):
+            raise ValueError(
+                "the groups have different weight decays, which implicit differentiation does not see: put them into "
+                "inner_loss, and set weight_decay=0"
+            )
+        return decays[0]
 
     hypers: ClassVar[tuple[str, ...]] = ()
 

@@ -37,6 +37,7 @@ class Lion(Optimizer):
     betas: tuple[Hyper, Hyper] | Hyper = (0.9, 0.99)
     weight_decay: Hyper = 0.0
 
+    decoupled: ClassVar[bool] = True
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
 
     def init_leaf(self, w: Tensor) -> Slots:

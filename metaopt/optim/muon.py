@@ -55,6 +55,7 @@ class Muon(Optimizer):
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
     dtype: torch.dtype | None = torch.bfloat16
 
+    decoupled: ClassVar[bool] = True
     hypers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
     ranges: ClassVar[Mapping[str, Check]] = {
         "ns_coefficients": partial(checks.instance, kind=(tuple, list), remedy="three numbers (a, b, c)"),

@@ -53,6 +53,7 @@ class Optimizer:
         pairs: the fields that hold two hyperparameters.
     """
 
+    decoupled: ClassVar[bool] = False
     hypers: ClassVar[tuple[str, ...]] = ("lr",)
     ranges: ClassVar[Mapping[str, Check]] = {}
     pairs: ClassVar[tuple[str, ...]] = ("betas",)
@@ -76,6 +77,22 @@ class Optimizer:
                 entries = [setting] if callable(setting) else setting
             for entry in entries:
                 check(self, field.name, entry)
+
+    @property
+    def loss_decay(self) -> Hyper:
+        """Weight decay that acts as ``½ · decay · ‖w‖²`` in the loss would, so that implicit differentiation can take it in.
+
+        Raises:
+            ValueError: for decoupled weight decay, which shifts the fixed points to those of no loss.
+        """
+        decay = getattr(self, "weight_decay", 0.0)
+        if not is_zero(decay) and (self.decoupled or getattr(self, "decoupled_weight_decay", False)):
+            raise ValueError(
+                f"{type(self).__name__} takes its weight decay off the weights, so that its fixed points are not those "
+                "of the inner loss, and implicit differentiation does not hold there: put the decay into inner_loss, "
+                "and set weight_decay=0"
+            )
+        return decay
 
     @property
     def counts_steps(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.optim.optimizer import Hyper, Optimizer
@@ -56,6 +57,11 @@ class Wrapper(Optimizer):
     def elementwise(self) -> bool:
         """As the wrapped optimiser."""
         return self.optimizer.elementwise
+
+    @property
+    @override
+    def loss_decay(self) -> Hyper:
+        return self.optimizer.loss_decay
 
     @property
     def steps_taken(self) -> int:

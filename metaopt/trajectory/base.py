@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +45,17 @@ class Moment(NamedTuple):
     linearized: Linearized | None = None
     versions: tuple[int, ...] | None = None
     loss: Tensor | None = None
+
+    def moved(self, w: Tree) -> Moment:
+        """The same step from other weights."""
+        return self._replace(state=self.state._replace(w=w))
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the step's random draws come again; afterwards the generators are as they were."""
+        with replay.preserved(self.state):
+            self._rewind()
+            yield
 
     def pullback(
         self, step: Step, cotangent: InnerState, wrt: Wrt = "both", losses: list[Losses] | None = None

@@ -71,28 +71,30 @@ class Distilled:
         return Distillate(mixed._replace(t=state.t), self._union(old.batch, batch, p, t), t)
 
     def _union(self, old: Any, new: Any, p: float, t: int) -> Any:
-        old_flat, new_flat = tree.leaves(old), tree.leaves(new)
-        if all(a is b for a, b in zip(old_flat, new_flat, strict=True)):
+        """Some examples of each: an example is one row of every tensor that has rows."""
+        pairs = list(zip(tree.leaves(old), tree.leaves(new), strict=True))
+        if all([a is b for a, b in pairs]):
             return new
         axis = self.example_axis
-        size = next((x.shape[axis] for x in new_flat if isinstance(x, Tensor) and x.ndim > axis), None)
-        if size is None:
+        rows = next((b.shape[axis] for _, b in pairs if isinstance(b, Tensor) and b.ndim > axis), None)
+        before = next((a.shape[axis] for a, _ in pairs if isinstance(a, Tensor) and a.ndim > axis), None)
+        check_mixable(tree.names(new), pairs, axis, before, rows)
+        if rows is None or before is None:
             return new
         generator = torch.Generator().manual_seed(hash((self.seed, t)) & 0x7FFF_FFFF)
-        kept = self._count(p * size, generator)
+        kept = min(self._count(p * rows, generator), before)
         if kept == 0:
             return new
-        from_old = torch.randperm(size, generator=generator)[:kept]
-        from_new = torch.randperm(size, generator=generator)[: size - kept]
+        from_old = torch.randperm(before, generator=generator)[:kept]
+        from_new = torch.randperm(rows, generator=generator)[: rows - kept]
 
         def union(a: Any, b: Any) -> Any:
-            if not (isinstance(b, Tensor) and b.ndim > axis and b.shape[axis] == size and a.shape == b.shape):
+            if not has_rows(b, axis, rows):
                 return b
-            if kept == size:
+            if kept == rows == before:
                 return a
-            return torch.cat(
-                [a.index_select(axis, from_old.to(b.device)), b.index_select(axis, from_new.to(b.device))], axis
-            )
+            parts = a.index_select(axis, from_old.to(b.device)), b.index_select(axis, from_new.to(b.device))
+            return torch.cat(parts, axis)
 
         return tree.map(union, old, new)
 
@@ -101,6 +103,45 @@ class Distilled:
             return math.floor(expected + 0.5)
         below = math.floor(expected)
         return below + int(torch.rand((), generator=generator).item() < expected - below)
+
+
+def has_rows(leaf: Any, axis: int, rows: int | None) -> bool:
+    """Whether a leaf of a batch holds one row for each example."""
+    return isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows
+
+
+def check_mixable(
+    names: list[str], pairs: list[tuple[Any, Any]], axis: int, before: int | None, rows: int | None
+) -> None:
+    """Refuse batches whose examples cannot be put together.
+
+    Raises:
+        ValueError: if the rows of a tensor have another shape in the two batches.
+        TypeError: if a leaf may hold tensors that are not seen.
+    """
+    for name, (a, b) in zip(names, pairs, strict=True):
+        if not isinstance(b, _PLAIN):
+            raise TypeError(
+                f"a batch for distillation is a pytree of tensors, and {name or 'the batch'} is a "
+                f"{type(b).__module__}.{type(b).__name__}: its examples would be left out. Make it a tensor, or the "
+                "batch a dict, tuple or NamedTuple of tensors"
+            )
+        if not has_rows(b, axis, rows):
+            continue
+        fits = has_rows(a, axis, before) and _row_shape(a, axis) == _row_shape(b, axis)
+        if not fits:
+            shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (a, b)]
+            raise ValueError(
+                f"examples of two batches are to be mixed, and {name or 'the batch'} has the shapes {shapes[0]} and "
+                f"{shapes[1]}: pad all batches to one length, or use RMD, TruncatedRMD or OneStep"
+            )
+
+
+_PLAIN = (Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _row_shape(leaf: Any, axis: int) -> tuple[int, ...]:
+    return (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
 
 
 def geometric_sum(gamma: float, t: int) -> float:

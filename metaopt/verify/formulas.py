@@ -249,7 +249,7 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
     FMD: Formula(lambda p, T: FMD(), _all_steps, _always),
     FDS: WholeFormula(lambda p, T: FDS(window=T), _shared, _when_alone),
     DrMAD: Formula(lambda p, T: DrMAD(), _straight_line, _when_constant),
-    IFT: Formula(lambda p, T: IFT(Neumann(T - 1)), _implicit, _when_series, _learned_rate),
+    IFT: Formula(lambda p, T: IFT(Neumann(T - 1), solved=None), _implicit, _when_series, _learned_rate),
     HyperDistill: Formula(
         lambda p, T: HyperDistill(gamma=p.contraction or 0.8), _distilled, _when_isotropic, _many_batches
     ),
