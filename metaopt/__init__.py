@@ -33,7 +33,6 @@ from metaopt.estimators import (
     Response,
     TruncatedES,
     TruncatedRMD,
-    UndeclaredTensorWarning,
     UnusedHyperparameterWarning,
     ZeroHypergradientWarning,
     compiled_loss,
@@ -42,7 +41,17 @@ from metaopt.estimators import (
     unroll,
 )
 from metaopt.functional import FunctionalModel, functional, merge, partition
-from metaopt.inner import InnerState, Stacked, custom_step, inner_step, looped, replicated, vmapped
+from metaopt.inner import (
+    InnerState,
+    Stacked,
+    UndeclaredTensorWarning,
+    UnreachedWeightWarning,
+    custom_step,
+    inner_step,
+    looped,
+    replicated,
+    vmapped,
+)
 from metaopt.meta import online, tune
 
 if TYPE_CHECKING:
@@ -96,6 +105,7 @@ __all__ = [
     "TruncatedES",
     "TruncatedRMD",
     "UndeclaredTensorWarning",
+    "UnreachedWeightWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
     "compiled_loss",

@@ -38,7 +38,7 @@ def test_the_warning_comes_once():
 
 
 def test_lam_that_influences_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"no leaf of lam influences.*\['idle'\]"):
+    with pytest.raises(ValueError, match=r"lam at \['idle'\] influences neither.*nothing else is in lam"):
         call(step=mo.inner_step(lambda w, lam, b: (w**2).sum(), mo.optim.SGD(lr=0.1)), lam={"idle": torch.tensor(1.0)})
 
 
@@ -105,7 +105,7 @@ def test_losses_must_be_scalars_that_depend_on_something():
 
 def test_nan_is_an_error_that_says_where():
     with pytest.raises(
-        FloatingPointError, match=r"outer_loss is nan; the weight .* is not finite: the inner run diverged"
+        FloatingPointError, match=r"outer_loss is nan; the weight .* is not finite. The first .* step \d+"
     ):
         call(step=mo.inner_step(lambda w, lam, b: (w * lam["used"] * float("nan")).sum(), mo.optim.SGD(lr=0.1)))
     with pytest.raises(FloatingPointError, match="outer_loss is inf; the weights are finite"):
@@ -122,7 +122,7 @@ def test_batches_and_horizon():
         call(batches=[])
     with pytest.raises(ValueError, match="horizon must be at least 1, got 0"):
         call(horizon=0)
-    with pytest.raises(ValueError, match="only 2 batches"):
+    with pytest.raises(ValueError, match="only 2 batches in batches"):
         call(horizon=3)
     with pytest.raises(ValueError, match="horizon=T"):
         call(batches=lambda t: None)

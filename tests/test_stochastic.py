@@ -330,7 +330,7 @@ def test_small_sigma_mean_is_one_step(noise):
     estimator = mo.EvoGrad(copies=3, sigma=1e-4, temperature=0.05, noise=noise, unit_rate=True)
     step = problem.step
     state = step.init(problem.w, problem.lam)
-    _, alpha, _ = mo.estimators.base.outer_gradient(problem.outer, problem.w, problem.lam, None)
+    _, alpha, _ = mo.estimators.outer.outer_gradient(problem.outer, problem.w, problem.lam, None)
     _, one_step = step.vjp(state, problem.lam, problem.batches[0], mo.InnerState(alpha, None), wrt="lam")
     samples = torch.stack([flat(gradient(problem, e).indirect) for e in reseeded(estimator, 400)])
     within_standard_errors(samples, flat(one_step))

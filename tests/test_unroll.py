@@ -90,7 +90,7 @@ def test_any_estimator_and_its_own_number(estimator):
 def test_implicit_differentiation_and_its_own_number():
     w0, lam, batches, teacher = problem()
     step = mo.inner_step(lambda w, lam, batch: ((w * batch).tanh() - lam * teacher).pow(2).sum(), mo.optim.SGD(lr=0.1))
-    estimator = mo.IFT(mo.linsolve.Neumann(3, rate=0.1), converged=None)
+    estimator = mo.IFT(mo.linsolve.Neumann(3, rate=0.1), converged=None, solved=None)
     scale = lam["scale"].clone()
     hg = mo.hypergradient(step, lambda w, lam, _: w.pow(3).sum(), w0, scale, batches, None, estimator=estimator)
     mo.unroll(step, w0, scale.requires_grad_(), batches, estimator=estimator, closed_over=[teacher]).w.pow(

@@ -25,7 +25,7 @@ from metaopt.estimators.outer import OuterObjective
 from metaopt.estimators.reverse import RMD, DrMAD, OneStep, TruncatedRMD
 from metaopt.estimators.sama import SAMA
 from metaopt.estimators.soba import SOBA
-from metaopt.estimators.unroll import UndeclaredTensorWarning, unroll
+from metaopt.estimators.unroll import unroll
 from metaopt.estimators.uoro import UORO
 
 __all__ = [
@@ -57,7 +57,6 @@ __all__ = [
     "Response",
     "TruncatedES",
     "TruncatedRMD",
-    "UndeclaredTensorWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
     "compiled_loss",

@@ -7,7 +7,7 @@ from typing import Any
 
 from metaopt import tree
 from metaopt.estimators.base import Estimator, Response, Terms
-from metaopt.estimators.outer import OuterLoss, OuterObjective, outer_gradient
+from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -39,13 +39,13 @@ def along(outer_loss: OuterLoss, outer_batch: Any, at: tuple[int, ...]) -> dict[
         TypeError: if ``outer_batch`` is not one batch for each step.
     """
     if callable(outer_batch):
-        return {t: OuterObjective(outer_loss, outer_batch(t)) for t in at}
+        return {t: OuterObjective(outer_loss, outer_batch(t), look=t == at[0]) for t in at}
     if not isinstance(outer_batch, Sequence) or len(outer_batch) != len(at):
         raise TypeError(
             f"with at={at}, outer_batch is a sequence of {len(at)} batches, one for each step, or a function "
             f"t -> batch; got {type(outer_batch).__name__}"
         )
-    return {t: OuterObjective(outer_loss, batch) for t, batch in zip(at, outer_batch, strict=True)}
+    return {t: OuterObjective(outer_loss, batch, look=t == at[0]) for t, batch in zip(at, outer_batch, strict=True)}
 
 
 def run_to(
@@ -88,7 +88,7 @@ def terms_along(
     alphas: dict[int, InnerState] = {}
     parts, carry = [], None
     for t, state, carry in visits:  # noqa: B007
-        loss, alpha, direct = outer_gradient(outers[t].loss, state.w, lam, outers[t].batch)
+        loss, alpha, direct = outers[t].gradient(state.w, lam)
         alphas[state.t] = InnerState(alpha, None, state.t)
         parts.append(Terms(loss, direct, tree.map(lambda _: None, lam)))
     response = estimator.pull(step, state, lam, carry, alphas)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from torch import Tensor
 from typing_extensions import Self
 
-from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.estimators.outer import OuterObjective
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -110,6 +110,8 @@ class Estimator(ABC):
             (:meth:`observe`), so that there is no pullback without one.
         needs_calibration: whether a setting has to be fitted to a run (:meth:`calibrate`) and has
             not been.
+        sees_optimizer: whether it sees hyperparameters that enter through the optimiser alone
+            (learning rates).
         gives_initial: whether the pullback knows the cotangent of the initial state, at least for
             short runs.
         whole_state: whether the pullback takes an :class:`InnerState` too, with cotangents of slots
@@ -125,6 +127,7 @@ class Estimator(ABC):
     linear: ClassVar[bool] = True
     needs_outer_loss: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    sees_optimizer: ClassVar[bool] = True
     gives_initial: ClassVar[bool] = False
     whole_state: ClassVar[bool] = False
     one_sweep: ClassVar[bool] = False
@@ -165,7 +168,7 @@ class Estimator(ABC):
         terms, says so here.
         """
         point, pullback = self.respond(step, state, lam, carry)
-        loss, alpha, direct = outer_gradient(outer.loss, point, lam, outer.batch)
+        loss, alpha, direct = outer.gradient(point, lam, needs_weights=not self.drops_indirect)
         response = pullback(alpha)
         return Terms(loss, direct, response.lam, response.initial, response.info)
 

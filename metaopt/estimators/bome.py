@@ -25,7 +25,7 @@ from metaopt.estimators import _noise
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators.base import Terms, Traits
-from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.estimators.outer import OuterObjective
 from metaopt.inner import InnerState, Step
 from metaopt.trajectory import Moment
 from metaopt.tree import Tree
@@ -76,6 +76,8 @@ class BOME(AlongOneOuterLoss):
         sees="a solution", high_dimensional=True, bias="of the order of the rate, where the joint run ends"
     )
 
+    sees_optimizer = False
+
     rate: float = 0.01
     eta: float = 0.5
 
@@ -93,7 +95,7 @@ class BOME(AlongOneOuterLoss):
         """The gradients at y, which a hyper-step here would use too, and the second run's step."""
         at = self.last_of(carry)._replace(lam=lam)
         y = carry.own.y
-        loss, outer_y, direct = outer_gradient(outer.loss, y, lam, outer.batch)
+        loss, outer_y, direct = outer.gradient(y, lam)
         at_y, inner_y, inner_lam = _inner_gradient(step, at.moved(y))
         at_w = lam_gradient(step, at)
         penalty = tree.map(lambda a, b: None if a is None or b is None else a - b, inner_lam, at_w)

@@ -82,6 +82,8 @@ class EvoGrad(Estimator):
         sees="the last step", high_dimensional=True, bias="as 1-step, smoothed; another size; noise"
     )
 
+    sees_optimizer = False
+
     copies: int = 2
     sigma: float = 1e-3
     temperature: float = 0.05

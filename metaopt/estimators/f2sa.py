@@ -21,7 +21,7 @@ from metaopt.estimators import _noise
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators.base import Terms, Traits
-from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.estimators.outer import OuterObjective
 from metaopt.inner import InnerState, Step, inner_step
 from metaopt.optim import SGD
 from metaopt.tree import Tree
@@ -46,6 +46,8 @@ class F2SA(AlongOneOuterLoss):
     """
 
     traits: ClassVar[Traits] = Traits(sees="a solution", high_dimensional=True, bias="of order 1/κ at a solution")
+
+    sees_optimizer = False
 
     rate: float = 0.01
     multiplier: float = 100.0
@@ -77,7 +79,7 @@ class F2SA(AlongOneOuterLoss):
     ) -> Terms:
         """The direct term at y, and κ times the difference; the outer loss reported is the one at y."""
         at = self.last_of(carry)._replace(lam=lam)
-        loss, _, direct = outer_gradient(outer.loss, carry.own, lam, outer.batch)
+        loss, _, direct = outer.gradient(carry.own, lam)
         at_y = lam_gradient(step, at.moved(carry.own))
         at_w = lam_gradient(step, at)
         difference = tree.map(lambda a, b: None if a is None or b is None else self.multiplier * (a - b), at_y, at_w)

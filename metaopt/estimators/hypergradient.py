@@ -10,13 +10,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import replay, tree
 from metaopt.estimators._along import along, check_at, terms_along
+from metaopt.estimators._arguments import check_arguments
 from metaopt.estimators._beginning import begin
+from metaopt.estimators._non_finite import first_non_finite
 from metaopt.estimators.base import Estimator, Terms
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.estimators.reverse import RMD
+from metaopt.inner._first_look import warn_of
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -99,18 +102,28 @@ def hypergradient(
     >>> hg.total  # 1 - (1 - 0.5)^2
     tensor([0.7500])
     """
+    check_arguments(step, w0, lam, batches, estimator, outer_loss)
     check_lam(lam, estimator)
     lam = tree.detach(lam)
     counted = CountedStep(step, Cost())
+    rng = replay.snapshot(w0)
     first, stream = opened(batches, horizon)
     beginning = begin(counted, w0, lam, estimator, first)
-    if at is not None:
-        outers = along(outer_loss, outer_batch, check_at(at, estimator))
-        state, terms = terms_along(counted, outers, beginning.state, lam, stream, estimator)
-    else:
-        outer = OuterObjective(outer_loss, outer_batch)
-        state, terms = terms_at_end(counted, outer, beginning.state, lam, stream, estimator)
-    return result(counted, state, lam, estimator, beginning.complete(terms, estimator))
+    try:
+        if at is not None:
+            outers = along(outer_loss, outer_batch, check_at(at, estimator))
+            state, terms = terms_along(counted, outers, beginning.state, lam, stream, estimator)
+        else:
+            outer = OuterObjective(outer_loss, outer_batch, look=True)
+            state, terms = terms_at_end(counted, outer, beginning.state, lam, stream, estimator)
+        return result(counted, state, lam, estimator, beginning.complete(terms, estimator))
+    except FloatingPointError as error:
+        if isinstance(batches, Iterator):  # which cannot be read again
+            raise
+        where = first_non_finite(step, beginning.state, lam, each(batches, horizon), rng)
+        if where is None:
+            raise
+        raise FloatingPointError(f"{error}. The first number that is not finite is in {where}") from error
 
 
 def terms_at_end(
@@ -132,16 +145,22 @@ def evaluate(
     outer_batch: Any,
     estimator: Estimator,
     carry: Any,
+    *,
+    look: bool = False,
 ) -> Hypergradient:
     """The hypergradient at the state that an online run has reached."""
-    terms = estimator.differentiate(step, OuterObjective(outer_loss, outer_batch), state, lam, carry)
+    terms = estimator.differentiate(step, OuterObjective(outer_loss, outer_batch, look), state, lam, carry)
     if terms.initial is not None:
         terms = terms._replace(initial=terms.initial.w)
-    return result(step, state, lam, estimator, terms)
+    return result(step, state, lam, estimator, terms, look=look)
 
 
-def result(step: CountedStep, state: InnerState, lam: Tree, estimator: Estimator, terms: Terms) -> Hypergradient:
+def result(
+    step: CountedStep, state: InnerState, lam: Tree, estimator: Estimator, terms: Terms, *, look: bool = True
+) -> Hypergradient:
     """The hypergradient, checked."""
+    if look:
+        warn_of(step.undeclared)
     _check_used(terms.direct, terms.indirect, lam, estimator)
     direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
@@ -149,7 +168,7 @@ def result(step: CountedStep, state: InnerState, lam: Tree, estimator: Estimator
     return Hypergradient(total, direct, indirect, terms.initial, terms.outer_loss, state, step.cost, terms.info)
 
 
-def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
+def each(batches: Batches, horizon: int | None = None, name: str = "batches") -> Iterator[Any]:
     """The batches of steps 1 … T.
 
     Raises:
@@ -166,23 +185,25 @@ def each(batches: Batches, horizon: int | None = None) -> Iterator[Any]:
         return (batches(t) for t in range(1, horizon + 1))
     if isinstance(batches, (str, bytes, Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(
-            "batches gives one batch per inner step: a list, a DataLoader, an iterator, or a function t -> batch with "
+            f"{name} gives one batch per inner step: a list, a DataLoader, an iterator, or a function t -> batch with "
             f"horizon=T; got {type(batches).__name__}"
         )
     if isinstance(batches, cycle) and horizon is None:
         raise ValueError("mo.cycle never ends, so horizon=T must say how many inner steps to take")
-    return _counted(batches, horizon)
+    return _counted(batches, horizon, name)
 
 
-def _counted(batches: Iterable[Any], horizon: int | None) -> Iterator[Any]:
+def _counted(batches: Iterable[Any], horizon: int | None, name: str) -> Iterator[Any]:
     count = 0
     for batch in itertools.islice(batches, horizon):
         count += 1
         yield batch
-    if horizon is not None and count < horizon:
-        raise ValueError(f"horizon is {horizon}, but there are only {count} batches: mo.cycle(loader) starts again")
     if not count:
-        raise ValueError("batches is empty: one batch per inner step is needed")
+        raise ValueError(f"{name} is empty: one batch per inner step is needed")
+    if horizon is not None and count < horizon:
+        raise ValueError(
+            f"horizon is {horizon}, but there are only {count} batches in {name}: mo.cycle(loader) starts again"
+        )
 
 
 @dataclass(frozen=True)
@@ -255,18 +276,19 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
     ]
     if not unused:
         return
-    if len(unused) == len(tree.leaves(lam)):
-        raise ValueError(
-            f"no leaf of lam influences the inner step or the outer loss ({', '.join(unused)}): use lam inside the "
-            "losses or the optimiser's "
-            "hyperparameters, and check that nothing detaches it"
+    where = ", ".join(unused)
+    if not estimator.sees_optimizer:
+        what = f"{type(estimator).__name__} sees no influence of lam at {where}"
+        why = (
+            "it looks at the losses alone, and not at what enters through the optimiser (a learning rate): use OneStep, "
+            "TruncatedRMD or RMD for that"
         )
-    warnings.warn(
-        f"lam at {', '.join(unused)} influences neither the inner step nor the outer loss; its hypergradient is "
-        "zero. Remove it, or use it.",
-        UnusedHyperparameterWarning,
-        stacklevel=4,
-    )
+    else:
+        what = f"lam at {where} influences neither the inner step nor the outer loss"
+        why = "use it in the losses or in the optimiser's hyperparameters, and check that nothing detaches it"
+    if len(unused) == len(tree.leaves(lam)):
+        raise ValueError(f"{what}, and nothing else is in lam: {why}")
+    warnings.warn(f"{what}; its hypergradient is zero: {why}", UnusedHyperparameterWarning, stacklevel=4)
 
 
 def check_finite(total: Tree, indirect: Tree, state: InnerState, estimator: Estimator) -> None:

@@ -72,6 +72,8 @@ class IFT(FromLastStep):
         sees="a solution", high_dimensional=True, bias="away from a solution; the solver's residual"
     )
 
+    sees_optimizer = False
+
     solver: Solver | None = None
     converged: float | None = 1e-2
     solved: float | None = 0.1

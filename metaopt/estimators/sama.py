@@ -48,6 +48,8 @@ class SAMA(FromLastStep):
         sees="a solution", high_dimensional=True, bias="a diagonal for the inverse Hessian; a finite difference"
     )
 
+    sees_optimizer = False
+
     radius: float = 0.01
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from metaopt import tree
 from metaopt.estimators import _noise
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators.base import Terms, Traits
-from metaopt.estimators.outer import OuterObjective, outer_gradient
+from metaopt.estimators.outer import OuterObjective
 from metaopt.inner.contract import Step, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
@@ -47,6 +47,8 @@ class SOBA(AlongOneOuterLoss):
         sees="a solution", high_dimensional=True, bias="until the run and its linear system have settled"
     )
 
+    sees_optimizer = False
+
     rate: float = 0.01
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class SOBA(AlongOneOuterLoss):
     @override
     def observe(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered) -> Remembered:
         """One step of the linear system."""
-        _, alpha, _ = outer_gradient(outer.loss, state.w, lam, outer.batch)
+        _, alpha, _ = outer.gradient(state.w, lam)
         contracted, _ = self._products(step, lam, carry, "state")
         assert contracted is not None
         return carry._replace(own=tree.sub(contracted.w, tree.scale(self.rate, alpha)))
@@ -70,7 +72,7 @@ class SOBA(AlongOneOuterLoss):
         self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Remembered
     ) -> Terms:
         """The direct term, and ``v`` times the mixed derivative."""
-        loss, _, direct = outer_gradient(outer.loss, state.w, lam, outer.batch)
+        loss, _, direct = outer.gradient(state.w, lam)
         _, product = self._products(step, lam, carry, "lam")
         return Terms(loss, direct, tree.scale(-1.0 / self.rate, product))
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
-from metaopt import replay, tree
+from metaopt import tree
 from metaopt.estimators._along import as_taken, check_at, responses_along
+from metaopt.estimators._arguments import check_arguments
 from metaopt.estimators._beginning import check_resumed, filled, speak_of_dropped
 from metaopt.estimators.base import Estimator, Response
 from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, opened
 from metaopt.estimators.reverse import RMD
+from metaopt.inner._first_look import warn_of
 from metaopt.inner.closed import closed_over as with_closed_over
-from metaopt.inner.closed import undeclared
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.inner.tasks import for_all_tasks
@@ -30,10 +30,6 @@ from metaopt.tree import Tree
 
 States: TypeAlias = Callable[[Mapping[int, InnerState]], Response]
 """The pullback of the cotangents of several states."""
-
-
-class UndeclaredTensorWarning(UserWarning):
-    """The inner loss depends on a tensor that requires grad and that :func:`unroll` was not told about."""
 
 
 def unroll(
@@ -98,6 +94,7 @@ def unroll(
     >>> lam.grad
     tensor([0.7500])
     """
+    check_arguments(step, w0, lam, batches, estimator)
     check_lam(lam, estimator)
     if estimator.needs_outer_loss:
         raise ValueError(
@@ -120,23 +117,8 @@ def unroll(
     if not (torch.is_grad_enabled() and tree.requires_grad(inputs)):
         states = run.plain(w0, lam, first, stream)
     else:
-        run.warn_of_undeclared(w0, lam, first)
         states = run.differentiable(w0, lam, first, stream)
     return states[0] if at is None else tuple(states)
-
-
-def warn_of(found: Sequence[Tensor], loss: str) -> None:
-    """Warn of tensors that require grad and that nobody declared."""
-    if not found:
-        return
-    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
-    warnings.warn(
-        f"the {loss} depends on {len(found)} tensor(s) that require grad and are neither weights nor lam "
-        f"(shapes {shapes}): they get no gradient. Call model(w, x), not net(x); put them into lam, declare them "
-        "with unroll(closed_over=[...]), or detach them",
-        UndeclaredTensorWarning,
-        stacklevel=4,
-    )
 
 
 def refuse_transforms(inputs: Tree) -> None:
@@ -186,6 +168,7 @@ class _Run:
             state = tree.detach(state)
         record = _Record(self, step, state, full, batches)
         outputs = iter(_Unrolled.apply(record, *tree.floats((state, full))))
+        warn_of(step.undeclared)
         return tree.map(lambda x: next(outputs) if tree.is_float(x) else x, record.reached)
 
     def remembered(
@@ -200,14 +183,6 @@ class _Run:
         point, pullback = self.estimator.respond(step, state, lam, carry)
         last = tree.detach(state._replace(w=point))
         return [last], lambda cotangents: pullback(as_taken(self.estimator, cotangents[last.t]))
-
-    def warn_of_undeclared(self, w0: Tree, lam: Tree, batch: Any) -> None:
-        """One evaluation of the inner loss, to see what else it depends on."""
-        step = with_closed_over(self.step, self.closed) if self.closed else self.step
-        full = tree.detach((lam, list(self.closed)) if self.closed else lam)
-        state = self._begin(step, tree.detach(w0), full, batch)
-        with replay.preserved(state):
-            warn_of(undeclared(step, state, full, batch), "inner loss")
 
     def _begin(self, step: Step, w0: Tree, lam: Tree, batch: Any) -> InnerState:
         if not isinstance(w0, InnerState):

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from metaopt import replay, tree
-from metaopt.inner._graph import check_twice_differentiable
+from metaopt.inner._graph import check_twice_differentiable, leaves
 from metaopt.inner.adjoint import Loss
+from metaopt.optim.optimizer import Optimizer, per_leaf
 from metaopt.tree import Tree
 
 
 class UnreachedWeightWarning(UserWarning):
     """The inner loss gave no gradient to a weight, so that the step leaves it where it is."""
+
+
+class UndeclaredTensorWarning(UserWarning):
+    """A loss or an optimiser depends on tensors that require grad and that are neither weights nor λ."""
 
 
 class FirstLook:
@@ -26,15 +31,17 @@ class FirstLook:
         written: whether it has been seen to leave the weights alone.
         reached: whether its gradient has been looked at.
         unreached: numbers of the weights that it did not reach then.
+        undeclared: what to say of other tensors that require grad.
         twice: whether a graph of its gradient has been looked at.
     """
 
-    __slots__ = ("reached", "twice", "unreached", "written")
+    __slots__ = ("reached", "twice", "undeclared", "unreached", "written")
 
     def __init__(self) -> None:
         """Nothing has been looked at."""
         self.written = self.reached = self.twice = False
         self.unreached: list[int] = []
+        self.undeclared: list[str] = []
 
     def value(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The loss, beside a copy of the weights: what it wrote into them is undone.
@@ -51,7 +58,18 @@ class FirstLook:
                     x.detach().copy_(old)
             raise written_into(w, changed)
         self.written = True
+        self.undeclared += said_of_undeclared(found, (w, lam), "inner_loss")
         return found
+
+    def optimizer(self, optimizer: Optimizer, w: Tree, lam: Tree) -> None:
+        """Note settings that require grad; λ reaches an optimiser through a function of it."""
+        with torch.enable_grad():
+            names = held(optimizer, tree.detach(lam), tree.flatten(w)[1])
+        if names:
+            self.undeclared.append(
+                f"the optimiser's {', '.join(names)} require grad and get no gradient: put them into lam, and give the "
+                "optimiser a function of it, lr=lambda lam, t: lam['lr']"
+            )
 
     def gradient(self, g: list[Tensor | None], w: Tree, again: Callable[[], Any]) -> None:
         """Warn of weights without a gradient; ``again`` evaluates the loss once more where there are some."""
@@ -102,3 +120,39 @@ def reentrant(what: str) -> RuntimeError:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a != a)).all())
+
+
+def said_of_undeclared(loss: Tensor, known: Tree, what: str) -> list[str]:
+    """What to say of leaves of autograd that a loss depends on and that are not behind ``known``."""
+    own: set[int] = set()
+    for x in tree.floats(known):
+        own.update([id(leaf) for leaf in leaves(x)] if x.grad_fn is not None else [id(x)])
+    found = [leaf for leaf in leaves(loss) if id(leaf) not in own]
+    if not found:
+        return []
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
+    return [
+        f"{what} depends on {len(found)} tensor(s) that require grad and are neither weights nor lam (shapes {shapes}): "
+        "they get no gradient. Call model(w, x), not net(x); put them into lam, declare them to mo.unroll with "
+        "closed_over=[...], or detach them"
+    ]
+
+
+def warn_of(undeclared: list[str]) -> None:
+    """Warn of what was noted."""
+    for what in undeclared:
+        warnings.warn(what, UndeclaredTensorWarning, stacklevel=4)
+
+
+def held(optimizer: Optimizer, lam: Tree, spec: tree.Spec) -> list[str]:
+    """Names of the hyperparameters whose values require grad though λ does not."""
+    names: list[str] = []
+    for name in optimizer.hypers:
+        values = per_leaf(
+            getattr(optimizer, name), lam, 1, spec, name, pair=isinstance(getattr(optimizer, name), tuple)
+        )
+        if any([x.requires_grad for x in tree.floats(values)]):
+            names.append(f"{type(optimizer).__name__}.{name}")
+    for inside in optimizer.parts:
+        names += held(inside, lam, spec)
+    return names

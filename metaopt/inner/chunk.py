@@ -41,6 +41,11 @@ class Chunk(Step):
     def stacked(self) -> bool:
         return self.step.stacked
 
+    @property
+    @override
+    def undeclared(self) -> list[str]:
+        return self.step.undeclared
+
     @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
         return self.step.init(w, lam)

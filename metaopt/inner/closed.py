@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner._graph import leaves
 from metaopt.inner.chunk import Chunk, chunked
 from metaopt.inner.contract import Step, WrappedStep
 from metaopt.inner.custom import CustomStep
-from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
-from metaopt.optim.optimizer import Optimizer
+from metaopt.optim.optimizer import Hyper, Optimizer
 from metaopt.tree import Tree
 
 
@@ -70,6 +68,8 @@ class _Substitution(TorchFunctionMode):
 class OfFirst(Optimizer):
     """``of``, reading the first part of λ."""
 
+    hypers: ClassVar[tuple[str, ...]] = ()
+
     of: Optimizer
 
     def init(self, w: Tree) -> Tree:
@@ -81,22 +81,26 @@ class OfFirst(Optimizer):
         return self.of.update(g, w, slots, lam[0], t)
 
     @property
+    @override
+    def counts_steps(self) -> bool:
+        return self.of.counts_steps
+
+    @property
+    @override
+    def loss_decay(self) -> Hyper:
+        return self.of.loss_decay
+
+    @property
+    @override
+    def elementwise(self) -> bool:
+        return self.of.elementwise
+
+    @property
+    @override
+    def steps_taken(self) -> int:
+        return self.of.steps_taken
+
+    @property
     def reads_lam(self) -> bool:
         """As ``of``."""
         return self.of.reads_lam
-
-
-def undeclared(step: Step, state: InnerState, lam: Tree, batch: Any) -> list[Tensor]:
-    """Autograd leaves that the inner loss depends on and that are neither weights nor λ.
-
-    Cost: one evaluation of the loss.
-    """
-    while isinstance(step, WrappedStep):
-        step = step.step
-    if not isinstance(step, InnerStep):
-        return []
-    with torch.enable_grad():
-        w_, lam_ = tree.attach(state.w), tree.attach(lam)
-        loss = step.inner_loss(w_, lam_, batch)
-    known = {id(x) for x in (*tree.leaves(w_), *tree.leaves(lam_))}
-    return [leaf for leaf in leaves(loss) if id(leaf) not in known]

@@ -140,6 +140,11 @@ class Step(ABC):
         """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
         return False
 
+    @property
+    def undeclared(self) -> list[str]:
+        """What was seen, at the first steps, of tensors that require grad and are neither weights nor λ."""
+        return []
+
     # -- for inner steps only --------------------------------------------------------------------
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
@@ -196,6 +201,11 @@ class WrappedStep(Step):
     def stacked(self) -> bool:
         """Whether every weight has a task axis first."""
         return self.step.stacked
+
+    @property
+    def undeclared(self) -> list[str]:
+        """What was seen of other tensors that require grad."""
+        return self.step.undeclared
 
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss."""

@@ -112,6 +112,11 @@ class InnerStep(Step):
         """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
         return is_stacked(self.inner_loss)
 
+    @property
+    @override
+    def undeclared(self) -> list[str]:
+        return self._look.undeclared
+
     @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
         """The state before the first step: the weights and fresh slots; differentiable as the step is.
@@ -242,7 +247,9 @@ class InnerStep(Step):
     def _value(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss, which must leave the weights as they are."""
         if not self._look.written:
-            return self._look.value(self.loss, w, lam, batch)
+            loss = self._look.value(self.loss, w, lam, batch)
+            self._look.optimizer(self.optimizer, w, lam)
+            return loss
         leaves = tree.leaves(w)
         before = [x._version for x in leaves]
         loss = self.loss(w, lam, batch)

@@ -37,7 +37,7 @@ class HyperSteps:
             if self.last is not None:
                 raise ValueError(f"{self}: the last steps of a run are known only with horizon=T")
             return
-        if not any(self.due(t, horizon) for t in range(horizon, max(0, horizon - self.every), -1)):
+        if horizon and not any(self.due(t, horizon) for t in range(horizon, max(0, horizon - self.every), -1)):
             raise ValueError(
                 f"{self} never moves lam in a run of {horizon} steps: take a smaller every or a larger last"
             )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import checks, replay, tree
+from metaopt.estimators._arguments import check_arguments
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.hypergradient import Batches, Hypergradient, each, evaluate
@@ -84,6 +85,7 @@ def online(
         SizeWarning: if the estimator's size is its own (EvoGrad without ``unit_rate``), and the
             outer optimiser not scale-free.
     """
+    check_arguments(step, w0, lam, batches, estimator, outer_loss)
     checks.one_of("online", "guard", guard, ("raise", "skip", "stop"))
     checks.count("online", "checkpoint_every", checkpoint_every)
     outer = OuterOptimizer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
@@ -101,6 +103,7 @@ class _Position:
     carry: Any
     estimator: Estimator
     skipped: int = 0
+    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class OnlineRun:
                 f"{type(self.estimator).__name__} needs lam fixed during the inner run and cannot be used online; use "
                 "mo.tune, where lam moves after each run"
             )
+        if self.steps == 0:
+            raise ValueError("batches is empty: one batch per inner step is needed")
         self.hyper_steps.check(self.steps)
         outer.check_size(self.estimator)
 
@@ -195,12 +200,15 @@ class OnlineRun:
     ) -> Hypergradient | None:
         """λ moved by the hypergradient; ``None`` where that is not finite and the guard passes over it."""
         try:
-            result = evaluate(counted, self.outer_loss, at.state, outer.lam, outer_batch, at.estimator, at.carry)
+            result = evaluate(
+                counted, self.outer_loss, at.state, outer.lam, outer_batch, at.estimator, at.carry, look=not at.moved
+            )
         except FloatingPointError:
             if self.guard == "raise" or (self.guard == "skip" and not tree.is_finite(at.state.w)):
                 raise
             at.skipped += 1
             return None
+        at.moved = True
         at.carry = at.estimator.reuse(at.carry, result.info)
         outer.update(result.total)
         if self.scheduled:
@@ -210,8 +218,15 @@ class OnlineRun:
     def _pairs(self, start: int) -> Iterator[tuple[Any, Any]]:
         """Inner and outer batches from step ``start + 1`` on."""
         inner = _from(self.batches, self.horizon, start)
-        outer = _from(self.outer_batches, self.steps, start)
-        return zip(inner, outer, strict=self.steps is not None)
+        outer = _from(self.outer_batches, self.steps, start, "outer_batches")
+        for t, batch in enumerate(inner, start + 1):
+            outer_batch = next(outer, _MISSING)
+            if outer_batch is _MISSING:
+                raise ValueError(
+                    f"outer_batches has {t - 1} batches, and the run has more steps: one is needed for every inner "
+                    "step; mo.cycle(loader) starts again, and lambda t: batch gives the same one"
+                )
+            yield batch, outer_batch
 
     def _settings(self, w0: Tree, outer: OuterOptimizer) -> dict[str, Any]:
         return {
@@ -280,6 +295,9 @@ class _Keeper:
         files.write(self.path, "online", content, self.settings, _tensors(batch))
 
 
+_MISSING = object()
+
+
 def _plain(result: Hypergradient | None) -> Hypergradient | None:
     """The hypergradient without what the method reports about itself, which need not be storable."""
     return None if result is None else result._replace(info=None)
@@ -289,8 +307,8 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def _from(batches: Batches, horizon: int | None, start: int) -> Iterator[Any]:
+def _from(batches: Batches, horizon: int | None, start: int, name: str = "batches") -> Iterator[Any]:
     """The batches of steps ``start + 1`` … T."""
     if callable(batches) and horizon is not None:
         return (batches(t) for t in range(start + 1, horizon + 1))
-    return itertools.islice(each(batches, horizon), start, None)
+    return itertools.islice(each(batches, horizon, name), start, None)

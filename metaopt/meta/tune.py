@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from metaopt import checks, replay, tree
+from metaopt.estimators._arguments import check_arguments
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.hypergradient import Batches, Hypergradient, hypergradient
@@ -94,6 +95,7 @@ def tune(
     2 0.165 0.2
     3 0.122 0.3
     """
+    check_arguments(step, w0, lam, batches, estimator, outer_loss)
     checks.count("tune", "runs", runs)
     checks.count("tune", "calibration_period", calibration_period)
     checks.one_of("tune", "guard", guard, ("raise", "skip", "stop"))

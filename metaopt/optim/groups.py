@@ -50,6 +50,11 @@ class Groups(Optimizer):
 
     @property
     @override
+    def parts(self) -> list[Optimizer]:
+        return [optimizer for _, optimizer in self.groups]
+
+    @property
+    @override
     def loss_decay(self) -> Hyper:
         decays = [optimizer.loss_decay for _, optimizer in self.groups]
         if any([decay != decays[0] for decay in decays]):

@@ -79,6 +79,11 @@ class Optimizer:
                 check(self, field.name, entry)
 
     @property
+    def parts(self) -> list[Optimizer]:
+        """The optimisers inside this one."""
+        return []
+
+    @property
     def loss_decay(self) -> Hyper:
         """Weight decay that acts as ``½ · decay · ‖w‖²`` in the loss would, so that implicit differentiation can take it in.
 

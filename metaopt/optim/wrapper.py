@@ -60,6 +60,11 @@ class Wrapper(Optimizer):
 
     @property
     @override
+    def parts(self) -> list[Optimizer]:
+        return [self.optimizer]
+
+    @property
+    @override
     def loss_decay(self) -> Hyper:
         return self.optimizer.loss_decay
 
