@@ -99,7 +99,12 @@ FAULTS = (
         "_sum(a, b, x) for a, b, x in parts",
         "_sum(a, None, x) for a, b, x in parts",
     ),
-    Fault("slots' cotangent dropped", "inner/_linearized.py", "for a, b, x in parts]), slots_bar, self._at.t)", "for a, b, x in parts]), None, self._at.t)"),
+    Fault(
+        "slots' cotangent dropped",
+        "inner/_linearized.py",
+        "for a, b, x in parts]), slots_bar, self._at.t)",
+        "for a, b, x in parts]), None, self._at.t)",
+    ),
     Fault(
         "mixed mode along the wrong tangent",
         "inner/_dual.py",

@@ -111,6 +111,12 @@ def instance(owner: object, name: str, value: Any, kind: type | tuple[type, ...]
     raise TypeError(f"{_place(owner, name)} must be of type {kinds}, got {got}{hint}")
 
 
+def provides(owner: object, name: str, value: Any, method: str, remedy: str) -> None:
+    """Something with a method of that name; ``remedy`` tells what to pass instead."""
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise TypeError(f"{_place(owner, name)} is {value!r}, which has no {method}(): give {remedy}")
+
+
 def one_of(owner: object, name: str, value: Any, allowed: Sequence[Any]) -> None:
     """One of a few values."""
     if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):

@@ -404,7 +404,7 @@ def test_data_weights_start_as_the_plain_mean():
         model.inner_loss(w, lam, (x, y))
     with pytest.raises(ValueError, match="each of 8 examples"):
         model.inner_loss(w, lam[:7], (x, y, torch.arange(5)))
-    with pytest.raises(ValueError, match="at least one example, got 0"):
+    with pytest.raises(ValueError, match="examples must be at least 1, got 0"):
         DataWeights.of(net(), each_cross_entropy, examples=0)
 
 

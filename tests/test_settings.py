@@ -12,6 +12,9 @@ NAN = float("nan")
 SGD = mo.optim.SGD(lr=0.1)
 # what a class needs before a field can be set
 NEEDED = {
+    mo.PES: {"window": 2},
+    mo.FDS: {"window": 2},
+    mo.trajectory.Last: {"steps": 2},
     mo.optim.SGD: {"lr": 0.1},
     mo.optim.Groups: {"groups": [(["*"], SGD)]},
     **{
@@ -58,6 +61,55 @@ OUT_OF_RANGE = [
     (mo.optim.Accumulate, "every", 1.5),
     (mo.optim.Groups, "groups", [SGD]),
     (mo.optim.Groups, "groups", [("head.*", SGD)]),
+    (mo.RMD, "trajectory", mo.RMD()),
+    (mo.TruncatedRMD, "steps", -1),
+    (mo.TruncatedRMD, "steps", 1.5),
+    (mo.FMD, "columns_at_once", 0),
+    (mo.FMD, "columns_at_once", 1.5),
+    (mo.FDS, "columns_at_once", 0),
+    (mo.IFT, "converged", NAN),
+    (mo.IFT, "solved", -1.0),
+    (mo.IFT, "solver", "cg"),
+    (mo.HyperDistill, "gamma", 1.1),
+    (mo.HyperDistill, "theta", NAN),
+    (mo.HyperDistill, "pi", "one"),
+    (mo.HyperDistill, "example_axis", -1),
+    (mo.EvoGrad, "copies", 1),
+    (mo.EvoGrad, "copies", 2.5),
+    (mo.EvoGrad, "sigma", float("inf")),
+    (mo.EvoGrad, "temperature", 0.0),
+    (mo.EvoGrad, "around", "during"),
+    (mo.EvoGrad, "copies_at_once", 0),
+    (mo.DARTS, "radius", float("inf")),
+    (mo.SAMA, "radius", NAN),
+    (mo.SOBA, "rate", float("inf")),
+    (mo.F2SA, "multiplier", 0.0),
+    (mo.BOME, "eta", NAN),
+    (mo.NRES, "pairs", 1.5),
+    (mo.NRES, "sigma", 0.0),
+    (mo.PES, "window", 1.5),
+    (mo.UORO, "sketches", 1.5),
+    (mo.ForwardGradient, "directions", 0),
+    (mo.ForwardGradient, "noise", "uniform"),
+    (mo.linsolve.Neumann, "terms", -1),
+    (mo.linsolve.Neumann, "terms", 1.5),
+    (mo.linsolve.Neumann, "rate", NAN),
+    (mo.linsolve.ConjugateGradient, "iterations", 1.5),
+    (mo.linsolve.ConjugateGradient, "tolerance", NAN),
+    (mo.linsolve.GMRES, "iterations", 0),
+    (mo.linsolve.MINRES, "damping", NAN),
+    (mo.linsolve.Nystrom, "rank", 1.5),
+    (mo.linsolve.PowerIteration, "iterations", 0),
+    (mo.trajectory.Last, "steps", NAN),
+    (mo.trajectory.Checkpointed, "slots", 1.5),
+    (mo.trajectory.Checkpointed, "every", NAN),
+    (mo.trajectory.Budgeted, "bytes", NAN),
+    (mo.trajectory.Distilled, "gamma", NAN),
+    (mo.trajectory.Offloaded, "device", 3),
+    (mo.meta.Reptile, "rate", NAN),
+    (mo.meta.FOMAML, "rate", 0.0),
+    (mo.meta.HyperSteps, "every", 1.5),
+    (mo.meta.HyperSteps, "last", 0),
 ]
 
 
@@ -109,3 +161,9 @@ def test_each_check(check, good, bad):
 def test_what_gives_a_number_later_passes():
     for value in (Optimizer, lambda lam, t: lam, {"a": 1.0}, [1.0]):
         checks.positive("Owner", "field", value)
+
+
+@pytest.mark.parametrize("limits", [(NAN, 1.0), (0.0, NAN), (2.0, 1.0), {"lr": (NAN, None)}])
+def test_bounds_that_are_not_bounds(limits):
+    with pytest.raises(ValueError, match="bounded: "):
+        mo.meta.bounded(limits)

@@ -209,7 +209,7 @@ class TestFirstDerivatives:
 
     def test_bad_settings(self, estimator):
         name = "radius" if hasattr(estimator, "radius") else "rate"
-        with pytest.raises(ValueError, match=f"{type(estimator).__name__}: {name} must be positive"):
+        with pytest.raises(ValueError, match=f"{type(estimator).__name__}: {name} must be a number above 0"):
             type(estimator)(**{name: 0.0})
 
 

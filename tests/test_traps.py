@@ -410,3 +410,28 @@ def test_frozen_parameters_in_unroll():
     assert (
         torch.allclose(net[2].weight.grad, expected["2.weight"], rtol=1e-12) and net[2].weight.grad.abs().max() > 1e-8
     )
+
+
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["inputs require grad", "they do not"])
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_reentrant_checkpointing_is_refused_by_name(needs_grad):
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            x = self.first(x) if needs_grad else x
+            return self.head(checkpoint(self.body, x, use_reentrant=True))
+
+    model = mo.functional(Body().double())
+    step = mo.inner_step(lambda w, lam, x: lam * model(w, x).pow(2).mean(), mo.optim.SGD(lr=0.1))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        mo.hypergradient(
+            step,
+            lambda w, lam, x: model(w, x).sum(),
+            model.params,
+            torch.ones((), dtype=F64),
+            [torch.ones(2, 3, dtype=F64)] * 2,
+            torch.ones(2, 3, dtype=F64),
+        )

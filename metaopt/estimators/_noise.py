@@ -44,24 +44,6 @@ def draw(like: Tree, law: Law, generator: Tensor, *, copies: int | None = None) 
     return tree.map(leaf_noise, like), source.get_state()
 
 
-def check_law(law: str, where: str) -> None:
-    """Raise a ``ValueError`` for an unknown law."""
-    if law not in ("gaussian", "sign"):
-        raise ValueError(f"{where}: noise must be 'gaussian' or 'sign', got {law!r}")
-
-
-def check_at_least(value: float, least: float, where: str) -> None:
-    """Raise a ``ValueError`` for a setting that is too small."""
-    if not value >= least:
-        raise ValueError(f"{where} must be at least {least:g}, got {value}")
-
-
-def check_positive(value: float, where: str) -> None:
-    """Raise a ``ValueError`` for a setting that is not positive."""
-    if not value > 0:
-        raise ValueError(f"{where} must be positive, got {value}")
-
-
 def check_precision(moved: Tree, size: float, setting: str, what: str) -> None:
     """Refuse numbers that are too coarse for a step of this size.
 

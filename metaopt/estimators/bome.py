@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from metaopt import tree
-from metaopt.estimators import _noise
+from metaopt import checks, tree
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators.base import Terms, Traits
@@ -83,8 +82,8 @@ class BOME(AlongOneOuterLoss):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_positive(self.rate, "BOME: rate")
-        _noise.check_positive(self.eta, "BOME: eta")
+        checks.positive(self, "rate", self.rate)
+        checks.positive(self, "eta", self.eta)
 
     @override
     def start_of(self, state: InnerState, lam: Tree) -> Second:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._last_step import FromLastStep, Remembered
 from metaopt.estimators._mixed_difference import mixed_difference
@@ -50,7 +50,7 @@ class DARTS(FromLastStep):
 
     def __post_init__(self) -> None:
         """Check the radius."""
-        _noise.check_positive(self.radius, "DARTS: radius")
+        checks.positive(self, "radius", self.radius)
 
     @override
     def looked_at(self, taken: Moment, new: InnerState) -> Moment:

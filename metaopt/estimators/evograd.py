@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.estimators.hypergradient import ZeroHypergradientWarning
@@ -97,14 +97,13 @@ class EvoGrad(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_at_least(self.copies, 2, "EvoGrad: copies")
-        _noise.check_positive(self.sigma, "EvoGrad: sigma")
-        _noise.check_positive(self.temperature, "EvoGrad: temperature")
-        _noise.check_law(self.noise, "EvoGrad")
-        if self.around not in ("before", "after"):
-            raise ValueError(f"EvoGrad: around must be 'before' or 'after', got {self.around!r}")
+        checks.count(self, "copies", self.copies, at_least=2)
+        checks.positive(self, "sigma", self.sigma)
+        checks.positive(self, "temperature", self.temperature)
+        checks.one_of(self, "noise", self.noise, ("gaussian", "sign"))
+        checks.one_of(self, "around", self.around, ("before", "after"))
         if self.copies_at_once is not None:
-            _noise.check_at_least(self.copies_at_once, 1, "EvoGrad: copies_at_once")
+            checks.count(self, "copies_at_once", self.copies_at_once)
 
     @property
     def own_size(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

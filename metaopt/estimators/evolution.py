@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Terms, Traits
 from metaopt.estimators.hypergradient import ZeroHypergradientWarning
@@ -82,8 +82,8 @@ class Evolution(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_at_least(self.pairs, 1, f"{type(self).__name__}: pairs")
-        _noise.check_positive(self.sigma, f"{type(self).__name__}: sigma")
+        checks.count(self, "pairs", self.pairs)
+        checks.positive(self, "sigma", self.sigma)
 
     @abstractmethod
     def _renewed(self, pair: Pair, state: InnerState, noise: Tree, t: int) -> Pair:
@@ -205,7 +205,7 @@ class Windowed(Evolution):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        _noise.check_at_least(self.window, 1, f"{type(self).__name__}: window")
+        checks.count(self, "window", self.window)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from metaopt import tree
-from metaopt.estimators import _noise
+from metaopt import checks, tree
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators._mixed_difference import lam_gradient
 from metaopt.estimators.base import Terms, Traits
@@ -54,8 +53,8 @@ class F2SA(AlongOneOuterLoss):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_positive(self.rate, "F2SA: rate")
-        _noise.check_positive(self.multiplier, "F2SA: multiplier")
+        checks.positive(self, "rate", self.rate)
+        checks.positive(self, "multiplier", self.multiplier)
 
     @override
     def start_of(self, state: InnerState, lam: Tree) -> Tree:

@@ -62,7 +62,7 @@ class FDS(ForwardMode):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_columns(self.columns_at_once, "FDS")
+        check_columns(self, self.columns_at_once)
         for size in tree.leaves(self.window):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(

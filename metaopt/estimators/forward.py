@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.contract import Linearized, Step
 from metaopt.inner.state import InnerState
@@ -116,13 +116,13 @@ class FMD(ForwardMode):
 
     def __post_init__(self) -> None:
         """Check the setting."""
-        check_columns(self.columns_at_once, "FMD")
+        check_columns(self, self.columns_at_once)
 
 
-def check_columns(columns_at_once: int | None, who: str) -> None:
-    """Raise a ``ValueError`` unless it is ``None`` or at least 1."""
-    if columns_at_once is not None and columns_at_once < 1:
-        raise ValueError(f"{who}: columns_at_once must be at least 1, got {columns_at_once}")
+def check_columns(owner: object, columns_at_once: int | None) -> None:
+    """A number of columns, or ``None``."""
+    if columns_at_once is not None:
+        checks.count(owner, "columns_at_once", columns_at_once)
 
 
 def basis_of(lam: Tree) -> Tree:

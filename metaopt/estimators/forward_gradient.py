@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.contract import Step
@@ -56,8 +56,8 @@ class ForwardGradient(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_at_least(self.directions, 1, "ForwardGradient: directions")
-        _noise.check_law(self.noise, "ForwardGradient")
+        checks.count(self, "directions", self.directions)
+        checks.one_of(self, "noise", self.noise, ("gaussian", "sign"))
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardGradientCarry:
         """Directions, and zero tangents."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response, Traits
 from metaopt.estimators.reverse import sweep
 from metaopt.inner.contract import Step
@@ -84,10 +84,12 @@ class HyperDistill(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not 0.0 <= self.gamma <= 1.0:
-            raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
-        if self.pi not in ("theta", "plain", "unit"):
-            raise ValueError(f"pi must be 'theta', 'plain' or 'unit', got {self.pi!r}")
+        checks.unit_interval(self, "gamma", self.gamma)
+        checks.finite(self, "theta", self.theta)
+        checks.one_of(self, "pi", self.pi, ("theta", "plain", "unit"))
+        if self.example_axis is not None:
+            checks.count(self, "example_axis", self.example_axis, at_least=0)
+        checks.count(self, "seed", self.seed, at_least=0)
 
     @property
     def needs_calibration(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.estimators._last_step import FromLastStep, Remembered
 from metaopt.estimators.base import Pullback, Response, Traits
 from metaopt.inner.contract import Linearized, Stationary, Step
@@ -79,6 +79,15 @@ class IFT(FromLastStep):
     solved: float | None = 0.1
     warm_start: bool = False
     start: Solution | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name in ("converged", "solved"):
+            if getattr(self, name) is not None:
+                checks.non_negative(self, name, getattr(self, name))
+        checks.flag(self, "warm_start", self.warm_start)
+        if self.solver is not None:
+            checks.provides(self, "solver", self.solver, "solve", "for instance mo.linsolve.GMRES()")
 
     @override
     def start_of(self, state: InnerState, lam: Tree) -> Solution | None:

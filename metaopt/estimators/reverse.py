@@ -168,6 +168,10 @@ class RMD(ReverseMode):
 
     trajectory: Trajectory = Full()
 
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        checks.provides(self, "trajectory", self.trajectory, "moments", "for instance mo.trajectory.Checkpointed(16)")
+
     @property
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where the trajectory goes back to the start, at the states of the run."""

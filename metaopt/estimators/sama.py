@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.estimators import _noise
 from metaopt.estimators._last_step import FromLastStep, Remembered
 from metaopt.estimators._mixed_difference import mixed_difference
@@ -54,7 +54,7 @@ class SAMA(FromLastStep):
 
     def __post_init__(self) -> None:
         """Check the radius."""
-        _noise.check_positive(self.radius, "SAMA: radius")
+        checks.positive(self, "radius", self.radius)
 
     @override
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Remembered) -> tuple[Tree, Pullback]:

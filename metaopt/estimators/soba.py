@@ -17,8 +17,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from metaopt import tree
-from metaopt.estimators import _noise
+from metaopt import checks, tree
 from metaopt.estimators._last_step import AlongOneOuterLoss, Remembered
 from metaopt.estimators.base import Terms, Traits
 from metaopt.estimators.outer import OuterObjective
@@ -53,7 +52,7 @@ class SOBA(AlongOneOuterLoss):
 
     def __post_init__(self) -> None:
         """Check the rate."""
-        _noise.check_positive(self.rate, "SOBA: rate")
+        checks.positive(self, "rate", self.rate)
 
     @override
     def start_of(self, state: InnerState, lam: Tree) -> Tree:

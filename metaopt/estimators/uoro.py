@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import replay, tree
+from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.contract import Step
@@ -58,7 +58,7 @@ class UORO(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        _noise.check_at_least(self.sketches, 1, "UORO: sketches")
+        checks.count(self, "sketches", self.sketches)
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> UOROCarry:
         """Zero factors."""

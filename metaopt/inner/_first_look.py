@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import replay, tree
-from metaopt.inner._graph import check_twice_differentiable, leaves
+from metaopt.inner._graph import check_twice_differentiable, leaves, nodes
 from metaopt.inner.adjoint import Loss
 from metaopt.optim.optimizer import Optimizer, per_leaf
 from metaopt.tree import Tree
@@ -58,6 +58,8 @@ class FirstLook:
                     x.detach().copy_(old)
             raise written_into(w, changed)
         self.written = True
+        if any([node.name() == "CheckpointFunctionBackward" for node in nodes([found])]):
+            raise reentrant("second derivatives, and weights that only its inside sees, are lost")
         self.undeclared += said_of_undeclared(found, (w, lam), "inner_loss")
         return found
 

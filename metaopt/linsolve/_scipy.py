@@ -11,8 +11,8 @@ import numpy as np
 import scipy
 import torch
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator, Solution, Solver, damped, relative_residual
 from metaopt.tree import Tree
 
 
@@ -32,7 +32,9 @@ class SciPySolver(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, positive=("iterations",), not_negative=("tolerance", "damping"))
+        checks.count(self, "iterations", self.iterations)
+        checks.non_negative(self, "tolerance", self.tolerance)
+        checks.non_negative(self, "damping", self.damping)
 
     @abstractmethod
     def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:

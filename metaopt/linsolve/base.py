@@ -78,13 +78,3 @@ def relative_residual(operator: Operator, x: Tree, alpha: Tree) -> Tensor:
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """A quotient of norms, 0 where both are 0."""
     return torch.where(numerator > 0, numerator / denominator, torch.zeros_like(numerator))
-
-
-def check_settings(solver: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
-    """Raise a ``ValueError`` that names the first setting out of range."""
-    for name in positive:
-        if not getattr(solver, name) > 0:
-            raise ValueError(f"{type(solver).__name__}: {name} must be positive, got {getattr(solver, name)}")
-    for name in not_negative:
-        if not getattr(solver, name) >= 0:
-            raise ValueError(f"{type(solver).__name__}: {name} must not be negative, got {getattr(solver, name)}")

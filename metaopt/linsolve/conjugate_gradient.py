@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator, Solution, Solver, damped, relative_residual
 from metaopt.tree import Tree
 
 
@@ -35,7 +35,9 @@ class ConjugateGradient(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, positive=("iterations",), not_negative=("tolerance", "damping"))
+        checks.count(self, "iterations", self.iterations)
+        checks.non_negative(self, "tolerance", self.tolerance)
+        checks.non_negative(self, "damping", self.damping)
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """The iteration from zero. The residual is measured, not the recurrence's own.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, relative_residual
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator, Solution, Solver, relative_residual
 from metaopt.tree import Tree
 
 
@@ -31,7 +31,8 @@ class Exact(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, positive=("limit",), not_negative=("damping",))
+        checks.count(self, "limit", self.limit)
+        checks.non_negative(self, "damping", self.damping)
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """The solution.

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, relative_residual
+from metaopt import checks
+from metaopt.linsolve.base import Operator, Solution, Solver, relative_residual
 from metaopt.tree import Tree
 
 
@@ -31,7 +32,7 @@ class Identity(Solver):
     def __post_init__(self) -> None:
         """Check the rate."""
         if self.rate is not None:
-            check_settings(self, positive=("rate",))
+            checks.positive(self, "rate", self.rate)
 
     @property
     def descent_rate(self) -> float | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, ratio
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator, Solution, Solver, damped, ratio
 from metaopt.linsolve.power_iteration import PowerIteration, Spectrum
 from metaopt.tree import Tree
 
@@ -43,9 +43,10 @@ class Neumann(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, not_negative=("terms", "damping"))
+        checks.count(self, "terms", self.terms, at_least=0)
+        checks.non_negative(self, "damping", self.damping)
         if isinstance(self.rate, (int, float)):
-            check_settings(self, positive=("rate",))
+            checks.positive(self, "rate", self.rate)
         if self.rate is None and self.damping > 0:
             raise ValueError("Neumann: damping needs a rate, which scales it: give one, or rate=PowerIteration()")
 

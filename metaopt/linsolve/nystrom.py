@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, Solution, Solver, check_settings, damped, relative_residual
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator, Solution, Solver, damped, relative_residual
 from metaopt.tree import Tree
 
 
@@ -50,7 +50,9 @@ class Nystrom(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, positive=("rank", "damping", "uses"))
+        checks.count(self, "rank", self.rank)
+        checks.positive(self, "damping", self.damping)
+        checks.count(self, "uses", self.uses)
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """With the sketch in ``memory`` as long as it may be used."""

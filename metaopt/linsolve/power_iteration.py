@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
-from metaopt.linsolve.base import Operator, check_settings
+from metaopt import checks, tree
+from metaopt.linsolve.base import Operator
 from metaopt.tree import Tree
 
 
@@ -55,7 +55,7 @@ class PowerIteration:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_settings(self, positive=("iterations",))
+        checks.count(self, "iterations", self.iterations)
 
     def spectrum(self, operator: Operator, like: Tree) -> Spectrum:
         """By iteration on K and on ``first · I - K``, with ``first`` the end found first.

@@ -57,6 +57,9 @@ def _clamped(x: Tensor, pair: Any) -> Tensor:
 def _check(limits: Tree) -> None:
     if _is_pair(limits):
         low, high = limits
+        for end in limits:
+            if end is not None and end != end:
+                raise ValueError(f"bounded: a bound is a number, got {limits!r}")
         if low is not None and high is not None and low > high:
             raise ValueError(f"bounded: the lowest value {low} is above the highest {high}")
         return

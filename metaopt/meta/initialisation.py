@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.tree import Tree
 
 
@@ -40,6 +40,10 @@ class Reptile:
 
     rate: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        checks.positive(self, "rate", self.rate)
+
     @property
     def needs_alpha(self) -> bool:
         """No."""
@@ -64,6 +68,10 @@ class FOMAML:
     """
 
     rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        checks.positive(self, "rate", self.rate)
 
     @property
     def needs_alpha(self) -> bool:

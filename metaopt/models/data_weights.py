@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metaopt import checks
 from metaopt.functional import Params, functional
 from metaopt.models.base import Loss, MetaModel, per_example
 
@@ -104,8 +105,7 @@ class DataWeights(MetaModel):
 
     def __post_init__(self) -> None:
         """Check N."""
-        if self.examples < 1:
-            raise ValueError(f"data weights need at least one example, got {self.examples}")
+        checks.count(self, "examples", self.examples)
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, examples: int, weighting: Weighting = RawWeights()) -> DataWeights:

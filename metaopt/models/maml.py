@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.functional import Params, functional
 from metaopt.models.base import Loss, MetaModel
 
@@ -50,8 +50,7 @@ class MAML(MetaModel):
 
     def __post_init__(self) -> None:
         """Check μ."""
-        if not self.proximity >= 0:
-            raise ValueError(f"the pull towards the initial weights must be >= 0, got {self.proximity}")
+        checks.non_negative(self, "proximity", self.proximity)
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, proximity: float = 0.0) -> MAML:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.functional import Params, functional
 from metaopt.models.base import Loss, MetaModel
 from metaopt.optim.sgd import SGD
@@ -42,8 +42,7 @@ class MetaSGD(MetaModel):
 
     def __post_init__(self) -> None:
         """Check the rate."""
-        if not self.rate > 0:
-            raise ValueError(f"the initial rate must be > 0, got {self.rate}: at 0 no weight would move")
+        checks.positive(self, "rate", self.rate)
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, rate: float = 0.01) -> MetaSGD:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from metaopt import checks
 from metaopt.functional import FunctionalModel, Params, functional
 from metaopt.inner.reweighted import reweighted
 from metaopt.models.base import Loss, MetaModel, per_example
@@ -38,8 +39,7 @@ class _Floor:
 
     def __post_init__(self) -> None:
         """Check the floor."""
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"the floor of a weight lies in [0, 1), got {self.floor}")
+        checks.unit_interval(self, "floor", self.floor, closed="left")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from metaopt import checks
 from metaopt.functional import Params, functional, merge, partition
 from metaopt.models.base import Loss, MetaModel
 from metaopt.models.conv_net import Norm, no_norm
@@ -56,11 +57,7 @@ class Warp:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.layers < 1:
-            raise ValueError(
-                f"a warp needs at least one layer, got {self.layers}; a network without warp layers has no "
-                "hyperparameters"
-            )
+        checks.count(self, "layers", self.layers)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"a warp keeps the size of the image, so its kernel_size is odd, got {self.kernel_size}")
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.inner.state import InnerState
 
 
@@ -51,6 +51,13 @@ class Distilled:
     example_axis: int = 0
     stochastic_rounding: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        checks.unit_interval(self, "gamma", self.gamma)
+        checks.count(self, "example_axis", self.example_axis, at_least=0)
+        checks.flag(self, "stochastic_rounding", self.stochastic_rounding)
+        checks.count(self, "seed", self.seed, at_least=0)
 
     def start(self, state: InnerState, batch: Any) -> Distillate:
         """The distillate of one step."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from metaopt import checks
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.trajectory.base import Moment
@@ -45,10 +46,13 @@ class Offloaded:
         """Check the settings."""
         if (self.device is None) == (self.directory is None):
             raise ValueError(
-                f"give either device or directory, got device={self.device!r}, directory={self.directory!r}"
+                f"Offloaded: give either device or directory, got device={self.device!r}, directory={self.directory!r}"
             )
+        for name in ("device", "directory"):
+            if getattr(self, name) is not None:
+                checks.instance(self, name, getattr(self, name), str)
         if self.of.store != ByReference():
-            raise ValueError(f"the trajectory to offload has a store of its own already: {self.of.store}")
+            raise ValueError(f"Offloaded: the trajectory to offload has a store of its own already: {self.of.store}")
 
     @property
     def checkpoints(self) -> Checkpointed:
