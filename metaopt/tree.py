@@ -27,7 +27,8 @@ class Spec:
     __slots__ = ("like", "num_leaves")
 
     def __init__(self, like: Tree, num_leaves: int) -> None:
-        self.like, self.num_leaves = like, num_leaves
+        self.like = like
+        self.num_leaves = num_leaves
 
     def __eq__(self, other: object) -> bool:
         """Whether both trees have the same containers with the same keys."""
@@ -365,7 +366,8 @@ def check_like(tree: Tree, reference: Tree, what: str, reference_what: str) -> N
         raise ValueError(f"{what} and {reference_what} have different structures; they differ at {only[:4] or spec}")
     for number, (x, y) in enumerate(zip(mine, theirs, strict=True)):
         for attribute in ("shape", "dtype", "device"):
-            got, want = getattr(x, attribute, None), getattr(y, attribute, None)
+            got = getattr(x, attribute, None)
+            want = getattr(y, attribute, None)
             if got != want:
                 shown = (
                     (tuple(got), tuple(want))

@@ -88,8 +88,10 @@ MODELS = {
 }
 
 WEIGHT_NETS = {
-    "mean": lambda: MetaWeightNet.of(net(no_norm), each_cross_entropy, hidden=5),
-    "mean, batch norm": lambda: MetaWeightNet.of(net(), each_cross_entropy, hidden=5, squash=SigmoidAbove(0.1)),
+    "mean": lambda: MetaWeightNet.of(net(no_norm), each_cross_entropy, hidden=5, coefficients=batch_mean),
+    "mean, batch norm": lambda: MetaWeightNet.of(
+        net(), each_cross_entropy, hidden=5, squash=SigmoidAbove(0.1), coefficients=batch_mean
+    ),
     "normalised": lambda: MetaWeightNet.of(net(no_norm), each_cross_entropy, hidden=5, coefficients=batch_normalised),
     "normalised, clamped": lambda: MetaWeightNet.of(
         net(no_norm), each_cross_entropy, hidden=5, squash=SigmoidClamped(0.45), coefficients=batch_normalised
@@ -488,3 +490,15 @@ def test_accuracy_counts_classes_only():
     assert model.accuracy(w, lam, (torch.eye(2), scores.argmax(1))) == 1
     with pytest.raises(TypeError, match="integer targets"):
         model.accuracy(w, lam, (torch.eye(2), torch.ones(2)))
+
+
+def test_by_default_only_the_ratios_of_weights_count():
+    """With the mean instead, all weights of an ordinary classifier grow to 1, whatever the labels are."""
+    model = MetaWeightNet.of(nn.Linear(2, 2), each_cross_entropy)
+    w, lam = model.init()
+    batch = torch.randn(6, 2), torch.randint(0, 2, (6,))
+    constant = {name: torch.zeros_like(p) for name, p in lam.items()}
+    for bias in (-3.0, 0.0, 3.0):  # all weights alike, small or large
+        constant["2.bias"] = torch.tensor([bias])
+        plain = nn.functional.cross_entropy(model.model(w, batch[0]), batch[1])
+        torch.testing.assert_close(model.inner_loss(w, constant, batch), plain)

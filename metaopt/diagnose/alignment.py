@@ -155,10 +155,12 @@ def answers(estimator: Estimator, problem: Problem, at: Sequence[int], *, shared
 
 
 def _along(estimator: Estimator, problem: Problem, at: Sequence[int]) -> list[Hypergradients]:
-    step, found = CountedStep(problem.step, Cost()), []
+    step = CountedStep(problem.step, Cost())
+    found = []
     lam = tree.detach(problem.lam)
     state = step.init(problem.w0, lam)
-    carry, outer = estimator.init(step, state, lam), OuterObjective(problem.outer_loss, problem.outer_batch)
+    carry = estimator.init(step, state, lam)
+    outer = OuterObjective(problem.outer_loss, problem.outer_batch)
     for t in range(1, max(at) + 1):
         state, carry = estimator.advance(step, state, lam, problem.batches[t - 1], carry)
         carry = estimator.observe(step, outer, state, lam, carry)
@@ -173,7 +175,8 @@ def _along(estimator: Estimator, problem: Problem, at: Sequence[int]) -> list[Hy
 def closeness(got: Tensor, want: Tensor) -> Closeness:
     """How close; ratios to an exact gradient of zero are NaN."""
     nan = float("nan")
-    size, exact = float(got.norm()), float(want.norm())
+    size = float(got.norm())
+    exact = float(want.norm())
     if exact == 0:
         return Closeness(nan, nan, nan)
     cosine = float(torch.dot(got / size, want / exact)) if size > 0 else nan

@@ -128,12 +128,15 @@ def bias(
 
 
 def _row(name: str, got: Tensor, exact: Tensor) -> BiasRow:
-    truth, mean = exact.mean(0), got.mean(0)
+    truth = exact.mean(0)
+    mean = got.mean(0)
     unit = float(truth.norm()) or math.nan
     difference = got - exact
     scatter = float((difference - difference.mean(0)).square().sum())
     variance = float((got - mean).square().sum(1).mean())
-    off, size, n = float((mean - truth).norm()), float(mean.norm()), len(got)
+    off = float((mean - truth).norm())
+    size = float(mean.norm())
+    n = len(got)
     cosine = float(mean @ truth) / (size * unit) if size > 0 else math.nan
     return BiasRow(
         name,

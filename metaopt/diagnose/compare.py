@@ -119,7 +119,8 @@ def compare(
 
 def finished_run(problem: Problem, cost: Cost | None = None) -> FinishedRun:
     """One inner run with λ fixed, for :meth:`~metaopt.estimators.Estimator.calibrate`."""
-    step, lam = CountedStep(problem.step, Cost() if cost is None else cost), tree.detach(problem.lam)
+    step = CountedStep(problem.step, Cost() if cost is None else cost)
+    lam = tree.detach(problem.lam)
     with replay.preserved(problem.w0):
         first = state = step.init(problem.w0, lam)
         for batch in problem.batches:

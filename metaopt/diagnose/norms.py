@@ -109,14 +109,17 @@ def norms(problem: Problem, horizon: int | None = None) -> Norms:
     horizon = len(problem.batches) if horizon is None else horizon
     if not 1 <= horizon <= len(problem.batches):
         raise ValueError(f"horizon must lie between 1 and {len(problem.batches)}, got {horizon}")
-    step, lam, memory = problem.step, tree.detach(problem.lam), Full()
+    step = problem.step
+    lam = tree.detach(problem.lam)
+    memory = Full()
     with replay.preserved(problem.w0):
         state = step.init(problem.w0, lam)
         tape = memory.start(state, lam)
         for t in range(horizon):
             state, tape = memory.record(tape, step, state, lam, problem.batches[t])
         _, alpha, _ = outer_gradient(problem.outer_loss, state.w, lam, problem.outer_batch)
-        sizes, partials = [_size(InnerState(alpha, None, state.t))], []
+        sizes = [_size(InnerState(alpha, None, state.t))]
+        partials = []
         for total, cotangent in sweep(
             step, memory.moments(tape, step, state), InnerState(alpha, None, state.t), lam, to_start=False
         ):
@@ -126,7 +129,9 @@ def norms(problem: Problem, horizon: int | None = None) -> Norms:
 
 
 def _lags(sizes: list[float], partials: list[Tensor]) -> tuple[Lag, ...]:
-    whole, before, lags = partials[-1], torch.zeros_like(partials[-1]), []
+    whole = partials[-1]
+    before = torch.zeros_like(partials[-1])
+    lags = []
     for k, partial in enumerate(partials):
         lags.append(
             Lag(k, sizes[k], float((partial - before).norm()), float(partial.norm()), closeness(partial, whole).cosine)

@@ -138,7 +138,8 @@ def _trained(problem: Problem, lam: Tree, horizon: int) -> tuple[Tensor, float]:
 
 
 def _gaussian(lam: Tree, count: int, seed: int) -> list[Tree]:
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    found = []
     for _ in range(count):
         v = tree.map(
             lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) if tree.is_float(x) else x,

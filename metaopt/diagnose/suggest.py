@@ -89,7 +89,8 @@ def suggest_estimator(
             f"memory={memory}, "
             f"slots={slots}, itemsize={itemsize}"
         )
-    T, state = horizon, weights * (1 + slots) * itemsize
+    T = horizon
+    state = weights * (1 + slots) * itemsize
     fits = memory // state
     if not differentiable:
         estimator = NRES() if online else AntitheticES()

@@ -56,7 +56,8 @@ def run_to(
     Raises:
         ValueError: if the run does not come to one of them.
     """
-    first, waiting = state.t, list(at)
+    first = state.t
+    waiting = list(at)
     carry = estimator.init(step, state, lam)
     for batch in batches:
         state, carry = estimator.advance(step, state, lam, batch, carry)
@@ -86,7 +87,8 @@ def terms_along(
             parts.append(estimator.differentiate(step, outers[t], state, lam, _carry))
         return state, _summed(parts)
     alphas: dict[int, InnerState] = {}
-    parts, carry = [], None
+    parts = []
+    carry = None
     for t, state, carry in visits:  # noqa: B007
         loss, alpha, direct = outers[t].gradient(state.w, lam)
         alphas[state.t] = InnerState(alpha, None, state.t)

@@ -71,7 +71,8 @@ def begin(step: Step, w0: Tree, lam: Tree, estimator: Estimator, batch: Any) -> 
         check_resumed(step, w0, lam)
         return Beginning(tree.detach(w0), None, None, None, resumed=True)
     with torch.enable_grad():
-        w_, lam_ = tree.attach(w0), tree.attach(lam)
+        w_ = tree.attach(w0)
+        lam_ = tree.attach(lam)
         live = step.init(for_all_tasks(step, w_, batch), lam_)
         w_ = w_.w if isinstance(w_, Stacked) else w_
     state = tree.detach(live)

@@ -115,7 +115,8 @@ class BOME(AlongOneOuterLoss):
 
     def _multiplier(self, outer: Tree, penalty: Tree) -> Tensor:
         """κ; 0 where the penalty has no slope."""
-        squared, along = tree.dot(penalty, penalty), tree.dot(outer, penalty)
+        squared = tree.dot(penalty, penalty)
+        along = tree.dot(outer, penalty)
         return torch.where(squared > 0, (self.eta - along / squared).clamp_min(0.0), torch.zeros_like(squared))
 
 

@@ -45,7 +45,8 @@ class CountedStep(WrappedStep):
 
     def __init__(self, step: Step, cost: Cost) -> None:
         """Wrap ``step``; ``cost`` is added to."""
-        self.step, self.cost = step, cost
+        self.step = step
+        self.cost = cost
 
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ."""
@@ -99,7 +100,9 @@ class CountedLinearized(Linearized):
 
     def __init__(self, inner: Linearized, cost: Cost, steps: int) -> None:
         """Wrap ``inner``, which is that of so many steps; ``cost`` is added to."""
-        self._inner, self._cost, self._steps = inner, cost, steps
+        self._inner = inner
+        self._cost = cost
+        self._steps = steps
 
     @property
     @override

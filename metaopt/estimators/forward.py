@@ -128,7 +128,9 @@ def check_columns(owner: object, columns_at_once: int | None) -> None:
 def basis_of(lam: Tree) -> Tree:
     """The identity: one column per entry of λ, as a pytree like λ with leaves ``[|λ|, *leaf.shape]``."""
     flat, spec = tree.flatten(lam)
-    columns, first, leaves = sum(leaf.numel() for leaf in flat), 0, []
+    columns = sum(leaf.numel() for leaf in flat)
+    first = 0
+    leaves = []
     for leaf in flat:
         eye = torch.zeros(columns, leaf.numel(), dtype=leaf.dtype, device=leaf.device)
         eye[first : first + leaf.numel()].fill_diagonal_(1.0)

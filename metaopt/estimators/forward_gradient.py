@@ -61,7 +61,8 @@ class ForwardGradient(Estimator):
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardGradientCarry:
         """Directions, and zero tangents."""
-        generator, directions = _noise.start(self.seed), []
+        generator = _noise.start(self.seed)
+        directions = []
         for _ in range(self.directions):
             direction, generator = _noise.draw(lam, self.noise, generator)
             directions.append(direction)
@@ -72,7 +73,8 @@ class ForwardGradient(Estimator):
     ) -> tuple[InnerState, ForwardGradientCarry]:
         """A step, and every tangent's."""
         rng = replay.snapshot(state)
-        new, tangents = step(state, lam, batch), []
+        new = step(state, lam, batch)
+        tangents = []
         with replay.preserved(state):
             for direction, tangent in zip(carry.directions, carry.tangents, strict=True):
                 replay.restore(rng)

@@ -171,7 +171,9 @@ class HyperDistill(Estimator):
         moments = [Moment(state, lam, batch, rng) for state, batch in zip(states, reversed(run.batches), strict=True)]
         alpha = InnerState(run.alpha, None, run.last.t)
         partial_sums = sweep(step, iter(moments), alpha, lam, to_start=False)
-        xs, ys, distillate = [], [], None
+        xs = []
+        ys = []
+        distillate = None
         with replay.preserved(run.first):
             for moment, (g, _) in zip(moments, partial_sums, strict=True):
                 old = distillate

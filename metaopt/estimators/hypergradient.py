@@ -162,7 +162,8 @@ def result(
     if look:
         warn_of(step.undeclared)
     _check_used(terms.direct, terms.indirect, lam, estimator)
-    direct, indirect = tree.filled(terms.direct, lam), tree.filled(terms.indirect, lam)
+    direct = tree.filled(terms.direct, lam)
+    indirect = tree.filled(terms.indirect, lam)
     total = tree.add(direct, indirect)
     check_finite(total, indirect, state, estimator)
     return Hypergradient(total, direct, indirect, terms.initial, terms.outer_loss, state, step.cost, terms.info)

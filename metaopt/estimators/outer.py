@@ -76,7 +76,8 @@ def outer_gradient(
 
 def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any, look: bool) -> ValueAndGradient:
     with torch.enable_grad():
-        w_, lam_ = tree.attach(w), tree.attach(lam)
+        w_ = tree.attach(w)
+        lam_ = tree.attach(lam)
         loss = checked_scalar(outer_loss(w_, lam_, batch), "outer_loss")
         if not loss.requires_grad:
             raise ValueError(

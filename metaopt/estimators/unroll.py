@@ -216,7 +216,9 @@ class _Unrolled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, *flat: Tensor) -> tuple[Tensor, ...]:
         record.reached, ctx.pullback = record.run.remembered(record.step, record.state, record.lam, record.batches)
-        ctx.like, ctx.first, ctx.estimator = record.reached, record.state, record.run.estimator
+        ctx.like = record.reached
+        ctx.first = record.state
+        ctx.estimator = record.run.estimator
         ctx.autocast = [
             (kind, torch.get_autocast_dtype(kind)) for kind in _device_types(flat) if torch.is_autocast_enabled(kind)
         ]
@@ -253,7 +255,8 @@ class _Unrolled(torch.autograd.Function):
 
 def _cotangents(states: list[InnerState], bars: Sequence[Tensor | None]) -> dict[int, InnerState]:
     """The cotangent of each state that has one, by its number ``t``; slots ``None`` where nothing depends on them."""
-    supply, found = iter(bars), {}
+    supply = iter(bars)
+    found = {}
     for state in states:
         bar = tree.map(lambda x: next(supply) if tree.is_float(x) else None, state._replace(t=None))
         given = {name: any(x is not None for x in tree.leaves(part)) for name, part in bar._asdict().items()}

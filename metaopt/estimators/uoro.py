@@ -69,7 +69,9 @@ class UORO(Estimator):
     ) -> tuple[InnerState, UOROCarry]:
         """A step, and the recursion."""
         rng = replay.snapshot(state)
-        new, generator, sketches = step(state, lam, batch), carry.generator, []
+        new = step(state, lam, batch)
+        generator = carry.generator
+        sketches = []
         with replay.preserved(state):
             for s, theta in carry.sketches:
                 nu, generator = _noise.draw(new, "sign", generator)

@@ -37,6 +37,7 @@ from metaopt.meta import (
     replicated,
 )
 from metaopt.models import ANIL, MetaModel, MetaWeightNet, SigmoidAbove, WarpGrad, conv_net
+from metaopt.models.meta_weight_net import batch_mean
 from metaopt.optim import SGD
 from metaopt.tasks import Episodes, label_noise
 from metaopt.tree import Tree
@@ -165,7 +166,11 @@ def build(config: ManyShotConfig, shape: torch.Size) -> MetaModel:
         return WarpGrad.of(net(blocks=3), loss=cross_entropy)
     if config.model == "meta-weight-net":
         return MetaWeightNet.of(
-            net(blocks=3), functools.partial(cross_entropy, reduction="none"), hidden=200, squash=SigmoidAbove(0.1)
+            net(blocks=3),
+            functools.partial(cross_entropy, reduction="none"),
+            hidden=200,
+            squash=SigmoidAbove(0.1),
+            coefficients=batch_mean,
         )
     raise ValueError(f"no meta-model is called {config.model!r}; there are {', '.join(MODELS)}")
 

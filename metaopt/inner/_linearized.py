@@ -23,8 +23,10 @@ class LinearizedInnerStep(Linearized):
 
     def __init__(self, optimizer: Optimizer, gradient: Gradient, state: InnerState, lam: Tree) -> None:
         """Keep the point and the gradient there."""
-        self._optimizer, self._gradient = optimizer, gradient
-        self._at, self._lam = state, lam
+        self._optimizer = optimizer
+        self._gradient = gradient
+        self._at = state
+        self._lam = lam
         self._state: InnerState | None = None
         self._tangents: InnerTangents | None = None
 

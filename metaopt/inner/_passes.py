@@ -12,7 +12,8 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
+prims = torch.ops.prims
 
 
 def join(graph: Graph) -> None:
@@ -129,7 +130,9 @@ def recompute(graph: Graph) -> None:
 
 def _again(convolution: Node, gradient: dict[Node, Node]) -> None:
     """:func:`recompute` of one."""
-    graph, held, copies = convolution.graph, {convolution}, {}
+    graph = convolution.graph
+    held = {convolution}
+    copies = {}
 
     def copy(node: Node, late: Node) -> Node:
         if node not in copies and node is convolution:
@@ -157,7 +160,8 @@ def _mutates(graph: Graph) -> bool:
 
 def _grows(taken: Any, made: Node) -> bool:
     """Whether there are eight numbers or more for each that is taken (not if they are counted in symbols)."""
-    few, many = taken.meta["val"].numel(), made.meta["val"].numel()
+    few = taken.meta["val"].numel()
+    many = made.meta["val"].numel()
     return isinstance(few, int) and isinstance(many, int) and many >= 8 * few
 
 

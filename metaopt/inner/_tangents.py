@@ -44,7 +44,9 @@ class InnerTangents:
 
     def __init__(self, gradient: GradientWithGraph, optimizer: Optimizer, state: InnerState, lam: Tree) -> None:
         """Cost: one gradient with respect to ``(w, λ)``, whose graph is kept."""
-        self._at, self._lam, self._optimizer = state, lam, optimizer
+        self._at = state
+        self._lam = lam
+        self._optimizer = optimizer
         self._gradients = gradient.joint()
         self._inputs = gradient.inputs
         self._transposed: Transposed | None = None
@@ -106,7 +108,8 @@ class InnerTangents:
 
         An update that is linear is its own tangent map; of one column, forward mode is the fastest.
         """
-        optimizer, at = self._optimizer, self._at
+        optimizer = self._optimizer
+        at = self._at
         dots = (g_dots, state_dots.w, state_dots.slots, lam_dots)
         if is_linear(optimizer):
             return optimizer.update(*dots[:3], self._lam, at.t + 1)

@@ -32,7 +32,8 @@ class Transposed:
             if live:
                 bars = torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True)
         check_twice_differentiable(bars)
-        self._outputs, self._bars = outputs, bars
+        self._outputs = outputs
+        self._bars = bars
 
     @property
     def columns_at_once(self) -> int:
@@ -45,7 +46,8 @@ class Transposed:
         live = [(bar, dot) for bar, dot in zip(self._bars, dots, strict=True) if bar is not None and bar.requires_grad]
         products: Sequence[Tensor | None] = [None] * len(self._seeds)
         if live and self._seeds:
-            bars, seeds = [bar for bar, _ in live], [dot for _, dot in live]
+            bars = [bar for bar, _ in live]
+            seeds = [dot for _, dot in live]
             products = reverse_products(bars, self._seeds, seeds, columns_at_once)
         of_live = iter(products)
         tangents = [next(of_live) if x.requires_grad else None for x in self._outputs]

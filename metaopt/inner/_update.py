@@ -28,8 +28,10 @@ def pull_back(
         return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
     with torch.enable_grad():
         g_, g_floats = tree.attached(g)
-        w, w_floats = state.w, []
-        slots, slot_floats = state.slots, []
+        w = state.w
+        w_floats = []
+        slots = state.slots
+        slot_floats = []
         if wrt != "lam":
             w, w_floats = tree.attached(w)
             slots, slot_floats = tree.attached(slots)

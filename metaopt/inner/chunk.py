@@ -134,7 +134,8 @@ class ChunkLinearized(Linearized):
 
     def __init__(self, parts: list[Linearized], state: InnerState) -> None:
         """Keep them."""
-        self._parts, self._state = parts, state
+        self._parts = parts
+        self._state = state
 
     @property
     @override

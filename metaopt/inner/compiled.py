@@ -50,9 +50,11 @@ class Compiled:
         ``dynamic`` is torch's: ``False`` compiles for each shape and number, ``None`` in general
         from the second on; ``join``: what is computed more than once is computed once.
         """
-        self.backend, self.seconds = backend, 0.0
+        self.backend = backend
+        self.seconds = 0.0
         self.refused: str | None = None
-        self._what, self._dynamic = what, dynamic
+        self._what = what
+        self._dynamic = dynamic
         self._join = join
         self._made: dict[str, Callable[..., Any]] = {}
 
@@ -128,7 +130,8 @@ class Compilation(Compiled):
         # within one step nothing is computed twice, and what is found equal elsewhere would only be
         # held longer
         super().__init__("the inner step", backend, join=steps is not None)
-        self._phi, self._many = phi, steps
+        self._phi = phi
+        self._many = steps
         self.unused: list[bool] | None = None
 
     def next(self, state: InnerState, lam: Tree, batch: Any) -> InnerState | None:
@@ -209,8 +212,11 @@ class CompiledPoint(Linearized):
         self, compilation: Compilation, state: InnerState, lam: Tree, batch: Any, eager: Callable[[], Linearized]
     ) -> None:
         """``eager`` linearises without compiling, for when it has to be."""
-        self._compilation, self._eager = compilation, eager
-        self._at, self._lam, self._batch = state, lam, batch
+        self._compilation = compilation
+        self._eager = eager
+        self._at = state
+        self._lam = lam
+        self._batch = batch
         self._rng: replay.Rng | None = None
         self._state: InnerState | None = None
         self._graph: Linearized | None = None
@@ -240,7 +246,8 @@ class CompiledPoint(Linearized):
                 if unused is None:
                     self._compilation.unused = [leaf is None for leaf in tree.leaves(both[1])]
                 return both if wrt != "state" else (both[0], None)
-        supply, missing = iter(out[1]), iter(self._compilation.unused or [])
+        supply = iter(out[1])
+        missing = iter(self._compilation.unused or [])
 
         def place(leaf: Any) -> Any:
             value = next(supply) if tree.is_float(leaf) else None

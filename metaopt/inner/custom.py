@@ -57,7 +57,8 @@ class CustomStep(Step):
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedCustomStep:
         """Φ at this point with the whole graph of ``fn`` kept."""
         with torch.enable_grad():
-            state_, lam_ = tree.attach(state), tree.attach(lam)
+            state_ = tree.attach(state)
+            lam_ = tree.attach(lam)
             return LinearizedCustomStep(state_, lam_, self._run(state_, lam_, batch))
 
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
@@ -87,7 +88,9 @@ class LinearizedCustomStep(Linearized):
 
     def __init__(self, state: InnerState, lam: Tree, new: InnerState) -> None:
         """Keep the inputs and the outputs of ``fn``."""
-        self._state, self._lam, self._new = state, lam, new
+        self._state = state
+        self._lam = lam
+        self._new = new
         self._transposed: Transposed | None = None
         self._products = 0
 

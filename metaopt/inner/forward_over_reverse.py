@@ -80,7 +80,8 @@ class GradientPoint:
 
     def __init__(self, mode: MixedGradients, w: Tree, lam: Tree, batch: Any) -> None:
         """Cost: one gradient, without its graph."""
-        self._mode, self._at = mode, (w, lam, batch)
+        self._mode = mode
+        self._at = (w, lam, batch)
         self._rng = replay.snapshot(w)
         with torch.enable_grad():
             w_, leaves = tree.attached(w)

@@ -62,7 +62,8 @@ class GradientGraph:
         """Take fresh autograd leaves, and evaluate the loss."""
         self._w, w_leaves = tree.attached(w)
         self._lam, lam_leaves = tree.attached(lam)
-        self._loss, self._batch = loss, batch
+        self._loss = loss
+        self._batch = batch
         self.inputs = (w_leaves, lam_leaves)
         with torch.enable_grad():
             self._root: Tensor | None = loss(self._w, self._lam, batch)
@@ -80,7 +81,8 @@ class GradientGraph:
         w, lam = self.inputs
         if self._of_w is None:
             found = self._derivative([*w, *lam])
-            self._of_w, self._of_lam = found[: len(w)], found[len(w) :]
+            self._of_w = found[: len(w)]
+            self._of_lam = found[len(w) :]
         if self._of_lam is None:
             self._of_lam = self._derivative(lam) if lam else []
         return self._of_w + self._of_lam

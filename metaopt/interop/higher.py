@@ -65,7 +65,8 @@ class FromHigher(Optimizer):
             ValueError: if the weights are not like the optimiser's parameters.
         """
         flat, spec = tree.flatten(w)
-        held, given = [tuple(place.shape) for place in self.places], [tuple(leaf.shape) for leaf in flat]
+        held = [tuple(place.shape) for place in self.places]
+        given = [tuple(leaf.shape) for leaf in flat]
         if len(held) != len(given) or any(one[len(one) - len(p) :] != p for one, p in zip(given, held, strict=True)):
             raise ValueError(
                 f"the optimiser holds parameters of shapes {held}, the weights have shapes {given}: they must come "

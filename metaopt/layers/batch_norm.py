@@ -136,7 +136,8 @@ class _Backward(torch.autograd.Function):
             x_bar = torch.zeros_like(x)
         else:
             x_bar = u * at
-            u_mean, u_x = u.mean(over, keepdim=True), s * x_bar.mean(over, keepdim=True)
+            u_mean = u.mean(over, keepdim=True)
+            u_x = s * x_bar.mean(over, keepdim=True)
             covariance = torch.mul(u, g, out=x_bar).mean(over, keepdim=True) - u_mean * g_mean - u_x * g_x
         a = gamma * s
         of_g = v - a * u_x

@@ -47,7 +47,8 @@ class Idle(Absent):
 
 def move(layer: Any, mean: Tensor, variance: Tensor, momentum: float | Tensor) -> None:
     """Put moved statistics in the place of the old ones."""
-    old_mean, old_variance = layer.running_mean, layer.running_var
+    old_mean = layer.running_mean
+    old_variance = layer.running_var
     layer.running_mean = momentum * mean.to(old_mean.dtype) + (1 - momentum) * old_mean
     layer.running_var = momentum * variance.to(old_variance.dtype) + (1 - momentum) * old_variance
 

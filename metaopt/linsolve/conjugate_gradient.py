@@ -46,9 +46,12 @@ class ConjugateGradient(Solver):
             ArithmeticError: if K shows a direction of negative or no curvature.
         """
         operator = damped(operator, self.damping)
-        x, r = tree.zeros_like(alpha), alpha
-        p, squared = r, tree.dot(r, r)
-        enough, products = self.tolerance**2 * squared, 0
+        x = tree.zeros_like(alpha)
+        r = alpha
+        p = r
+        squared = tree.dot(r, r)
+        enough = self.tolerance**2 * squared
+        products = 0
         while products < self.iterations and bool(squared > enough):
             product = operator(p)
             products += 1
@@ -60,7 +63,9 @@ class ConjugateGradient(Solver):
                     "Train longer, add damping, or use MINRES (indefinite) or GMRES (not symmetric)"
                 )
             length = squared / curvature
-            x, r = tree.add(x, tree.scale(length, p)), tree.sub(r, tree.scale(length, product))
-            previous, squared = squared, tree.dot(r, r)
+            x = tree.add(x, tree.scale(length, p))
+            r = tree.sub(r, tree.scale(length, product))
+            previous = squared
+            squared = tree.dot(r, r)
             p = tree.add(r, tree.scale(squared / previous, p))
         return Solution(x, relative_residual(operator, x, alpha), products + 1)

@@ -65,7 +65,8 @@ class PowerIteration:
         """
         first = self._extreme(operator, like)
         second = first - self._extreme(lambda v: tree.sub(tree.scale(first, v), operator(v)), like)
-        smallest, largest = min(first, second), max(first, second)
+        smallest = min(first, second)
+        largest = max(first, second)
         if not largest > 0:
             raise ArithmeticError(
                 f"PowerIteration: the largest eigenvalue of K seems to be {largest:.3g}, so that no rate makes a "
@@ -85,5 +86,6 @@ class PowerIteration:
         for _ in range(self.iterations):
             v = tree.scale(1.0 / tree.norm(v).clamp_min(torch.finfo(torch.float32).tiny), v)
             product = operator(v)
-            value, v = tree.dot(v, product), product
+            value = tree.dot(v, product)
+            v = product
         return float(value)

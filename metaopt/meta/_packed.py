@@ -59,7 +59,8 @@ def unpack(packed: Any, shared: Sequence[Tensor] = ()) -> Any:
     """
     if not isinstance(packed, dict):
         return packed
-    kind, items = packed["kind"], packed["items"]
+    kind = packed["kind"]
+    items = packed["items"]
     if kind == "shared":
         return shared[items]
     if kind == "dict":

@@ -155,7 +155,8 @@ class OnlineRun:
         pairs = self._pairs(0)
         batch, outer_batch = next(pairs)
         pairs = itertools.chain([(batch, outer_batch)], pairs)
-        counted, estimator = CountedStep(self.step, Cost()), self.estimator
+        counted = CountedStep(self.step, Cost())
+        estimator = self.estimator
         if estimator.needs_calibration:
             estimator = calibrated(
                 estimator, counted, self.outer_loss, w0, outer.lam, self.batches, outer_batch, self.horizon
@@ -173,7 +174,9 @@ class OnlineRun:
         pairs: Iterator[tuple[Any, Any]],
         keep: _Keeper | None,
     ) -> Iterator[Report]:
-        device, started, report = tree.floats(at.state.w)[0].device, time.perf_counter(), None
+        device = tree.floats(at.state.w)[0].device
+        started = time.perf_counter()
+        report = None
         batch = None
         for batch, outer_batch in pairs:
             at.t += 1
@@ -186,7 +189,8 @@ class OnlineRun:
             report = Report(
                 at.t, outer.lam, at.state, result, counted.cost, now - started, peak_bytes(device), at.skipped
             )
-            started, counted.cost = now, Cost()
+            started = now
+            counted.cost = Cost()
             if keep is not None:
                 keep.note(at, outer, batch, report, last=at.t == self.steps)
             yield report

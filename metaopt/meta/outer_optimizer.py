@@ -64,7 +64,8 @@ class OuterOptimizer:
         self._params = [leaf.detach().clone().requires_grad_() for leaf in originals]
         self.optimizer = _bind(optimizer, originals, self._params)
         self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
-        self._clip_norm, self._project = clip_norm, project
+        self._clip_norm = clip_norm
+        self._project = project
         self.lam: Tree = self._read()
 
     def check_size(self, estimator: Estimator) -> None:

@@ -58,7 +58,8 @@ class SignStep(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, sign = self.state[p], p.grad.sign()
+                state = self.state[p]
+                sign = p.grad.sign()
                 if not state:
                     state["scale"], state["sign"] = torch.ones_like(p), torch.zeros_like(p)
                 state["scale"] = torch.where(sign * state["sign"] < 0, group["shrink"] * state["scale"], state["scale"])

@@ -137,7 +137,8 @@ class LinearizedParts(Linearized):
 
     def __init__(self, parts: list[Linearized], tasks_at_once: int) -> None:
         """Keep them."""
-        self._parts, self._tasks_at_once = parts, tasks_at_once
+        self._parts = parts
+        self._tasks_at_once = tasks_at_once
 
     @property
     @override

@@ -109,9 +109,12 @@ class MetaTraining:
                 its φ, λ and estimator take the place of ``phi``, ``outer``'s and this object's, and
                 the remaining runs give the numbers that they would have given.
         """
-        estimator, done = self.estimator, 0
+        estimator = self.estimator
+        done = 0
         if resume is not None:
-            phi, estimator, done = resume.phi, resume.estimator, resume.run
+            phi = resume.phi
+            estimator = resume.estimator
+            done = resume.run
             outer.load_state_dict(resume.outer)
             if resume.rng is not None:
                 replay.restore(resume.rng)
@@ -132,7 +135,8 @@ class MetaTraining:
     def _online(
         self, estimator: Estimator, w0: Tree, outer: OuterOptimizer, task: MetaTask, cost: Cost
     ) -> tuple[InnerState, list[float], Cost]:
-        losses, state = [], None
+        losses = []
+        state = None
         run = OnlineRun(
             self.step,
             self.outer_loss,
@@ -171,7 +175,8 @@ class MetaTraining:
     def _calibrated(self, estimator: Estimator, phi: Tree, lam: Tree, task: MetaTask, cost: Cost) -> Estimator:
         if type(estimator).calibrate is Estimator.calibrate:
             return estimator
-        counted, w0 = CountedStep(self.step, cost), replicated(phi, task.tasks)
+        counted = CountedStep(self.step, cost)
+        w0 = replicated(phi, task.tasks)
         last = self._last_outer_batch(task)
         return calibrated(estimator, counted, self.outer_loss, w0, lam, task.batches, last, self.horizon)
 

@@ -152,7 +152,8 @@ class _Tuning:
     calibration_period: int
 
     def reports(self, w0: Tree, outer: OuterOptimizer | None, runs: int, path: Path | None) -> Iterator[Report]:
-        at, settings = _Progress(w0, self.estimator), None
+        at = _Progress(w0, self.estimator)
+        settings = None
         if path is not None:
             settings = self._settings(w0, outer)
         if path is not None and path.exists():

@@ -78,7 +78,8 @@ def conv_net(
     size = image_size
     for index in range(1, blocks + 1):
         children[f"block{index}"] = _block(in_channels, channels, norm, pool=size > 1)
-        in_channels, size = channels, max(size // 2, 1)
+        in_channels = channels
+        size = max(size // 2, 1)
     children["flatten"] = nn.Flatten()
     children["head"] = nn.Linear(channels * size * size, classes)
     return nn.Sequential(children)

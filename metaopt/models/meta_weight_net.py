@@ -90,7 +90,8 @@ class MetaWeightNet(MetaModel):
         weight_net: ``[n, 1] -> [n, 1]``.
         squash: :class:`SigmoidAbove` (default; floor 0.1 is the HyperDistill paper's bound) or
             :class:`SigmoidClamped`.
-        coefficients: :func:`batch_mean` or :func:`batch_normalised`.
+        coefficients: :func:`batch_normalised` (default: only the ratios of weights count) or
+            :func:`batch_mean`, with which all weights of an ordinary classifier soon go to 1.
 
     >>> from functools import partial
     >>> per_example = partial(nn.functional.cross_entropy, reduction="none")
@@ -104,7 +105,7 @@ class MetaWeightNet(MetaModel):
 
     weight_net: FunctionalModel
     squash: Squash = SigmoidAbove()
-    coefficients: Coefficients = batch_mean
+    coefficients: Coefficients = batch_normalised
 
     @classmethod
     def of(
@@ -114,7 +115,7 @@ class MetaWeightNet(MetaModel):
         *,
         hidden: int = 100,
         squash: Squash = SigmoidAbove(),
-        coefficients: Coefficients = batch_mean,
+        coefficients: Coefficients = batch_normalised,
     ) -> MetaWeightNet:
         """A weight net of one hidden ReLU layer, 1-``hidden``-1, around a module of your own.
 

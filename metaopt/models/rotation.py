@@ -81,15 +81,20 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     y = torch.arange(height, dtype=images.dtype, device=images.device).unsqueeze(1) - (height - 1) / 2
     x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2
-    cos, sin = angle.cos(), angle.sin()
-    row, column = sin * x + cos * y + (height - 1) / 2, cos * x - sin * y + (width - 1) / 2
-    top, left = row.detach().floor(), column.detach().floor()
-    below, right = row - top, column - left
+    cos = angle.cos()
+    sin = angle.sin()
+    row = sin * x + cos * y + (height - 1) / 2
+    column = cos * x - sin * y + (width - 1) / 2
+    top = row.detach().floor()
+    left = column.detach().floor()
+    below = row - top
+    right = column - left
     flat = images.flatten(2)
     out = torch.zeros_like(images)
     for down, share_down in ((0, 1 - below), (1, below)):
         for across, share_across in ((0, 1 - right), (1, right)):
-            i, j = (top + down).long(), (left + across).long()
+            i = (top + down).long()
+            j = (left + across).long()
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
             pixel = (i.clamp(0, height - 1) * width + j.clamp(0, width - 1)).flatten()
             out = out + flat[:, :, pixel].unflatten(2, (height, width)) * (share_down * share_across * inside)

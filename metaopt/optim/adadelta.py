@@ -47,7 +47,8 @@ class Adadelta(Optimizer):
 
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
         """See the module's equation."""
-        rho, eps = hyper["rho"], hyper["eps"]
+        rho = hyper["rho"]
+        eps = hyper["eps"]
         g, w = decayed(g, w, hyper, decoupled=False)
         second = rho * slots["second"] + (1 - rho) * g * g
         delta = safe.sqrt(slots["delta"] + eps) / safe.sqrt(second + eps) * g

@@ -89,7 +89,8 @@ class Adafactor(Optimizer):
         rate = torch.minimum(safe.like(hyper["lr"], w), safe.like(t**-0.5, w))
         size = rate * torch.maximum(safe.like(eps2, w), _rms(w))
         _, w = decayed(g, w, hyper, decoupled=True)
-        new, squared = dict(slots), g * g
+        new = dict(slots)
+        squared = g * g
         if g.ndim > 1:
             row = new["row"] = slots["row"] + share * (squared.mean(-1, keepdim=True) - slots["row"])
             column = new["column"] = slots["column"] + share * (squared.mean(-2, keepdim=True) - slots["column"])

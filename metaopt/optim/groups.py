@@ -77,13 +77,16 @@ class Groups(Optimizer):
 
     def init(self, w: Tree) -> Tree:
         """The groups' slots."""
-        flat, members = tree.leaves(w), self._members(w)
+        flat = tree.leaves(w)
+        members = self._members(w)
         return {str(i): optimizer.init([flat[j] for j in members[i]]) for i, (_, optimizer) in enumerate(self.groups)}
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
         """Each group by its own optimiser."""
         flat, spec = tree.flatten(w)
-        flat_g, members, new_slots = tree.leaves(g), self._members(w), {}
+        flat_g = tree.leaves(g)
+        members = self._members(w)
+        new_slots = {}
         for i, (_, optimizer) in enumerate(self.groups):
             mine = members[i]
             moved, new_slots[str(i)] = optimizer.update(

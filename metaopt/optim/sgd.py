@@ -87,7 +87,8 @@ class SGD(Optimizer):
         if is_zero(self.momentum):
             g_bar = w_bar * -hyper["lr"]
         else:
-            mu, factor = hyper["momentum"], hyper["lr"] * hyper["momentum"] if self.nesterov else hyper["lr"]
+            mu = hyper["momentum"]
+            factor = hyper["lr"] * hyper["momentum"] if self.nesterov else hyper["lr"]
             v_bar = w_bar * -factor if slots_bar is None else _minus(slots_bar["momentum"], factor, w_bar)
             slots = {"momentum": mu * v_bar}
             kept = v_bar if is_zero(self.dampening) or t == 1 else (1.0 - hyper["dampening"]) * v_bar

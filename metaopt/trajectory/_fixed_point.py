@@ -73,10 +73,12 @@ class Remainders:
         What is lost goes onto the stack, and a remainder in base n comes off it into the result.
         """
         if bool((self.buffer >= FULL * numerator // denominator - 1).any()):
-            high, low = self.buffer >> 32, self.buffer & 0xFFFFFFFF
+            high = self.buffer >> 32
+            low = self.buffer & 0xFFFFFFFF
             self.below.append(((low - (1 << 31)).to(torch.int32), high.to(torch.int16)))
             self.fills.append(self.pushed)
-            self.buffer, self.pushed = torch.zeros_like(self.buffer), 0
+            self.buffer = torch.zeros_like(self.buffer)
+            self.pushed = 0
         self.pushed += 1
         self.buffer = self.buffer * denominator + v.remainder(denominator)
         result = v.div(denominator, rounding_mode="floor") * numerator + self.buffer.remainder(numerator)
@@ -87,7 +89,8 @@ class Remainders:
         """Undoes :meth:`multiply`."""
         if self.pushed == 0:
             low, high = self.below.pop()
-            self.buffer, self.pushed = (high.long() << 32) + (low.long() + (1 << 31)), self.fills.pop()
+            self.buffer = (high.long() << 32) + (low.long() + (1 << 31))
+            self.pushed = self.fills.pop()
         self.pushed -= 1
         self.buffer = self.buffer * numerator + v.remainder(numerator)
         result = v.div(numerator, rounding_mode="floor") * denominator + self.buffer.remainder(denominator)

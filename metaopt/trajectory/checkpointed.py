@@ -131,7 +131,8 @@ class Checkpointed:
     def before(self, tape: CheckpointedTape, state: InnerState, lam: Tree, batch: Any) -> None:
         """The part of :meth:`record` that comes before the step; after the step comes :meth:`after`."""
         check_fixed(lam, tape.lam, tape.versions, "a checkpointed trajectory")
-        index, before = tape.steps, replay.snapshot(state)
+        index = tape.steps
+        before = replay.snapshot(state)
         if index == 0:
             tape.held[0] = tape.held[0]._replace(rng=before)
         elif self._visit(tape, index):
@@ -194,7 +195,8 @@ class Checkpointed:
             return self.store.get(held.kept), held.rng
         at = max(i for i in (*tape.held, *extra) if i < index)
         held = extra.get(at) or tape.held[at]
-        state, rng = self.store.get(held.kept), held.rng
+        state = self.store.get(held.kept)
+        rng = held.rng
         while at < index:
             free = self.slots - len(tape.held) - len(extra) if isinstance(self.slots, int) and self._consumes else index
             target = min(at + split(index + 1 - at, free + 1), index)

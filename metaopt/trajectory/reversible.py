@@ -118,7 +118,10 @@ class Reversible:
         """All steps, newest first, undoing them (on a copy of the bits, so that there can be another sweep)."""
         check_fixed(tape.lam, tape.lam, tape.versions, "a reversible trajectory")
         optimizer = _momentum_sgd(step)
-        x, v, lost, state = list(tape.x), list(tape.v), deepcopy(tape.lost), tape.newest
+        x = list(tape.x)
+        v = list(tape.v)
+        lost = deepcopy(tape.lost)
+        state = tape.newest
         for given, loss in zip(reversed(tape.given), reversed(tape.losses), strict=True):
             before = state._replace(t=state.t - 1)
             rates, ratios = _settings(optimizer, before, tape.lam)
@@ -147,7 +150,8 @@ def _momentum_sgd(step: Step) -> SGD:
 
 def _settings(optimizer: SGD, state: InnerState, lam: Tree) -> tuple[list[Any], list[tuple[int, int]]]:
     """Learning rates, and the momenta as fractions, per weight tensor."""
-    spec, t = tree.flatten(state.w)[1], state.t + 1
+    spec = tree.flatten(state.w)[1]
+    t = state.t + 1
     with torch.no_grad():
         rates = per_leaf(optimizer.lr, lam, t, spec, "lr")
         momenta = per_leaf(optimizer.momentum, lam, t, spec, "momentum")

@@ -97,7 +97,8 @@ class OnDisk(Elsewhere):
                 directory.
         """
         tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
-        starts, size = [], 0
+        starts = []
+        size = 0
         for tensor in tensors:
             starts.append(size)
             size += -(-tensor.numel() * tensor.element_size() // 64) * 64

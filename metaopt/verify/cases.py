@@ -160,7 +160,9 @@ def log_l2(
     :math:`dc/d\lambda = e^\lambda`: :math:`dw_T/d\lambda = e^\lambda [-\tfrac{ha}{c^2}(1 - r^T) - \eta T r^{T-1} (w_0 - w^*)]`.
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=True)
-    h, a, lam = q.H.diagonal(), q.lam, 0.3 * q.target
+    h = q.H.diagonal()
+    a = q.lam
+    lam = 0.3 * q.target
 
     def exact(T: int) -> Tensor:
         w_T, slope = _shrunk(h, a, lam.exp(), q.w0, lr, T)
@@ -252,7 +254,8 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
     exact at every horizon.
     """
     q = draw_quadratic(size, conditioning, seed)
-    h, lam = torch.tensor(1.0 / conditioning, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    h = torch.tensor(1.0 / conditioning, dtype=torch.float64)
+    lam = torch.tensor(0.4, dtype=torch.float64)
 
     def exact(T: int) -> Tensor:
         w_T, slope = _shrunk(h, q.lam, lam, q.w0, lr, T)
@@ -279,7 +282,8 @@ def population(
     :math:`2(\theta - \tfrac12)\, d\theta/d\lambda` with :math:`d\theta/d\lambda = -4c\, \theta/(1 + 4c(1+\lambda))`.
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=True)
-    c, lam = q.H.diagonal(), (0.5 * q.lam).exp()
+    c = q.H.diagonal()
+    lam = (0.5 * q.lam).exp()
     minimum = 1 / (1 + lam)
 
     def exact(T: int) -> Tensor:
@@ -315,7 +319,8 @@ def drifting(
     :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, arXiv 2007.07869.
     """
     q = draw_quadratic(size, conditioning, seed)
-    k, windows = 1 / conditioning, -(-horizon // window)
+    k = 1 / conditioning
+    windows = -(-horizon // window)
     lam = 0.5 + 0.5 * torch.sin(q.lam[0] + torch.arange(windows, dtype=torch.float64))
     batches = [(t // window, q.lam + drift * t * (q.H @ q.target)) for t in range(horizon)]
 
@@ -351,7 +356,8 @@ CLOSED_FORMS: list[Callable[..., Problem]] = [
 def _shrunk(h: Tensor, a: Tensor, penalty: Tensor, w0: Tensor, lr: float, T: int) -> tuple[Tensor, Tensor]:
     """``w_T`` of gradient descent on ``½h(w-a)² + ½ penalty w²``, and its derivative with respect to the penalty."""
     c = h + penalty
-    r, minimum = 1 - lr * c, h * a / c
+    r = 1 - lr * c
+    minimum = h * a / c
     slope = -h * a / c**2 * (1 - r**T) - lr * T * r ** (T - 1) * (w0 - minimum)
     return minimum + r**T * (w0 - minimum), slope
 

@@ -152,7 +152,9 @@ def _preconditioned(problem: Problem, horizon: int, estimator: SAMA, alpha: Tens
 
 def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor) -> Tensor:
     """``v_T ∂²L/∂w∂λ`` with ``v_t = v_{t-1} - ρ (H_t v_{t-1} + α_t)``, everything at ``w_t`` and batch t."""
-    run, v, mixed = states(problem, horizon), torch.zeros_like(vector(problem.w0)), None
+    run = states(problem, horizon)
+    v = torch.zeros_like(vector(problem.w0))
+    mixed = None
     for t in range(1, horizon + 1):
         alpha_t, _ = outer_cotangent(problem.outer_loss, run[t], problem.lam, problem.outer_batch)
         H, mixed = _second_derivatives(problem, run[t].w, problem.batches[t - 1])
@@ -163,7 +165,8 @@ def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor)
 
 def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
     """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
-    g, generator = _all_steps(problem, horizon, estimator, alpha), torch.Generator().manual_seed(estimator.seed)
+    g = _all_steps(problem, horizon, estimator, alpha)
+    generator = torch.Generator().manual_seed(estimator.seed)
     directions = torch.stack(
         [sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)]
     )

@@ -72,7 +72,8 @@ class Loop:
             torch.manual_seed(self.draws)
         p = self.problem
         with torch.enable_grad():
-            lam, w0 = tree.attach(p.lam), tree.attach(p.w0)
+            lam = tree.attach(p.lam)
+            w0 = tree.attach(p.w0)
             parts = self.start(w0)
             for t in range(1, horizon + 1):
                 if last is not None and t == horizon - last + 1:
@@ -135,7 +136,8 @@ def small_net(*, learned: bool, dropout: float = 0.3, lazy: bool = False) -> Loo
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
         w, v = parts
         g = gradient(loss, w, w0, lam, batch)
-        lr, momentum = setting(lam, "lr", 0.2), setting(lam, "momentum", 0.75)
+        lr = setting(lam, "lr", 0.2)
+        momentum = setting(lam, "momentum", 0.75)
         return heavy_ball(w, v, g, lr=lr, momentum=momentum, decay=0.05, damp=0.25, t=t)
 
     optimizer = SGD(
@@ -172,7 +174,8 @@ def constant_momentum() -> Loop:
 def reweighted_net() -> Loop:
     """A net on weighted examples: the weights follow the losses, and the update takes them as constants."""
     normal = _normals(6)
-    w0, lam = {"a": normal(3, 4), "b": normal(4)}, {"slope": _number(0.7), "shift": 0.1 * normal(1)}
+    w0 = {"a": normal(3, 4), "b": normal(4)}
+    lam = {"slope": _number(0.7), "shift": 0.1 * normal(1)}
 
     def losses(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch

@@ -65,7 +65,8 @@ class _Allocations(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
+        size = storage.nbytes()
 
         def freed(_: Any) -> None:
             self.live -= size

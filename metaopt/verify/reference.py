@@ -46,7 +46,8 @@ def states(problem: Problem, horizon: int) -> list[InnerState]:
 def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians:
     """Dense ``(A, B)`` of one step, a row at a time, by autograd through the step itself."""
     with torch.enable_grad():
-        state_, lam_ = tree.attach(state), tree.attach(lam)
+        state_ = tree.attach(state)
+        lam_ = tree.attach(lam)
         out = vector(step(state_, lam_, batch))
         inputs = tree.floats(state_) + tree.floats(lam_)
         rows = []
@@ -61,7 +62,8 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
                     [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(row, inputs, strict=True)]
                 )
             )
-    matrix, size = torch.stack(rows), len(out)
+    matrix = torch.stack(rows)
+    size = len(out)
     return Jacobians(matrix[:, :size], matrix[:, size:])
 
 
@@ -74,13 +76,15 @@ def along(problem: Problem, run: list[InnerState], horizon: int, *, last: int | 
 def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: Any) -> tuple[Tensor, Tensor]:
     """``α`` as a row over the flattened state (zero on the slots), and the direct term over flattened λ."""
     with torch.enable_grad():
-        w, lam_ = tree.attach(state.w), tree.attach(lam)
+        w = tree.attach(state.w)
+        lam_ = tree.attach(lam)
         inputs = tree.floats(w) + tree.floats(lam_)
         gradients = torch.autograd.grad(outer_loss(w, lam_, batch), inputs, allow_unused=True)
     flat = torch.cat(
         [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(gradients, inputs, strict=True)]
     )
-    n_w, n_state = vector(state.w).numel(), vector(state).numel()
+    n_w = vector(state.w).numel()
+    n_state = vector(state).numel()
     return torch.cat([flat[:n_w], flat.new_zeros(n_state - n_w)]), flat[n_w:]
 
 
@@ -88,7 +92,8 @@ def dense_sweep(alpha: Tensor, steps: Sequence[Jacobians]) -> Tensor:
     r"""Equation 3: :math:`\sum_t \alpha A_T \cdots A_{t+1} B_t` for the given steps (oldest first)."""
     total = alpha.new_zeros(steps[-1].B.shape[1]) if steps else alpha.new_zeros(0)
     for A, B in reversed(steps):
-        total, alpha = total + alpha @ B, alpha @ A
+        total = total + alpha @ B
+        alpha = alpha @ A
     return total
 
 
@@ -123,7 +128,8 @@ def finite_differences(problem: Problem, horizon: int, radius: float = 1e-3) -> 
         shifts = h * torch.eye(flat.numel(), dtype=flat.dtype)
         return torch.stack([(value(flat + e) - value(flat - e)) / (2 * h) for e in shifts])
 
-    coarse, fine = central(radius), central(radius / 2)
+    coarse = central(radius)
+    fine = central(radius / 2)
     better = fine + (fine - coarse) / 3
     rounding = torch.finfo(flat.dtype).eps * float(value(flat).abs() + 1) / radius
     return Estimate(better, float((better - fine).abs().max()) + 10 * rounding)

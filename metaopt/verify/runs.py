@@ -102,7 +102,8 @@ def _unrolled(chosen: list[Loop]) -> Iterator[Row]:
     """``unroll`` and ``backward``; λ is also handed over as tensors that the loss closes over."""
     for loop in chosen:
         p = loop.problem
-        lam, w0 = tree.attach(p.lam), tree.attach(p.w0)
+        lam = tree.attach(p.lam)
+        w0 = tree.attach(p.w0)
         _seed(loop)
         state = unroll(p.step, w0, lam, p.batches, horizon=HORIZON)
         inputs = tree.floats(lam) + tree.floats(w0)

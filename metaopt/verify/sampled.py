@@ -41,12 +41,14 @@ def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
     With :math:`p = \mathrm{softmax}(-\ell/\tau)`: :math:`\partial p_k = -p_k (\partial \ell_k -
     \sum_j p_j\, \partial \ell_j) / \tau`.
     """
-    run, generator = states(problem, horizon), torch.Generator().manual_seed(estimator.seed)
+    run = states(problem, horizon)
+    generator = torch.Generator().manual_seed(estimator.seed)
     draws = [noise(problem.w0, estimator.noise, generator, estimator.copies) for _ in range(horizon)]
     base = run[horizon - 1 if estimator.around == "before" else horizon].w
     copies = vector(base) + estimator.sigma * draws[-1]
     values = [_inner_loss(problem, unvector(copy, base), horizon) for copy in copies]
-    losses, slopes = torch.stack([loss for loss, _ in values]), torch.stack([slope for _, slope in values])
+    losses = torch.stack([loss for loss, _ in values])
+    slopes = torch.stack([slope for _, slope in values])
     weights = (-losses / estimator.temperature).exp()
     weights = weights / weights.sum()
     changes = -weights[:, None] * (slopes - weights @ slopes) / estimator.temperature
@@ -59,7 +61,9 @@ def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
 # -- a second run --------------------------------------------------------------------------------
 def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
     """``∂L_val/∂λ(y) + κ (∂L/∂λ(y) - ∂L/∂λ(w))``, where y descends ``L + L_val/κ`` along the same batches."""
-    step, lam, kappa = problem.step, problem.lam, estimator.multiplier
+    step = problem.step
+    lam = problem.lam
+    kappa = estimator.multiplier
     assert isinstance(step, InnerStep)
     y = problem.w0
     for t in range(horizon):
@@ -78,7 +82,9 @@ def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
 
 def bome(problem: Problem, horizon: int, estimator: BOME) -> Tensor:
     """The λ part of ``∇L_val + κ ∇q`` over ``z = (y, λ)``, where ``q = L(y, λ) - L(w_t, λ)`` and y takes the y part of it, step by step."""
-    step, run, n = problem.step, states(problem, horizon), vector(problem.w0).numel()
+    step = problem.step
+    run = states(problem, horizon)
+    n = vector(problem.w0).numel()
     assert isinstance(step, InnerStep)
     z = move = torch.cat([vector(problem.w0), vector(problem.lam)])
     for t in range(1, horizon + 1):
@@ -124,7 +130,8 @@ def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Pr
     def hypergradient(problem: Problem, horizon: int, estimator: Evolution) -> Tensor:
         generator = torch.Generator().manual_seed(estimator.seed)
         drawn = [[noise(problem.lam, "gaussian", generator) for _ in range(estimator.pairs)] for _ in range(horizon)]
-        run, total = states(problem, horizon), torch.zeros_like(vector(problem.lam))
+        run = states(problem, horizon)
+        total = torch.zeros_like(vector(problem.lam))
         for k in range(estimator.pairs):
             mirrored = schedule(estimator, [of_step[k] for of_step in drawn])
             above, below = (_perturbed_loss(problem, run, mirrored, sign * estimator.sigma) for sign in (1, -1))
@@ -135,7 +142,8 @@ def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Pr
 
 
 def _perturbed_loss(problem: Problem, run: list[InnerState], mirrored: Mirrored, sigma: float) -> Tensor:
-    state, lam = run[mirrored.start], problem.lam
+    state = run[mirrored.start]
+    lam = problem.lam
     for t, epsilon in enumerate(mirrored.epsilons, start=mirrored.start):
         lam = unvector(vector(problem.lam) + sigma * epsilon, problem.lam)
         state = problem.step(state, lam, problem.batches[t])
@@ -149,14 +157,16 @@ def uoro(problem: Problem, horizon: int, estimator: UORO, alpha: Tensor) -> Tens
     :math:`\tilde s \leftarrow \rho_0 A\tilde s + \rho_1\nu` and :math:`\tilde\theta \leftarrow \tilde\theta/\rho_0 + \nu B/\rho_1` with
     :math:`\rho_0^2 = |\tilde\theta|/|A\tilde s|`, :math:`\rho_1^2 = |\nu B|/|\nu|` (1 where either norm is 0).
     """
-    generator, run = torch.Generator().manual_seed(estimator.seed), states(problem, horizon)
+    generator = torch.Generator().manual_seed(estimator.seed)
+    run = states(problem, horizon)
     sketches = [
         (torch.zeros_like(vector(run[0])), torch.zeros_like(vector(problem.lam))) for _ in range(estimator.sketches)
     ]
     for A, B in along(problem, run, horizon):
         for k, (s, theta) in enumerate(sketches):
             nu = noise(run[0], "sign", generator)
-            old, fresh = _ratio(theta, A @ s), _ratio(nu @ B, nu)
+            old = _ratio(theta, A @ s)
+            fresh = _ratio(nu @ B, nu)
             sketches[k] = (old * (A @ s) + fresh * nu, theta / old + (nu @ B) / fresh)
     return torch.stack([(alpha @ s) * theta for s, theta in sketches]).mean(0)
 

@@ -139,9 +139,14 @@ class _Probe:
 
 
 def _derivatives(probe: _Probe, tolerance: float) -> Iterator[Row]:
-    step, state, lam, batch = probe.step, probe.state, probe.lam, probe.batch
-    one, two = probe.noise(state), probe.noise(state)
-    state_dot, lam_dot = probe.direction(), probe.noise(lam)
+    step = probe.step
+    state = probe.state
+    lam = probe.lam
+    batch = probe.batch
+    one = probe.noise(state)
+    two = probe.noise(state)
+    state_dot = probe.direction()
+    lam_dot = probe.noise(lam)
     bar, lam_bar = probe.pulled(one)
     yield _uses_lam(lam, lam_bar)
 
@@ -181,7 +186,8 @@ def _slope(probe: _Probe, dots: Tensor, radius: float = 1e-5) -> Tensor:
     def central(h: float) -> Tensor:
         return (probe.value(at + h * dots) - probe.value(at - h * dots)) / (2 * h)
 
-    coarse, fine = central(radius), central(radius / 2)
+    coarse = central(radius)
+    fine = central(radius / 2)
     return fine + (fine - coarse) / 3
 
 

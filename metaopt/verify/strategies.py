@@ -121,7 +121,8 @@ def mlp_problems(
     """
     st = _hypothesis()
     widths = st.lists(st.integers(1, max_width), min_size=1, max_size=2)
-    seeds, horizons = st.integers(0, 10_000), st.integers(1, max_horizon)
+    seeds = st.integers(0, 10_000)
+    horizons = st.integers(1, max_horizon)
     return st.builds(
         _mlp, widths, st.sampled_from(list(optimizers)), pytrees() if lam is None else lam, seeds, horizons
     )
@@ -140,7 +141,8 @@ def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon:
         return (x - y).square().mean()
 
     def inner_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        weights, rates = tree.leaves(w), tree.leaves(lam)
+        weights = tree.leaves(w)
+        rates = tree.leaves(lam)
         penalties = [_mixed(rate) * weights[i % len(weights)].square().mean() for i, rate in enumerate(rates)]
         return error(w, batch) + 0.1 * torch.stack(penalties).sum()
 
