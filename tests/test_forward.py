@@ -5,6 +5,7 @@ import torch
 from cases import OPTIMIZERS, OnceDifferentiable, ids
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import metaopt as mo
 from metaopt import tree
@@ -373,3 +374,49 @@ def test_what_cannot_be_batched_says_how_to_go_on():
         mo.hypergradient(*args, estimator=mo.FMD(columns_at_once=1)).total,
         mo.hypergradient(*args, estimator=mo.RMD()).total,
     )
+
+
+LAYERS = {
+    "GroupNorm, one group, one image": (nn.GroupNorm(1, 16), (1, 16, 4, 4)),
+    "GroupNorm, two groups": (nn.GroupNorm(2, 8), (4, 8, 4, 4)),
+    "GroupNorm without weights": (nn.GroupNorm(1, 8, affine=False), (8, 8, 4, 4)),
+    "GroupNorm, a group per channel": (nn.GroupNorm(8, 8), (3, 8, 2, 5)),
+    "InstanceNorm": (nn.InstanceNorm2d(8, affine=True), (3, 8, 4, 4)),
+    "LayerNorm": (nn.LayerNorm([8, 4]), (3, 8, 4)),
+    "RMSNorm": (nn.RMSNorm(4), (3, 8, 4)),
+    "BatchNorm": (nn.BatchNorm2d(8), (3, 8, 4, 4)),
+    "LocalResponseNorm": (nn.LocalResponseNorm(3), (3, 8, 4, 4)),
+    "Conv2d": (nn.Conv2d(8, 4, 3, padding=1, groups=2), (3, 8, 4, 4)),
+    "ConvTranspose2d": (nn.ConvTranspose2d(8, 4, 3, stride=2), (3, 8, 4, 4)),
+    "MaxPool2d": (nn.MaxPool2d(2), (3, 8, 4, 4)),
+    "AvgPool2d": (nn.AvgPool2d(2), (3, 8, 4, 4)),
+    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(3), (3, 8, 4, 4)),
+    "Upsample": (nn.Upsample(scale_factor=2, mode="bilinear"), (3, 8, 4, 4)),
+    "PixelShuffle": (nn.PixelShuffle(2), (3, 8, 4, 4)),
+    "GLU": (nn.GLU(1), (3, 8, 4)),
+    "Softmax": (nn.Softmax(1), (3, 8, 4)),
+    "PReLU": (nn.PReLU(), (3, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batched_columns_through_a_layer_are_single_ones(name):
+    """Torch has a batching rule for each derivative; that of group norm is wrong for some shapes."""
+    layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    mixing = torch.randn(shape[1], shape[1], dtype=F64)
+    model = mo.functional(nn.Sequential(nn.Conv1d(shape[1], shape[1], 1), nn.Unflatten(2, shape[2:]), layer).double())
+    x = torch.einsum("ij,njk->nik", mixing, torch.randn(shape, dtype=F64).flatten(2))
+
+    def inner(w, lam, batch):
+        return (model(w, batch * lam["gain"] + batch**2).tanh() ** 2).mean() + lam["l2"] * sum(
+            p.pow(2).sum() for p in w.values()
+        )
+
+    lam = {"gain": torch.tensor(0.7, dtype=F64), "l2": torch.tensor(0.01, dtype=F64)}
+    step = mo.inner_step(inner, mo.optim.SGD(lr=0.1))
+    args = (step, lambda w, lam, batch: model(w, batch).sin().mean(), model.params, lam, [x] * 3, x)
+    expected = mo.hypergradient(*args, estimator=mo.RMD()).total
+    for estimator in (mo.FMD(), mo.FMD(columns_at_once=1)):
+        assert close(mo.hypergradient(*args, estimator=estimator).total, expected)
+    assert min(abs(x) for x in tree.leaves(expected)) > 1e-6

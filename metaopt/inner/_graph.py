@@ -49,10 +49,33 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Itera
         RuntimeError: if there is such a node.
     """
     for node in nodes(gradients, inputs):
-        if node.name().endswith("Error"):
-            raise RuntimeError(
-                "an operation of the inner step is differentiable once only (its backward is marked "
-                "once_differentiable): a hypergradient would miss "
-                "what passes through it. Write its backward in operations of torch, without that mark, or use "
-                "another form of it"
-            )
+        _check(node.name())
+
+
+def can_be_batched(gradients: Iterable[Tensor | None]) -> bool:
+    """The same walk; whether torch takes many products of these gradients at once, and takes them rightly.
+
+    Raises:
+        RuntimeError: if an operation is differentiable once only.
+    """
+    right = True
+    for node in nodes(gradients):
+        name = node.name()
+        _check(name)
+        if name.startswith(_WRONG_WHEN_BATCHED):
+            right = False
+    return right
+
+
+# torch 2.13: group norm's derivative reshapes batched gradients as if they were one, an error for most
+# shapes and a wrong number for the others.
+_WRONG_WHEN_BATCHED = "NativeGroupNormBackward"
+
+
+def _check(name: str) -> None:
+    if name.endswith("Error"):
+        raise RuntimeError(
+            "an operation of the inner step is differentiable once only (its backward is marked "
+            "once_differentiable): a hypergradient would miss what passes through it. Write its backward in "
+            "operations of torch, without that mark, or use another form of it"
+        )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner._graph import check_twice_differentiable
+from metaopt.inner._graph import can_be_batched
 from metaopt.inner._transposed import Transposed, columns_of_numbers, columns_per_batch, dots_of, reverse_products
 from metaopt.inner._update import is_linear, push_forward, split_state, update_of_floats
 from metaopt.inner.adjoint import GradientWithGraph, like
@@ -78,7 +78,8 @@ class InnerTangents:
         first = 0 if len(_moving(dots[: len(w)], columns)) else len(w)
         pairs = zip(self._gradients[first:], dots[first:], strict=True)
         live = [(g, dot) for g, dot in pairs if g is not None and g.requires_grad]
-        check_twice_differentiable(g for g, _ in live)
+        if not can_be_batched(g for g, _ in live):
+            columns_at_once = 1
 
         rows = _moving([dot for _, dot in live], columns)
         self.products += len(rows)

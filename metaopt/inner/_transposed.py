@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner._graph import check_twice_differentiable, numbers_saved
+from metaopt.inner._graph import can_be_batched, numbers_saved
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.tree import Tree
 
@@ -21,7 +21,7 @@ NUMBERS_IN_A_BATCH = 1 << 22
 class Transposed:
     """The tangent map of ``outputs`` as functions of ``inputs``."""
 
-    __slots__ = ("_bars", "_outputs", "_seeds")
+    __slots__ = ("_bars", "_batched", "_outputs", "_seeds")
 
     def __init__(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         """Cost: one backward pass, whose graph is kept."""
@@ -31,7 +31,7 @@ class Transposed:
             self._seeds = [torch.zeros_like(x).requires_grad_() for x in live]
             if live:
                 bars = torch.autograd.grad(live, inputs, self._seeds, create_graph=True, allow_unused=True)
-        check_twice_differentiable(bars)
+        self._batched = can_be_batched(bars)
         self._outputs = outputs
         self._bars = bars
 
@@ -48,7 +48,8 @@ class Transposed:
         if live and self._seeds:
             bars = [bar for bar, _ in live]
             seeds = [dot for _, dot in live]
-            products = reverse_products(bars, self._seeds, seeds, columns_at_once)
+            at_once = columns_at_once if self._batched else 1
+            products = reverse_products(bars, self._seeds, seeds, at_once)
         of_live = iter(products)
         tangents = [next(of_live) if x.requires_grad else None for x in self._outputs]
         return [
