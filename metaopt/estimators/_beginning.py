@@ -44,11 +44,11 @@ class Beginning(NamedTuple):
             if self.reads_lam:
                 speak_of_dropped(estimator)
             return terms
+        if self.live is None and not self.resumed:
+            return terms._replace(initial=terms.initial.w)
         bar = filled(terms.initial, self.state)
-        if self.resumed:
-            return terms._replace(initial=bar)
         if self.live is None:
-            return terms._replace(initial=bar.w)
+            return terms._replace(initial=bar)
         pairs = zip(tree.floats(self.live), tree.floats(bar), strict=True)
         outputs, bars = zip(*[(x, b) for x, b in pairs if x.requires_grad], strict=True)
         inputs = (self.w, self.lam)

@@ -251,11 +251,12 @@ def check_lam(lam: Tree, estimator: Estimator | None = None) -> None:
             return
         because = "" if estimator is None else f", since {type(estimator).__name__} has no gradient of initial weights"
         raise ValueError(f"lam has no leaves: there is nothing to differentiate with respect to{because}")
-    for name, leaf in zip(tree.names(lam), flat, strict=True):
+    for i, leaf in enumerate(flat):
         if not tree.is_float(leaf):
             kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__} ({leaf!r})"
             raise ValueError(
-                f"lam at {name} is {kind}; hyperparameters are floating-point tensors, e.g. torch.tensor(0.1)"
+                f"lam at {tree.names(lam)[i]} is {kind}; hyperparameters are floating-point tensors, e.g. "
+                "torch.tensor(0.1)"
             )
 
 
@@ -270,14 +271,12 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
             ZeroHypergradientWarning,
             stacklevel=4,
         )
-    unused = [
-        name
-        for name, d, i in zip(tree.names(lam), tree.leaves(direct), tree.leaves(indirect), strict=True)
-        if d is None and i is None
-    ]
+    parts = zip(tree.leaves(direct), tree.leaves(indirect), strict=True)
+    unused = [i for i, (d, ind) in enumerate(parts) if d is None and ind is None]
     if not unused:
         return
-    where = ", ".join(unused)
+    names = tree.names(lam)
+    where = ", ".join(names[i] for i in unused)
     if not estimator.sees_optimizer:
         what = f"{type(estimator).__name__} sees no influence of lam at {where}"
         why = (
@@ -287,7 +286,7 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
     else:
         what = f"lam at {where} influences neither the inner step nor the outer loss"
         why = "use it in the losses or in the optimiser's hyperparameters, and check that nothing detaches it"
-    if len(unused) == len(tree.leaves(lam)):
+    if len(unused) == len(names):
         raise ValueError(f"{what}, and nothing else is in lam: {why}")
     warnings.warn(f"{what}; its hypergradient is zero: {why}", UnusedHyperparameterWarning, stacklevel=4)
 

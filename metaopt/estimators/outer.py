@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.estimators.compiled_loss import CompiledLoss, ValueAndGradient
 from metaopt.inner._first_look import said_of_undeclared, warn_of
+from metaopt.inner._graph import nodes
 from metaopt.inner.contract import checked_scalar
 from metaopt.tree import Tree
 
@@ -85,7 +86,7 @@ def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any, l
                 ".item(), argmax)"
             )
         if look:
-            warn_of(said_of_undeclared(loss, (w_, lam_), "outer_loss"))
+            warn_of(said_of_undeclared(nodes([loss]), (w_, lam_), "outer_loss"))
         gradients = torch.autograd.grad(loss, tree.floats((w_, lam_)), allow_unused=True)
         torch.clear_autocast_cache()  # as in the inner step
     return loss, gradients

@@ -68,8 +68,8 @@ class ReverseMode(Estimator):
     ) -> Response:
         """One sweep that takes in each state's cotangent on its way down."""
         complete = self.remembered.complete(carry)
-        last = cotangents.get(state.t, InnerState(tree.zeros_like(state.w), None, state.t))
-        waiting = {t: cotangent for t, cotangent in cotangents.items() if t != state.t}
+        waiting = dict(cotangents)
+        last = waiting.pop(state.t, None) or InnerState(tree.zeros_like(state.w), None, state.t)
         total = tree.zeros_like(lam)
         cotangent = last
         moments = self.remembered.moments(carry, step, state)

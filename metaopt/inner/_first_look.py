@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,9 +58,10 @@ class FirstLook:
                     x.detach().copy_(old)
             raise written_into(w, changed)
         self.written = True
-        if any([node.name() == "CheckpointFunctionBackward" for node in nodes([found])]):
+        behind = list(nodes([found]))
+        if any([node.name() == "CheckpointFunctionBackward" for node in behind]):
             raise reentrant("second derivatives, and weights that only its inside sees, are lost")
-        self.undeclared += said_of_undeclared(found, (w, lam), "inner_loss")
+        self.undeclared += said_of_undeclared(behind, (w, lam), "inner_loss")
         return found
 
     def optimizer(self, optimizer: Optimizer, w: Tree, lam: Tree) -> None:
@@ -121,15 +122,15 @@ def reentrant(what: str) -> RuntimeError:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a != a)).all())
+    return torch.equal(a, b) or bool(((a == b) | (a != a)).all())  # NaN is not equal to itself
 
 
-def said_of_undeclared(loss: Tensor, known: Tree, what: str) -> list[str]:
-    """What to say of leaves of autograd that a loss depends on and that are not behind ``known``."""
+def said_of_undeclared(behind: Iterable[Any], known: Tree, what: str) -> list[str]:
+    """What to say of leaves among the nodes behind a loss that are not behind ``known``."""
     own: set[int] = set()
     for x in tree.floats(known):
-        own.update([id(leaf) for leaf in leaves(x)] if x.grad_fn is not None else [id(x)])
-    found = [leaf for leaf in leaves(loss) if id(leaf) not in own]
+        own.update([id(leaf) for leaf in leaves(nodes([x]))] if x.grad_fn is not None else [id(x)])
+    found = [leaf for leaf in leaves(behind) if id(leaf) not in own]
     if not found:
         return []
     shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
@@ -150,9 +151,10 @@ def held(optimizer: Optimizer, lam: Tree, spec: tree.Spec) -> list[str]:
     """Names of the hyperparameters whose values require grad though λ does not."""
     names: list[str] = []
     for name in optimizer.hypers:
-        values = per_leaf(
-            getattr(optimizer, name), lam, 1, spec, name, pair=isinstance(getattr(optimizer, name), tuple)
-        )
+        setting = getattr(optimizer, name)
+        if isinstance(setting, float | int):
+            continue
+        values = per_leaf(setting, lam, 1, spec, name, pair=isinstance(setting, tuple))
         if any([x.requires_grad for x in tree.floats(values)]):
             names.append(f"{type(optimizer).__name__}.{name}")
     for inside in optimizer.parts:

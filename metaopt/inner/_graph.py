@@ -21,9 +21,9 @@ def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Ite
         waiting.extend([parent for parent, _ in node.next_functions])
 
 
-def leaves(output: Tensor) -> list[Tensor]:
-    """The autograd leaves that a tensor depends on."""
-    found = [getattr(node, "variable", None) for node in nodes([output])]
+def leaves(of: Iterable[Any]) -> list[Tensor]:
+    """The autograd leaves among nodes."""
+    found = [getattr(node, "variable", None) for node in of]
     return [leaf for leaf in found if leaf is not None]
 
 

@@ -242,10 +242,10 @@ def check_weights(w: Tree) -> None:
     flat = tree.leaves(w)
     if not flat:
         raise ValueError("w has no leaves: there are no weights to train")
-    for name, leaf in zip(tree.names(w), flat, strict=True):
+    for i, leaf in enumerate(flat):
         if not tree.is_float(leaf):
             kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"the weight {name} is {kind}; weights are floating-point tensors (pass anything else through the "
+                f"the weight {tree.names(w)[i]} is {kind}; weights are floating-point tensors (pass anything else through the "
                 "batch)"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -189,16 +190,17 @@ def check_replayed(losses: list[Losses]) -> None:
     """Raise if a step had another inner loss when it was replayed than in the run, by more than rounding."""
     if not losses:
         return
-    run = torch.stack([pair.run for pair in losses])
-    again = torch.stack([pair.replay for pair in losses])
-    tolerance = min(ROUNDINGS * torch.finfo(run.dtype).eps, 0.1)
-    off = (run - again).abs() > tolerance * run.abs().nan_to_num(0.0, 0.0).max()
-    if not bool(off.any()):
+    run = torch.stack([pair.run for pair in losses]).tolist()
+    again = torch.stack([pair.replay for pair in losses]).tolist()
+    largest = max([abs(x) for x in run if math.isfinite(x)], default=0.0)
+    tolerance = largest * min(ROUNDINGS * torch.finfo(losses[0].run.dtype).eps, 0.1)
+    off = [i for i, (a, b) in enumerate(zip(run, again, strict=True)) if abs(a - b) > tolerance]
+    if not off:
         return
-    t, first, second = losses[int(off.nonzero()[0, 0])]
+    first = off[0]
     raise RuntimeError(
-        f"step {t} had the inner loss {float(first):.6g} in the run and {float(second):.6g} when it was replayed: the "
-        "hypergradient would be that of another run. Something in the loss changes from call to call and is not drawn "
+        f"step {losses[first].t} had the inner loss {run[first]:.6g} in the run and {again[first]:.6g} when it was "
+        "replayed: the hypergradient would be that of another run. Something in the loss changes from call to call and is not drawn "
         "from torch's global generator (numpy, a torch.Generator, a counter, an environment): draw it outside and "
         "pass it with the batch. RMD(mo.trajectory.Graphs()) replays nothing"
     )
