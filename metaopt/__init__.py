@@ -53,6 +53,7 @@ from metaopt.inner import (
     vmapped,
 )
 from metaopt.meta import online, tune
+from metaopt.problem import Problem
 
 if TYPE_CHECKING:
     from metaopt import interop, tasks
@@ -100,6 +101,7 @@ __all__ = [
     "NotConvergedWarning",
     "OneStep",
     "OuterObjective",
+    "Problem",
     "Response",
     "Stacked",
     "TruncatedES",

@@ -23,7 +23,7 @@ def test_equation_7_is_exact_where_the_jacobian_is_a_number_and_one_step_where_g
 
 def test_size_samples_lie_on_the_truth_where_distillation_is_exact(tmp_path):
     problems = [cases.isotropic(seed=seed, horizon=3) for seed in range(2)]
-    problems = [mo.verify.Problem(p.name, p.step, p.outer_loss, p.w0, p.lam, p.batches) for p in problems]
+    problems = [mo.Problem(p.step, p.outer_loss, p.w0, p.lam, p.batches, name=p.name) for p in problems]
     gamma = cases.isotropic().contraction
     stages = diagnose.diagnose(
         {"only": problems}, {"1-step": mo.OneStep()}, mo.HyperDistill(gamma=gamma), tmp_path, gammas=[gamma]

@@ -87,8 +87,8 @@ def test_random_draws_are_the_same_for_everyone():
     step = mo.inner_step(
         lambda w, lam, b: lam.exp() * model(w, x).square().mean() - model(w, x).mean(), mo.optim.SGD(lr=0.1)
     )
-    problem = mo.verify.Problem(
-        "dropout", step, lambda w, lam, b: w["2.weight"].square().sum(), model.params, scalar(0.3), [None] * 4
+    problem = mo.Problem(
+        step, lambda w, lam, b: w["2.weight"].square().sum(), model.params, scalar(0.3), [None] * 4, name="dropout"
     )
     before = torch.get_rng_state()
     found = mo.diagnose.alignment({"one": mo.RMD(mo.trajectory.Checkpointed(slots=1))}, problem, at=[1, 4])
@@ -111,8 +111,8 @@ def noisy_quadratic(T):
 
     def sample(i):
         batches = [scalar(SIGMA if i >> t & 1 else -SIGMA) for t in range(T)]
-        return mo.verify.Problem(
-            "noisy quadratic", step, lambda w, lam, _: 0.5 * H * (w**2 + SIGMA**2), scalar(W0), scalar(LR), batches
+        return mo.Problem(
+            step, lambda w, lam, _: 0.5 * H * (w**2 + SIGMA**2), scalar(W0), scalar(LR), batches, name="noisy quadratic"
         )
 
     return sample
@@ -165,7 +165,7 @@ def test_bias_needs_draws():
 @given(a=st.floats(0.3, 1.6), T=st.integers(2, 7))
 def test_the_rate_of_a_linear_recursion(a, T):
     step = mo.custom_step(lambda state, lam, b: state._replace(w=a * state.w + lam))
-    problem = mo.verify.Problem("linear", step, lambda w, lam, b: 3 * w, scalar(1.0), scalar(0.5), [None] * T)
+    problem = mo.Problem(step, lambda w, lam, b: 3 * w, scalar(1.0), scalar(0.5), [None] * T, name="linear")
     found = mo.diagnose.norms(problem)
     assert found.rate == pytest.approx(a, rel=1e-9)
     for k, lag in enumerate(found.lags):
@@ -181,13 +181,13 @@ def test_the_horizon_needed_is_where_a_truncation_points_the_right_way():
         return state._replace(w=state.w + batch * lam)
 
     batches = [torch.tensor(b, dtype=F64) for b in ([1.0, 0.0], [0.0, 0.0], [0.0, 1.0])]
-    problem = mo.verify.Problem(
-        "two",
+    problem = mo.Problem(
         mo.custom_step(shift),
         lambda w, lam, b: w.sum(),
         torch.zeros(2, dtype=F64),
         torch.ones(2, dtype=F64),
         batches,
+        name="two",
     )
     found = mo.diagnose.norms(problem)
     assert [round(lag.cosine, 6) for lag in found.lags] == [round(2**-0.5, 6)] * 2 + [1]
@@ -219,8 +219,13 @@ def test_metasmoothness_of_parabolas():
     def parabolas(state, lam, batch):  # at λ = 0 with h = 1: (0, 1, 4), (0, 1, -1), (9, 4, 1)
         return state._replace(w=torch.stack([lam**2, -1.5 * lam**2 + 2.5 * lam, (lam - 3) ** 2]))
 
-    problem = mo.verify.Problem(
-        "parabolas", mo.custom_step(parabolas), lambda w, lam, b: w[0], torch.zeros(3, dtype=F64), scalar(0.0), [None]
+    problem = mo.Problem(
+        mo.custom_step(parabolas),
+        lambda w, lam, b: w[0],
+        torch.zeros(3, dtype=F64),
+        scalar(0.0),
+        [None],
+        name="parabolas",
     )
     (row,) = mo.diagnose.smoothness(problem, h=1.0, directions=[scalar(1.0)]).directions
     assert row.metasmoothness == pytest.approx((4 - 1 + 8) / 13)
@@ -266,8 +271,8 @@ def test_peak_memory_of_known_allocations():
 def test_peak_memory_of_full_trajectories_grows_by_one_state_per_step():
     def peak(T):
         step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.optim.SGD(lr=0.1))
-        problem = mo.verify.Problem(
-            "big", step, lambda w, lam, b: w.sum(), torch.ones(1000, dtype=F64), scalar(0.5), [None] * T
+        problem = mo.Problem(
+            step, lambda w, lam, b: w.sum(), torch.ones(1000, dtype=F64), scalar(0.5), [None] * T, name="big"
         )
         return mo.diagnose.costs(mo.RMD(), problem, repeats=0).expenses[0].peak_bytes
 
@@ -286,10 +291,12 @@ def test_compare_gives_a_table_a_picture_and_a_dict(tmp_path):
     found.figure().savefig(tmp_path / "all.png")
     for part in found.parts.values():
         part.figure().savefig(tmp_path / "one.png")
-        assert part.table().row_count == len(part.rows())
+        assert len(part.table().rows) == len(part.rows())
+        assert "<table>" in part._repr_html_()
     assert "OneStep" in str(found)
     console = Console(file=io.StringIO(), width=150)
-    console.print(found.table())
+    for table in found.tables():
+        console.print(table.rich())
     assert "OneStep" in console.file.getvalue()
 
 
@@ -299,8 +306,8 @@ def test_stacked_problems_are_the_sum_of_their_tasks():
     step = mo.inner_step(mo.vmapped(loss), mo.optim.SGD(lr=0.1))
     outer = mo.vmapped(lambda w, lam, y: (w**2).sum())
     lam = torch.ones(2, dtype=F64)
-    problem = mo.verify.Problem(
-        "stack", step, outer, mo.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets
+    problem = mo.Problem(
+        step, outer, mo.replicated(torch.zeros(2, dtype=F64), 3), lam, [targets] * 4, targets, name="stack"
     )
     found = mo.diagnose.alignment(mo.OneStep(), problem, at=[4])
     one = mo.inner_step(loss, mo.optim.SGD(lr=0.1))

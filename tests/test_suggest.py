@@ -60,7 +60,7 @@ def test_memory_follows_the_states_held():
     def peak(estimator):
         step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.optim.SGD(lr=0.1))
         w0, lam = torch.ones(1000, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
-        problem = mo.verify.Problem("big", step, lambda w, lam, b: w.sum(), w0, lam, [None] * 30)
+        problem = mo.Problem(step, lambda w, lam, b: w.sum(), w0, lam, [None] * 30, name="big")
         return mo.diagnose.costs(estimator, problem, repeats=0).expenses[0].peak_bytes
 
     few, many = (mo.RMD(mo.trajectory.Checkpointed(slots=c, horizon=30)) for c in (4, 12))

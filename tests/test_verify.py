@@ -96,9 +96,12 @@ def test_every_public_part_passes(name, capsys):
 
 
 def test_a_loop_in_plain_torch_uses_nothing_of_the_engine():
+    def refuse(state, lam, batch):
+        raise AssertionError("a step of the engine was taken")
+
     for loop in loops.loops():
         truth = loop.truth(4)
-        broken = replace(loop, problem=replace(loop.problem, step=None)).truth(4)
+        broken = replace(loop, problem=replace(loop.problem, step=mo.custom_step(refuse))).truth(4)
         torch.testing.assert_close(broken.total, truth.total, rtol=0, atol=0)
         assert truth.total.norm() > 1e-3
         assert truth.initial.norm() > 1e-3

@@ -13,7 +13,7 @@ from metaopt import replay, tree
 from metaopt.diagnose.results import Estimators, Result, named
 from metaopt.estimators import RMD, Cost, Estimator, OuterObjective
 from metaopt.estimators.cost import CountedStep
-from metaopt.verify.cases import Problem
+from metaopt.problem import Problem
 from metaopt.verify.reference import vector
 
 
@@ -56,7 +56,7 @@ class Point(NamedTuple):
     indirect: Closeness
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment(Result):
     """What :func:`alignment` returns.
 
@@ -184,7 +184,7 @@ def closeness(got: Tensor, want: Tensor) -> Closeness:
 
 
 def _checked(at: Sequence[int] | None, problem: Problem) -> list[int]:
-    horizon = len(problem.batches)
+    horizon = problem.T
     at = list(range(1, horizon + 1)) if at is None else sorted(set(at))
     if not at or at[0] < 1 or at[-1] > horizon:
         raise ValueError(f"at must hold numbers of inner steps from 1 to {horizon} (the problem's batches), got {at}")

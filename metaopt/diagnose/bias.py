@@ -24,7 +24,7 @@ from torch import Tensor
 from metaopt.diagnose.alignment import answers
 from metaopt.diagnose.results import Estimators, Result, named
 from metaopt.estimators import RMD, Estimator
-from metaopt.verify.cases import Problem
+from metaopt.problem import Problem
 
 
 class BiasRow(NamedTuple):
@@ -48,7 +48,7 @@ class BiasRow(NamedTuple):
     cosine: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bias(Result):
     """What :func:`bias` returns.
 

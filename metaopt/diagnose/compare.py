@@ -17,13 +17,14 @@ from metaopt.estimators import RMD, Cost, Estimator
 from metaopt.estimators.base import FinishedRun
 from metaopt.estimators.cost import CountedStep
 from metaopt.estimators.outer import outer_gradient
-from metaopt.verify.cases import Problem
+from metaopt.problem import Problem
+from metaopt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What :func:`compare` returns: one result per question; ``parts`` lists those that were asked.
 
@@ -50,11 +51,9 @@ class Comparison:
         """All parts, ready for JSON."""
         return {name: part.as_dict() for name, part in self.parts.items()}
 
-    def table(self) -> Any:
-        """All tables, to print with ``rich``."""
-        from rich.console import Group
-
-        return Group(*(part.table() for part in self.parts.values()))
+    def tables(self) -> list[Table]:
+        """One table per part."""
+        return [part.table() for part in self.parts.values()]
 
     def figure(self) -> Figure:
         """All pictures, one panel each."""
@@ -67,9 +66,12 @@ class Comparison:
             part.draw(axes)
         return figure
 
-    def __str__(self) -> str:
-        """Plain text."""
-        return "\n\n".join(str(part) for part in self.parts.values())
+    def __repr__(self) -> str:
+        """All tables as plain text."""
+        return "\n\n".join(table.text() for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables())
 
 
 def compare(
@@ -93,7 +95,7 @@ def compare(
     Args:
         estimators: a sequence, or name to estimator; HyperDistill is used with the θ it has
             (:func:`calibrated` fits it).
-        problem: ``verify.Problem(name, step, outer_loss, w0, lam, batches, outer_batch)``; stacked
+        problem: ``mo.Problem(step, outer_loss, w0, lam, batches, outer_batch)``; stacked
             meta-batches too.
         at: numbers of inner steps at which to compare, default 1 … T.
         exact: the reference.

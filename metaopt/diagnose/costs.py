@@ -13,7 +13,7 @@ import torch
 from metaopt import tree
 from metaopt.diagnose.results import Estimators, Result, named
 from metaopt.estimators import Cost, Estimator, Hypergradient, ZeroHypergradientWarning, hypergradient
-from metaopt.verify.cases import Problem
+from metaopt.problem import Problem
 from metaopt.verify.memory import peak_bytes
 
 
@@ -38,7 +38,7 @@ class Expense(NamedTuple):
         return self.work.steps + self.work.linearizations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Costs(Result):
     """What :func:`costs` returns.
 
@@ -110,7 +110,7 @@ def costs(
     for name, estimator in everyone.items():
         peak = peak_bytes(lambda estimator=estimator: _run(estimator, problem, horizon), device) if memory else None
         found.append(Expense(name, counts[name], statistics.median(times[name]) if repeats else float("nan"), peak))
-    return Costs(problem.name, horizon or len(problem.batches), tuple(found))
+    return Costs(problem.name, horizon or problem.T, tuple(found))
 
 
 def _run(estimator: Estimator, problem: Problem, horizon: int | None) -> Hypergradient:

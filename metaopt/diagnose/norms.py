@@ -20,8 +20,8 @@ from metaopt.diagnose.results import Result
 from metaopt.estimators.outer import outer_gradient
 from metaopt.estimators.reverse import sweep
 from metaopt.inner.state import InnerState
+from metaopt.problem import Problem
 from metaopt.trajectory import Full
-from metaopt.verify.cases import Problem
 from metaopt.verify.reference import vector
 
 
@@ -43,7 +43,7 @@ class Lag(NamedTuple):
     cosine: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Norms(Result):
     """What :func:`norms` returns.
 
@@ -106,9 +106,9 @@ def norms(problem: Problem, horizon: int | None = None) -> Norms:
     Raises:
         ValueError: for a horizon the problem does not reach.
     """
-    horizon = len(problem.batches) if horizon is None else horizon
-    if not 1 <= horizon <= len(problem.batches):
-        raise ValueError(f"horizon must lie between 1 and {len(problem.batches)}, got {horizon}")
+    horizon = problem.T if horizon is None else horizon
+    if not 1 <= horizon <= problem.T:
+        raise ValueError(f"horizon must lie between 1 and {problem.T}, got {horizon}")
     step = problem.step
     lam = tree.detach(problem.lam)
     memory = Full()

@@ -9,17 +9,17 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from metaopt.estimators import Estimator
+from metaopt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 Estimators = Sequence[Estimator] | Mapping[str, Estimator]
 """A sequence (names are made from the settings), or name to estimator."""
 
 
 class Result(ABC):
-    """A diagnostic's outcome. Tables need ``rich`` and pictures ``matplotlib``; both are imported when asked for."""
+    """A diagnostic's outcome. Pictures need ``matplotlib``, which is imported when it is asked for."""
 
     @property
     @abstractmethod
@@ -39,16 +39,10 @@ class Result(ABC):
         return {"title": self.title, "rows": [{key: _json(value) for key, value in row.items()} for row in self.rows()]}
 
     def table(self) -> Table:
-        """A table to print with ``rich``."""
-        from rich.table import Table
-
+        """One line per row; ``print`` and notebooks show it."""
         rows = self.rows()
-        table = Table(title=self.title)
-        for column in rows[0] if rows else ():
-            table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-        for row in rows:
-            table.add_row(*(shown(value) for value in row.values()))
-        return table
+        heads = tuple(rows[0]) if rows else ()
+        return Table(self.title, heads, tuple([tuple(row.values()) for row in rows]))
 
     def figure(self) -> Figure:
         """A picture (no pyplot, so no backend is chosen): ``result.figure().savefig("x.png")``."""
@@ -60,17 +54,12 @@ class Result(ABC):
         self.draw(axes)
         return figure
 
-    def __str__(self) -> str:
-        """Plain text, columns aligned."""
-        rows = self.rows()
-        lines = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)] if rows else []
-        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            [
-                self.title,
-                *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines),
-            ]
-        )
+    def __repr__(self) -> str:
+        """The table as plain text."""
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
 
 
 def named(estimators: Estimators | Estimator) -> dict[str, Estimator]:
@@ -107,13 +96,6 @@ def _name(estimator: Estimator) -> str:
         if value != default:
             settings.append(f"{field.name}={value:.4g}" if isinstance(value, float) else f"{field.name}={value!r}")
     return type(estimator).__name__ + (f"({', '.join(settings)})" if settings else "")
-
-
-def shown(value: Any) -> str:
-    """A cell: floats with four digits, an undefined number as a dash."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.4g}"
-    return "–" if value is None else str(value)
 
 
 def _json(value: Any) -> Any:

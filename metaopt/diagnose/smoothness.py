@@ -25,8 +25,8 @@ from torch import Tensor
 
 from metaopt import replay, tree
 from metaopt.diagnose.results import Result
+from metaopt.problem import Problem
 from metaopt.tree import Tree
-from metaopt.verify.cases import Problem
 from metaopt.verify.reference import vector
 
 
@@ -47,7 +47,7 @@ class Direction(NamedTuple):
     second: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Smoothness(Result):
     """What :func:`smoothness` returns.
 
@@ -105,7 +105,7 @@ def smoothness(
     """
     if not h > 0:
         raise ValueError(f"h must be positive, got {h}")
-    horizon = len(problem.batches) if horizon is None else horizon
+    horizon = problem.T if horizon is None else horizon
     chosen = _gaussian(problem.lam, directions, seed) if isinstance(directions, int) else list(directions)
     start, loss = _trained(problem, problem.lam, horizon)
     rows = []

@@ -35,6 +35,18 @@ class Cost:
     tangents: int = 0
     losses: int = 0
 
+    def __str__(self) -> str:
+        """What was done, in words: ``10 gradients, 20 products``."""
+        counts = {
+            "gradient": self.steps + self.linearizations,
+            "product": self.products,
+            "tangent": self.tangents,
+            "loss": self.losses,
+        }
+        plural = {"loss": "losses"}
+        said = [f"{n:,} {what if n == 1 else plural.get(what, what + 's')}" for what, n in counts.items() if n]
+        return ", ".join(said) or "nothing"
+
     def __add__(self, other: Cost) -> Cost:
         """Work of both."""
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

@@ -22,6 +22,7 @@ from metaopt.estimators.reverse import RMD
 from metaopt.inner._first_look import warn_of
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
+from metaopt.table import Table
 from metaopt.tree import Tree
 
 Batches: TypeAlias = Iterable[Any] | Callable[[int], Any]
@@ -38,6 +39,8 @@ class ZeroHypergradientWarning(UserWarning):
 
 class Hypergradient(NamedTuple):
     """A hypergradient and where it comes from.
+
+    ``print`` shows the outer loss, the norm of each leaf and the cost.
 
     Attributes:
         total: ``direct + indirect``, a pytree like λ.
@@ -60,6 +63,29 @@ class Hypergradient(NamedTuple):
     state: InnerState
     cost: Cost
     info: Any = None
+
+    @property
+    def table(self) -> Table:
+        """The norms of each leaf of λ, or of the initial weights where there is no λ."""
+        title = f"Hypergradient: outer loss {float(self.outer_loss):.6g} after {self.state.t} steps, {self.cost}"
+        if not tree.floats(self.total):
+            return Table(title, ("w0", "|initial|"), tuple(_norms(self.initial)))
+        parts = [_norms(part) for part in (self.total, self.direct, self.indirect)]
+        rows = [(total[0], total[1], direct[1], indirect[1]) for total, direct, indirect in zip(*parts, strict=True)]
+        return Table(title, ("lam", "|total|", "|direct|", "|indirect|"), tuple(rows))
+
+    def __repr__(self) -> str:
+        """The table as plain text."""
+        return self.table.text()
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def _norms(values: Tree) -> list[tuple[str, float]]:
+    """Name and norm of each leaf."""
+    names = tree.dotted_names(values)
+    return [(name or "lam", float(x.norm())) for name, x in zip(names, tree.floats(values), strict=True)]
 
 
 def hypergradient(
@@ -91,8 +117,13 @@ def hypergradient(
         estimator: default ``mo.RMD()``, the exact gradient.
         horizon: T; default: as many steps as there are batches.
 
+    Returns:
+        The gradient, ``.total``, a pytree like ``lam``; its two terms ``.direct`` and ``.indirect``;
+        ``.initial``, the gradient with respect to the initial weights (or state) where the estimator
+        has it; ``.outer_loss``, the ``.state`` that was reached, and the ``.cost``.
+
     Raises:
-        ValueError: bad shapes, empty batches, integer λ, a loss that is no scalar, λ that
+        ValueError: bad shapes, empty batches, integer λ, a loss that is not a scalar, λ that
             influences nothing at all.
         FloatingPointError: if the outer loss or the hypergradient is not finite.
 
@@ -209,7 +240,7 @@ def _counted(batches: Iterable[Any], horizon: int | None, name: str) -> Iterator
 
 @dataclass(frozen=True)
 class cycle:  # noqa: N801  (used as a function is)
-    """The batches of a loader, again and again; a shuffling loader shuffles anew each time round.
+    """The batches of a loader, without end; a shuffling loader shuffles each time round.
 
     >>> list(itertools.islice(cycle([1, 2]), 5))
     [1, 2, 1, 2, 1]

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from metaopt.diagnose import Alignment, Costs, alignment, calibrated, costs, finished_run
-from metaopt.diagnose.results import shown
 from metaopt.estimators import Estimator, HyperDistill
 from metaopt.estimators.hyperdistill import SizeSamples
 from metaopt.experiments.decayed_sum import DecayedSum
 from metaopt.experiments.files import write_text
-from metaopt.verify import Problem
+from metaopt.problem import Problem
+from metaopt.table import Table
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,7 @@ def summary(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(stages: Sequence[Stage], title: str) -> Table:
+def table(stages: Sequence[Stage], title: str) -> RichTable:
     """:func:`summary`, to print."""
     rows = summary(stages)
-    shown_as = Table(*rows[0], title=title)
-    for row in rows:
-        shown_as.add_row(*(shown(value) for value in row.values()))
-    return shown_as
+    return Table(title, tuple(rows[0]), tuple([tuple(row.values()) for row in rows])).rich()

@@ -15,8 +15,8 @@ from metaopt.experiments.many_shot import Setting, earlier, prepare
 from metaopt.experiments.many_shot_settings import RATE, ManyShotConfig, hyperdistill
 from metaopt.linsolve import Neumann
 from metaopt.meta import replicated
+from metaopt.problem import Problem
 from metaopt.tree import Tree
-from metaopt.verify import Problem
 
 METHODS: Mapping[str, Estimator] = {
     "FO": FirstOrder(),
@@ -87,13 +87,13 @@ def _problems(setting: Setting, phi: Tree, lam: Tree, count: int) -> list[Proble
         batches = [task.batches(t) for t in range(1, horizon + 1)]
         found.append(
             Problem(
-                setting.config.model,
                 setting.step,
                 setting.outer_loss,
                 replicated(phi, task.tasks),
                 lam,
                 batches,
                 task.outer_batches(horizon),
+                name=setting.config.model,
             )
         )
     return found

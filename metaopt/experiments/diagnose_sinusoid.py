@@ -16,8 +16,8 @@ from metaopt.experiments.diagnose import Stage, diagnose
 from metaopt.experiments.sinusoid import REFITTED, Setup, SinusoidConfig, meta_task, setup
 from metaopt.linsolve import Neumann
 from metaopt.meta import MetaTraining, OuterOptimizer, Reptile, replicated
+from metaopt.problem import Problem
 from metaopt.tree import Tree
-from metaopt.verify import Problem
 
 METHODS: dict[str, Estimator] = {
     "FO": FirstOrder(),
@@ -87,4 +87,6 @@ def problem(start: Setup, config: SinusoidConfig, seed: int, phi: Tree, lam: Tre
     task = meta_task(config, seed, _NEW_TASKS + number)
     batches = [task.batches[t] if not callable(task.batches) else task.batches(t + 1) for t in range(config.horizon)]
     outer_batch = task.outer_batches(config.horizon) if callable(task.outer_batches) else task.outer_batches[-1]
-    return Problem("sinusoid", start.step, start.outer_loss, replicated(phi, task.tasks), lam, batches, outer_batch)
+    return Problem(
+        start.step, start.outer_loss, replicated(phi, task.tasks), lam, batches, outer_batch, name="sinusoid"
+    )

@@ -13,10 +13,9 @@ from metaopt.verify import (
     steps,
     strategies,
     subjects,
-    table,
     tables,
 )
-from metaopt.verify.cases import Problem
+from metaopt.verify.cases import Case
 from metaopt.verify.checks import check
 from metaopt.verify.command import run
 from metaopt.verify.formulas import Formula, WholeFormula
@@ -24,10 +23,10 @@ from metaopt.verify.reference import Estimate, Jacobians
 from metaopt.verify.report import Report, Row
 
 __all__ = [
+    "Case",
     "Estimate",
     "Formula",
     "Jacobians",
-    "Problem",
     "Report",
     "Row",
     "WholeFormula",
@@ -45,6 +44,5 @@ __all__ = [
     "steps",
     "strategies",
     "subjects",
-    "table",
     "tables",
 ]

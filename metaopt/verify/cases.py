@@ -1,37 +1,30 @@
 r"""Closed forms: problems whose hypergradient is known at every horizon.
 
 Outer loss where nothing else is said: :math:`\tfrac12 |w - b|^2` plus, where stated, a direct term;
-so :math:`\alpha_T = w_T - b`. Each function returns a :class:`Problem`; its docstring is the
+so :math:`\alpha_T = w_T - b`. Each function returns a :class:`Case`; its docstring is the
 derivation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt.inner.contract import Step
 from metaopt.inner.step import inner_step
 from metaopt.optim.sgd import SGD
+from metaopt.problem import Problem
 from metaopt.tree import Tree
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A bilevel problem.
+@dataclass(frozen=True, repr=False)
+class Case(Problem):
+    """A bilevel problem, and what is known about it.
 
     Attributes:
-        name: what it is called in tables.
-        step: Φ.
-        outer_loss: ``(w, lam, batch) -> scalar``.
-        w0: initial weights.
-        lam: hyperparameters.
-        batches: ``D_1 … D_T``, or ``t -> D_t``.
-        outer_batch: what the outer loss is taken on.
         exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form
             is known.
         constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or
@@ -43,13 +36,7 @@ class Problem:
             ½) gives, where that is known.
     """
 
-    name: str
-    step: Step
-    outer_loss: Callable[[Tree, Tree, Any], Tensor]
-    w0: Tree
-    lam: Tree
-    batches: Any
-    outer_batch: Any = None
+    _: KW_ONLY
     exact: Callable[[int], Tree] | None = None
     constant_jacobians: bool = False
     converged: bool = False
@@ -88,7 +75,7 @@ def quadratic(
     *,
     lr: float = 0.3,
     diagonal: bool = False,
-) -> Problem:
+) -> Case:
     r"""1. :math:`L = \tfrac12 (w-\lambda)^\top H (w-\lambda)`, gradient descent.
 
     :math:`w_t - \lambda = (I - \eta H)(w_{t-1} - \lambda)`, so :math:`w_T = \lambda + M (w_0 - \lambda)` and
@@ -103,12 +90,12 @@ def quadratic(
 
     step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr))
     name = "quadratic, diagonal" if diagonal else "quadratic"
-    return Problem(name, step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
+    return Case(step, _to(q.target), q.w0, q.lam, [None] * horizon, name=name, exact=exact, constant_jacobians=True)
 
 
 def non_commuting(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
-) -> Problem:
+) -> Case:
     r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`, a *descending* product.
 
     The batch of step t is :math:`H_t`; these do not commute, so a product in ascending order is
@@ -124,14 +111,14 @@ def non_commuting(
         return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
 
     step = inner_step(lambda w, lam, H: 0.5 * (w - lam) @ H @ (w - lam), SGD(lr=lr))
-    return Problem(
-        "non-commuting Hessians", step, _to(q.target), q.w0, q.lam, batches, exact=exact, constant_jacobians=True
+    return Case(
+        step, _to(q.target), q.w0, q.lam, batches, name="non-commuting Hessians", exact=exact, constant_jacobians=True
     )
 
 
 def momentum(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3, mu: float = 0.7
-) -> Problem:
+) -> Case:
     r"""2. Problem 1 with heavy-ball momentum.
 
     With :math:`e = w - \lambda`: :math:`v' = \mu v + H e,\; e' = e - \eta v'`, so :math:`(e, v)` is
@@ -147,12 +134,14 @@ def momentum(
         return (eye - m).T @ (q.lam + m @ (q.w0 - q.lam) - q.target)
 
     step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr, momentum=mu))
-    return Problem("momentum", step, _to(q.target), q.w0, q.lam, [None] * horizon, exact=exact, constant_jacobians=True)
+    return Case(
+        step, _to(q.target), q.w0, q.lam, [None] * horizon, name="momentum", exact=exact, constant_jacobians=True
+    )
 
 
 def log_l2(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2, direct: float = 0.3
-) -> Problem:
+) -> Case:
     r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`; the outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
 
     Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T
@@ -173,12 +162,12 @@ def log_l2(
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
         return 0.5 * ((w - q.target) ** 2).sum() + 0.5 * direct * (lam**2).sum()
 
-    return Problem("log-L2, direct term", step, outer_loss, q.w0, lam, [None] * horizon, exact=exact)
+    return Case(step, outer_loss, q.w0, lam, [None] * horizon, name="log-L2, direct term", exact=exact)
 
 
 def learning_rate(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
-) -> Problem:
+) -> Case:
     r"""4. λ = η on :math:`L = \tfrac12 w^\top H w`: :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`."""
     q = draw_quadratic(size, conditioning, seed)
     contraction = _eye(size) - lr * q.H
@@ -188,12 +177,18 @@ def learning_rate(
         return -T * (contraction @ before - q.target) @ q.H @ before
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam))
-    return Problem(
-        "learning rate", step, _to(q.target), q.w0, torch.tensor(lr, dtype=torch.float64), [None] * horizon, exact=exact
+    return Case(
+        step,
+        _to(q.target),
+        q.w0,
+        torch.tensor(lr, dtype=torch.float64),
+        [None] * horizon,
+        name="learning rate",
+        exact=exact,
     )
 
 
-def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Problem:
+def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Case:
     r"""4b. One learning rate per step: :math:`dw_T/d\eta_t = -H \prod_{s \ne t} (I-\eta_s H)\, w_0` (the factors commute)."""
     q = draw_quadratic(size, conditioning, seed)
     rates = torch.linspace(0.1, 0.5, horizon, dtype=torch.float64)
@@ -211,10 +206,10 @@ def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: i
         )
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam[t - 1]))
-    return Problem("schedule", step, _to(q.target), q.w0, rates, [None] * horizon, exact=exact)
+    return Case(step, _to(q.target), q.w0, rates, [None] * horizon, name="schedule", exact=exact)
 
 
-def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Problem:
+def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Case:
     r"""5. :math:`L = \tfrac12 w^\top H w - b^\top w + \tfrac12 e^\lambda |w|^2`, started at its minimum.
 
     That is :math:`w^* = K^{-1} b` with :math:`K = H + e^\lambda`.
@@ -233,20 +228,20 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
         return -(minimum - q.target) @ (_eye(size) - M) @ torch.linalg.solve(K, lam.exp() * minimum)
 
     step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w - q.w0 @ w + 0.5 * lam.exp() * (w @ w), SGD(lr=lr))
-    return Problem(
-        "ridge at its minimum",
+    return Case(
         step,
         _to(q.target),
         minimum,
         lam,
         [None] * horizon,
+        name="ridge at its minimum",
         exact=exact,
         constant_jacobians=True,
         converged=True,
     )
 
 
-def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Problem:
+def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
     r"""7. :math:`L = \tfrac12 h |w-a|^2 + \tfrac12 \lambda |w|^2` with a single h (:math:`1/` ``conditioning``): problem 3 without the exponential.
 
     A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so :math:`\sum_i \gamma^{t-i} B_i` is a
@@ -263,12 +258,10 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
 
     step = inner_step(lambda w, lam, _: 0.5 * h * ((w - q.lam) ** 2).sum() + 0.5 * lam * (w**2).sum(), SGD(lr=lr))
     gamma = float(1.0 - lr * (h + lam))
-    return Problem("isotropic", step, _to(q.target), q.w0, lam, [None] * horizon, exact=exact, contraction=gamma)
+    return Case(step, _to(q.target), q.w0, lam, [None] * horizon, name="isotropic", exact=exact, contraction=gamma)
 
 
-def population(
-    size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2
-) -> Problem:
+def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
     r"""6. EvoGrad's problem: inner :math:`c\,[(x-1)^2 + \lambda x^2]` per coordinate (one with c = 1 in the paper), outer :math:`(x-\tfrac12)^2`.
 
     Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at
@@ -295,8 +288,8 @@ def population(
         return -2 * (theta - 0.5) * 4 * c * theta / precision
 
     step = inner_step(lambda w, lam, _: (c * ((w - 1) ** 2 + lam * w**2)).sum(), SGD(lr=lr))
-    problem = Problem(
-        "EvoGrad's", step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, exact=exact
+    problem = Case(
+        step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, name="EvoGrad's", exact=exact
     )
     return replace(problem, constant_jacobians=True, converged=True, evograd_limit=limit)
 
@@ -310,7 +303,7 @@ def drifting(
     lr: float = 0.3,
     window: int = 2,
     drift: float = 0.1,
-) -> Problem:
+) -> Case:
     r"""8. FDS's setting: :math:`L_t = \tfrac12 k |w|^2 - \lambda_{i(t)}\, c_t \cdot w`, one λ per window of steps, :math:`c_t` drifts along the run.
 
     With :math:`r = 1 - \eta k`: :math:`w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t`, so
@@ -335,10 +328,10 @@ def drifting(
         return shares(T) @ ((1 - lr * k) ** T * q.w0 + lam @ shares(T) - q.target)
 
     step = inner_step(lambda w, lam, batch: 0.5 * k * (w @ w) - lam[batch[0]] * (batch[1] @ w), SGD(lr=lr))
-    return Problem("drifting, shared", step, _to(q.target), q.w0, lam, batches, exact=exact, constant_jacobians=True)
+    return Case(step, _to(q.target), q.w0, lam, batches, name="drifting, shared", exact=exact, constant_jacobians=True)
 
 
-CLOSED_FORMS: list[Callable[..., Problem]] = [
+CLOSED_FORMS: list[Callable[..., Case]] = [
     quadratic,
     non_commuting,
     momentum,

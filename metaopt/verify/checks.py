@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from metaopt.estimators import Estimator, NotConvergedWarning, ZeroHypergradientWarning, hypergradient
+from metaopt.estimators.hypergradient import opened
 from metaopt.inner.contract import Step
+from metaopt.problem import Problem
 from metaopt.tree import Tree, vector
-from metaopt.verify.cases import CLOSED_FORMS, Problem
+from metaopt.verify.cases import CLOSED_FORMS, Case
 from metaopt.verify.formulas import Formula, WholeFormula, formula_of
+from metaopt.verify.reference import through_loop
 from metaopt.verify.report import Report, Row, relative_error
 from metaopt.verify.steps import check_step
 
@@ -18,22 +21,26 @@ HORIZONS = (1, 2, 6)
 
 
 def check(
-    subject: Estimator | Step,
+    subject: Estimator | Step | Problem,
     w: Tree = None,
     lam: Tree = None,
     batch: Any = None,
     *,
-    problems: Sequence[Callable[..., Problem]] = CLOSED_FORMS,
+    problem: Problem | None = None,
+    problems: Sequence[Callable[..., Case]] = CLOSED_FORMS,
     tolerance: float = 1e-10,
     seed: int = 0,
 ) -> Report:
-    """Verify an estimator on the closed forms, or a step Φ at ``(w, lam, batch)``.
+    """Verify an estimator on the closed forms or on a problem, or a step Φ at ``(w, lam, batch)``.
 
     Args:
-        subject: an estimator (ours, a subclass, or your own), or a step.
+        subject: an estimator (ours, a subclass, or your own), a step, or a problem, whose step is
+            verified at its first batch.
         w: for a step: float64 weights to start from.
         lam: for a step: float64 hyperparameters.
         batch: for a step: a batch.
+        problem: for an estimator that is exact: a problem, in place of the closed forms; the
+            reference is autograd through the loop.
         problems: functions of ``(seed, horizon)`` that make the cases.
         tolerance: relative error allowed.
         seed: of the random parts.
@@ -48,13 +55,18 @@ def check(
     >>> check(mo.RMD()).passed
     True
     """
+    if isinstance(subject, Problem):
+        _, stream = opened(subject.batches, subject.horizon)
+        return check_step(subject.step, subject.w0, subject.lam, next(stream), tolerance=tolerance, seed=seed)
+    if isinstance(subject, Estimator) and problem is not None:
+        return check_on(problem, subject, tolerance)
     if isinstance(subject, Estimator):
         return check_estimator(subject, problems=problems, tolerance=tolerance, seed=seed)
     return check_step(subject, w, lam, batch, tolerance=tolerance, seed=seed)
 
 
 def check_estimator(
-    estimator: Estimator, *, problems: Sequence[Callable[..., Problem]] = CLOSED_FORMS, tolerance: float, seed: int
+    estimator: Estimator, *, problems: Sequence[Callable[..., Case]] = CLOSED_FORMS, tolerance: float, seed: int
 ) -> Report:
     """Its own formula on every case at horizons 1, 2 and 6.
 
@@ -71,6 +83,18 @@ def check_estimator(
         else:
             skipped.append(f"{problem.name}: {reason}")
     return Report(repr(estimator), tuple(rows), tuple(skipped))
+
+
+def check_on(problem: Problem, estimator: Estimator, tolerance: float) -> Report:
+    """An estimator beside autograd through the loop of one problem."""
+    name = f"{estimator!r} on {problem!r}"
+    if not estimator.exact:
+        return Report(
+            name, (), (f"{estimator!r} is an approximation here: mo.diagnose.compare measures how close it comes",)
+        )
+    got = vector(problem.hypergradient(estimator).total)
+    want = vector(through_loop(problem, problem.T))
+    return Report(name, (Row(f"T = {problem.T}", "autograd through the loop", relative_error(got, want), tolerance),))
 
 
 def class_rows(kind: type[Estimator], *, tolerance: float = 1e-10, seed: int = 0) -> Iterator[Row]:
@@ -91,7 +115,7 @@ def class_rows(kind: type[Estimator], *, tolerance: float = 1e-10, seed: int = 0
                 yield from _on(problem, estimator, horizon, tolerance)
 
 
-def _why_not(estimator: Estimator, problem: Problem) -> str | None:
+def _why_not(estimator: Estimator, problem: Case) -> str | None:
     """Why there is nothing to hold the estimator to on this problem; ``None`` where there is."""
     formula = formula_of(estimator)
     if formula is not None:
@@ -105,7 +129,7 @@ def _why_not(estimator: Estimator, problem: Problem) -> str | None:
     return None if problem.exact is not None else "this problem has no closed form"
 
 
-def _on(problem: Problem, estimator: Estimator, horizon: int, tolerance: float) -> list[Row]:
+def _on(problem: Case, estimator: Estimator, horizon: int, tolerance: float) -> list[Row]:
     """One estimator on one problem at one horizon."""
     formula = formula_of(estimator)
     case = f"{problem.name}, T={horizon}"
@@ -125,7 +149,7 @@ def _on(problem: Problem, estimator: Estimator, horizon: int, tolerance: float) 
 
 
 def _exact_here(
-    formula: Formula | WholeFormula | None, problem: Problem, horizon: int, estimator: Estimator
+    formula: Formula | WholeFormula | None, problem: Case, horizon: int, estimator: Estimator
 ) -> str | None:
     """Why the estimator is exact on this problem, if it is."""
     if formula is not None:
@@ -133,7 +157,7 @@ def _exact_here(
     return "claims to be exact" if estimator.exact else None
 
 
-def _total(problem: Problem, horizon: int, estimator: Estimator) -> Tree:
+def _total(problem: Case, horizon: int, estimator: Estimator) -> Tree:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZeroHypergradientWarning)
         warnings.simplefilter("ignore", NotConvergedWarning)  # formulas hold wherever they are evaluated

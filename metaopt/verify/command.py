@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from metaopt.table import Table
 from metaopt.verify.report import Report, Row, worst
 from metaopt.verify.subjects import Subject, subjects
-from metaopt.verify.table import Table
 
 PROPERTIES = ("its own inputs", "a second call", "vjp · x = y · jvp", "linearity", "every leaf")
 """What needs no reference, and is left out of the summary."""

@@ -41,7 +41,7 @@ from metaopt.estimators import (
 from metaopt.inner.step import InnerStep
 from metaopt.linsolve import Identity, Neumann, PowerIteration
 from metaopt.verify import sampled
-from metaopt.verify.cases import Problem
+from metaopt.verify.cases import Case
 from metaopt.verify.reference import along, dense_sweep, jacobians, outer_cotangent, states, vector
 
 
@@ -57,12 +57,12 @@ class Formula(NamedTuple):
         unless: why the formula cannot be evaluated on this problem; ``None`` where it can.
     """
 
-    make: Callable[[Problem, int], Estimator]
-    indirect: Callable[[Problem, int, Any, Tensor], Tensor]
-    exact_where: Callable[[Problem, int, Any], str | None]
-    unless: Callable[[Problem], str | None] = lambda problem: None
+    make: Callable[[Case, int], Estimator]
+    indirect: Callable[[Case, int, Any, Tensor], Tensor]
+    exact_where: Callable[[Case, int, Any], str | None]
+    unless: Callable[[Case], str | None] = lambda problem: None
 
-    def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
+    def hypergradient(self, problem: Case, horizon: int, estimator: Estimator) -> Tensor:
         """Both terms, over flattened λ."""
         last = states(problem, horizon)[-1]
         alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
@@ -79,41 +79,41 @@ class WholeFormula(NamedTuple):
         unless: as for :class:`Formula`.
     """
 
-    make: Callable[[Problem, int], Estimator]
-    total: Callable[[Problem, int, Any], Tensor]
-    exact_where: Callable[[Problem, int, Any], str | None]
-    unless: Callable[[Problem], str | None] = lambda problem: None
+    make: Callable[[Case, int], Estimator]
+    total: Callable[[Case, int, Any], Tensor]
+    exact_where: Callable[[Case, int, Any], str | None]
+    unless: Callable[[Case], str | None] = lambda problem: None
 
-    def hypergradient(self, problem: Problem, horizon: int, estimator: Estimator) -> Tensor:
+    def hypergradient(self, problem: Case, horizon: int, estimator: Estimator) -> Tensor:
         """Both terms, over flattened λ."""
         return self.total(problem, horizon, estimator)
 
 
-def _first_order(problem: Problem, horizon: int, estimator: FirstOrder, alpha: Tensor) -> Tensor:
+def _first_order(problem: Case, horizon: int, estimator: FirstOrder, alpha: Tensor) -> Tensor:
     return torch.zeros_like(vector(problem.lam))
 
 
-def _all_steps(problem: Problem, horizon: int, estimator: Estimator, alpha: Tensor) -> Tensor:
+def _all_steps(problem: Case, horizon: int, estimator: Estimator, alpha: Tensor) -> Tensor:
     return dense_sweep(alpha, along(problem, states(problem, horizon), horizon))
 
 
-def _shared(problem: Problem, horizon: int, estimator: FDS) -> Tensor:
+def _shared(problem: Case, horizon: int, estimator: FDS) -> Tensor:
     """Both terms divided by the window."""
     alpha, direct = outer_cotangent(problem.outer_loss, states(problem, horizon)[-1], problem.lam, problem.outer_batch)
     return (direct + _all_steps(problem, horizon, estimator, alpha)) / estimator.window
 
 
-def _one_step(problem: Problem, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
+def _one_step(problem: Case, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
     return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=1))
 
 
-def _truncated(problem: Problem, horizon: int, estimator: TruncatedRMD, alpha: Tensor) -> Tensor:
+def _truncated(problem: Case, horizon: int, estimator: TruncatedRMD, alpha: Tensor) -> Tensor:
     if estimator.steps == 0:
         return torch.zeros_like(vector(problem.lam))
     return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=estimator.steps))
 
 
-def _straight_line(problem: Problem, horizon: int, estimator: DrMAD, alpha: Tensor) -> Tensor:
+def _straight_line(problem: Case, horizon: int, estimator: DrMAD, alpha: Tensor) -> Tensor:
     first, last = (states(problem, horizon)[i] for i in (0, horizon))
     line = []
     for t in range(1, horizon + 1):
@@ -122,7 +122,7 @@ def _straight_line(problem: Problem, horizon: int, estimator: DrMAD, alpha: Tens
     return dense_sweep(alpha, along(problem, line, horizon))
 
 
-def _implicit(problem: Problem, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
+def _implicit(problem: Case, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
     """``-a Σ_j α (I - aH)^j ∂²L/∂w∂λ``, or ``-α (H + ρI)^{-1} ∂²L/∂w∂λ``, at the last weights, with both derivatives from the loss itself."""
     solver = estimator.solver
     H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
@@ -141,7 +141,7 @@ def _implicit(problem: Problem, horizon: int, estimator: IFT, alpha: Tensor) -> 
     return -rate * (total @ mixed)
 
 
-def _preconditioned(problem: Problem, horizon: int, estimator: SAMA, alpha: Tensor) -> Tensor:
+def _preconditioned(problem: Case, horizon: int, estimator: SAMA, alpha: Tensor) -> Tensor:
     """``-η α ∂²L/∂w∂λ`` at the last weights.
 
     SGD's preconditioner is its rate (the finite difference has no error on a quadratic).
@@ -150,7 +150,7 @@ def _preconditioned(problem: Problem, horizon: int, estimator: SAMA, alpha: Tens
     return -_rate(problem) * (alpha[: len(H)] @ mixed)
 
 
-def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor) -> Tensor:
+def _single_loop(problem: Case, horizon: int, estimator: SOBA, alpha: Tensor) -> Tensor:
     """``v_T ∂²L/∂w∂λ`` with ``v_t = v_{t-1} - ρ (H_t v_{t-1} + α_t)``, everything at ``w_t`` and batch t."""
     run = states(problem, horizon)
     v = torch.zeros_like(vector(problem.w0))
@@ -163,7 +163,7 @@ def _single_loop(problem: Problem, horizon: int, estimator: SOBA, alpha: Tensor)
     return v @ mixed
 
 
-def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
+def _projected(problem: Case, horizon: int, estimator: ForwardGradient, alpha: Tensor) -> Tensor:
     """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
     g = _all_steps(problem, horizon, estimator, alpha)
     generator = torch.Generator().manual_seed(estimator.seed)
@@ -173,7 +173,7 @@ def _projected(problem: Problem, horizon: int, estimator: ForwardGradient, alpha
     return (directions @ g) @ directions / len(directions)
 
 
-def _second_derivatives(problem: Problem, w: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+def _second_derivatives(problem: Case, w: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """``H`` and ``∂²L/∂w∂λ`` [|w|, |λ|] of the inner loss itself."""
     step = problem.step
     assert isinstance(step, InnerStep)
@@ -181,11 +181,11 @@ def _second_derivatives(problem: Problem, w: Tensor, batch: Any) -> tuple[Tensor
     return H, mixed.reshape(len(H), -1)
 
 
-def _rate(problem: Problem) -> float:
+def _rate(problem: Case) -> float:
     return getattr(getattr(problem.step, "optimizer", None), "lr", float("nan"))
 
 
-def _distilled(problem: Problem, horizon: int, estimator: HyperDistill, alpha: Tensor) -> Tensor:
+def _distilled(problem: Case, horizon: int, estimator: HyperDistill, alpha: Tensor) -> Tensor:
     """``θ Σ_i γ^{t-i} · α B(w*)`` with ``w*`` the γ-weighted mean of ``s_0 … s_{t-1}``, on one repeated batch."""
     run = states(problem, horizon)
     weights = [estimator.gamma ** (horizon - i) for i in range(1, horizon + 1)]
@@ -196,48 +196,48 @@ def _distilled(problem: Problem, horizon: int, estimator: HyperDistill, alpha: T
     return estimator.theta * sum(weights) * (alpha @ point.B)
 
 
-def _never(problem: Problem, horizon: int, estimator: Any) -> str | None:
+def _never(problem: Case, horizon: int, estimator: Any) -> str | None:
     return None
 
 
-def _always(problem: Problem, horizon: int, estimator: Any) -> str | None:
+def _always(problem: Case, horizon: int, estimator: Any) -> str | None:
     return "exact"
 
 
-def _when_complete(problem: Problem, horizon: int, estimator: Any) -> str | None:
+def _when_complete(problem: Case, horizon: int, estimator: Any) -> str | None:
     return "T ≤ K" if horizon <= getattr(estimator, "horizon", 1) else None
 
 
-def _when_alone(problem: Problem, horizon: int, estimator: FDS) -> str | None:
+def _when_alone(problem: Case, horizon: int, estimator: FDS) -> str | None:
     return "W = 1, no bound" if estimator.window == 1 and estimator.bound is None else None
 
 
-def _when_single(problem: Problem, horizon: int, estimator: ForwardGradient) -> str | None:
+def _when_single(problem: Case, horizon: int, estimator: ForwardGradient) -> str | None:
     return "one hyperparameter, signs" if vector(problem.lam).numel() == 1 and estimator.noise == "sign" else None
 
 
-def _when_constant(problem: Problem, horizon: int, estimator: DrMAD) -> str | None:
+def _when_constant(problem: Case, horizon: int, estimator: DrMAD) -> str | None:
     return "A, B constant" if problem.constant_jacobians else "T = 1" if horizon == 1 else None
 
 
-def _when_series(problem: Problem, horizon: int, estimator: IFT) -> str | None:
+def _when_series(problem: Case, horizon: int, estimator: IFT) -> str | None:
     full = isinstance(estimator.solver, Neumann) and estimator.solver.terms == horizon - 1
     return "converged, N = T-1" if problem.converged and full else None
 
 
-def _when_isotropic(problem: Problem, horizon: int, estimator: HyperDistill) -> str | None:
+def _when_isotropic(problem: Case, horizon: int, estimator: HyperDistill) -> str | None:
     if estimator.theta != 1.0:
         return None
     return "T = 1" if horizon == 1 else "isotropic" if problem.contraction == estimator.gamma else None
 
 
-def _many_batches(problem: Problem) -> str | None:
+def _many_batches(problem: Case) -> str | None:
     """The formula averages states; what it would average batches to is random."""
     same = all(batch is problem.batches[0] for batch in problem.batches)
     return None if same else "the formula is for one batch that repeats"
 
 
-def _learned_rate(problem: Problem) -> str | None:
+def _learned_rate(problem: Case) -> str | None:
     """Methods that differentiate only the loss cannot see a learning rate."""
     optimizer = getattr(problem.step, "optimizer", None)
     fixed = isinstance(getattr(optimizer, "lr", None), float)

@@ -1,6 +1,6 @@
 r"""Training written out in plain torch: the reference that shares no line with the engine.
 
-A :class:`Loop` holds one bilevel problem twice: as a :class:`Problem`, and as a function
+A :class:`Loop` holds one bilevel problem twice: as a :class:`Case`, and as a function
 ``(w, lam, batches) -> w_T`` in which every update is spelled out and autograd keeps the whole graph.
 Nothing in that function comes from ``metaopt.optim``, ``metaopt.inner`` or a trajectory.
 """
@@ -23,7 +23,7 @@ from metaopt.inner.step import inner_step
 from metaopt.optim.adam import Adam
 from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree, vector
-from metaopt.verify.cases import Problem
+from metaopt.verify.cases import Case
 
 Parts: TypeAlias = list[Tensor]
 """Weights, and whatever the rule keeps beside them, as flat lists."""
@@ -60,7 +60,7 @@ class Loop:
         draws: seed of the random draws during the run; ``None`` where there are none.
     """
 
-    problem: Problem
+    problem: Case
     start: Callable[[Tree], list[Parts]]
     update: Callable[[list[Parts], Tree, Any, int], list[Parts]]
     momentum_sgd: bool = False
@@ -147,14 +147,14 @@ def small_net(*, learned: bool, dropout: float = 0.3, lazy: bool = False) -> Loo
         dampening=0.25,
     )
     name = f"net, momentum, {'learned' if learned else 'fixed'} rate" + (", lazy batches" if lazy else "")
-    problem = Problem(
-        name,
+    problem = Case(
         inner_step(loss, optimizer),
         outer_loss,
         w0,
         lam,
         _drawn_batch if lazy else _batches(),
         _batches()[0],
+        name=name,
     )
     return Loop(problem, _with_zeros(1), update, momentum_sgd=not learned, draws=5 if dropout or lazy else None)
 
@@ -198,7 +198,7 @@ def reweighted_net() -> Loop:
         return losses(w, batch).mean()
 
     step = inner_step(inner_loss, SGD(lr=0.3))
-    problem = Problem("reweighted examples", step, outer_loss, w0, lam, _batches(), _batches()[0])
+    problem = Case(step, outer_loss, w0, lam, _batches(), _batches()[0], name="reweighted examples")
     return Loop(problem, _with_zeros(0), update)
 
 
@@ -212,7 +212,7 @@ def adaptive_net() -> Loop:
         return adaptive(w, m, s, g, lr=0.05, betas=(0.8, 0.9), eps=1e-2, t=t)
 
     step = inner_step(loss, Adam(lr=0.05, betas=(0.8, 0.9), eps=1e-2))
-    return Loop(Problem("net, Adam", step, outer_loss, w0, lam, _batches(), _batches()[0]), _with_zeros(2), update)
+    return Loop(Case(step, outer_loss, w0, lam, _batches(), _batches()[0], name="net, Adam"), _with_zeros(2), update)
 
 
 def wide(size: int) -> Loop:
@@ -237,7 +237,7 @@ def wide(size: int) -> Loop:
 
     kib = 2 * 8 * (size + 7) // 1024
     return Loop(
-        Problem(f"{kib} KiB of state, momentum", step, outer_loss, w0, lam, batches),
+        Case(step, outer_loss, w0, lam, batches, name=f"{kib} KiB of state, momentum"),
         _with_zeros(1),
         update,
         momentum_sgd=True,
@@ -269,13 +269,13 @@ def delay_line(size: int) -> Loop:
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
         return (w["a"] * w["b"]).mean() + w["c"].square().mean()
 
-    problem = Problem(
-        f"{4 * 8 * size // 1024} KiB of state, handed on",
+    problem = Case(
         custom_step(fn, init),
         outer_loss,
         w0,
         lam,
         [0.1 * t for t in range(HORIZON)],
+        name=f"{4 * 8 * size // 1024} KiB of state, handed on",
     )
     return Loop(problem, lambda w: [tree.leaves(w), [torch.zeros_like(w["a"])]], update)
 

@@ -8,17 +8,20 @@ None of them uses a step's ``vjp``, ``jvp`` or ``linearize``, nor any trajectory
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.estimators.hypergradient import each
 from metaopt.estimators.outer import OuterLoss
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
+from metaopt.problem import Problem
 from metaopt.tree import Tree, unvector, vector
-from metaopt.verify.cases import Problem
+from metaopt.verify.cases import Case
 
 
 class Jacobians(NamedTuple):
@@ -35,7 +38,7 @@ class Estimate(NamedTuple):
     error: float
 
 
-def states(problem: Problem, horizon: int) -> list[InnerState]:
+def states(problem: Case, horizon: int) -> list[InnerState]:
     """``s_0 … s_T``."""
     run = [problem.step.init(problem.w0, problem.lam)]
     for t in range(horizon):
@@ -67,7 +70,7 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
     return Jacobians(matrix[:, :size], matrix[:, size:])
 
 
-def along(problem: Problem, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
+def along(problem: Case, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
     """Dense Jacobians of the last steps of a run at the given states ``s_0 … s_{T-1}``, oldest first."""
     first = 0 if last is None else max(horizon - last, 0)
     return [jacobians(problem.step, run[t], problem.lam, problem.batches[t]) for t in range(first, horizon)]
@@ -101,16 +104,16 @@ def through_loop(problem: Problem, horizon: int) -> Tree:
     """Plain autograd through all T steps and the outer loss."""
     with torch.enable_grad():
         lam = tree.attach(problem.lam)
-        state = problem.step.init(problem.w0, problem.lam)
-        for t in range(horizon):
-            state = problem.step(state, lam, problem.batches[t])
+        state = problem.w0 if isinstance(problem.w0, InnerState) else problem.step.init(problem.w0, lam)
+        for batch in islice(each(problem.batches, problem.horizon), horizon):
+            state = problem.step(state, lam, batch)
         loss = problem.outer_loss(state.w, lam, problem.outer_batch)
         flat, spec = tree.flatten(lam)
         gradients = torch.autograd.grad(loss, flat, allow_unused=True)
     return tree.filled(tree.unflatten(gradients, spec), problem.lam)
 
 
-def finite_differences(problem: Problem, horizon: int, radius: float = 1e-3) -> Estimate:
+def finite_differences(problem: Case, horizon: int, radius: float = 1e-3) -> Estimate:
     """Central differences at two radii, extrapolated (fourth order).
 
     The error estimate is what extrapolation changed, and rounding.

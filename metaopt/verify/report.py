@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from typing_extensions import override
 
-from metaopt.verify.table import Table
+from metaopt.table import Table
 
 
 class Row(NamedTuple):

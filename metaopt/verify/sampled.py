@@ -18,7 +18,7 @@ from metaopt.estimators.evolution import Evolution
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.tree import Tree
-from metaopt.verify.cases import Problem
+from metaopt.verify.cases import Case
 from metaopt.verify.reference import along, outer_cotangent, states, unvector, vector
 
 
@@ -35,7 +35,7 @@ class Mirrored(NamedTuple):
 
 
 # -- populations of weights ----------------------------------------------------------------------
-def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
+def evograd(problem: Case, horizon: int, estimator: EvoGrad) -> Tensor:
     r"""``∂L_val/∂λ + Σ_k (α · θ_k) ∂p_k/∂λ`` at ``θ* = Σ_k p_k θ_k``.
 
     With :math:`p = \mathrm{softmax}(-\ell/\tau)`: :math:`\partial p_k = -p_k (\partial \ell_k -
@@ -59,7 +59,7 @@ def evograd(problem: Problem, horizon: int, estimator: EvoGrad) -> Tensor:
 
 
 # -- a second run --------------------------------------------------------------------------------
-def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
+def f2sa(problem: Case, horizon: int, estimator: F2SA) -> Tensor:
     """``∂L_val/∂λ(y) + κ (∂L/∂λ(y) - ∂L/∂λ(w))``, where y descends ``L + L_val/κ`` along the same batches."""
     step = problem.step
     lam = problem.lam
@@ -80,7 +80,7 @@ def f2sa(problem: Problem, horizon: int, estimator: F2SA) -> Tensor:
     )
 
 
-def bome(problem: Problem, horizon: int, estimator: BOME) -> Tensor:
+def bome(problem: Case, horizon: int, estimator: BOME) -> Tensor:
     """The λ part of ``∇L_val + κ ∇q`` over ``z = (y, λ)``, where ``q = L(y, λ) - L(w_t, λ)`` and y takes the y part of it, step by step."""
     step = problem.step
     run = states(problem, horizon)
@@ -124,10 +124,10 @@ def persistent(estimator: PES, noise: list[Tensor]) -> Mirrored:
     return Mirrored(0, [fresh[t // estimator.window] for t in range(len(noise))], torch.stack(fresh).sum(0))
 
 
-def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Problem, int, Any], Tensor]:
+def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Case, int, Any], Tensor]:
     r""":math:`\frac1N \sum_k \xi_k\, [L_{val}(w_k^+, \lambda + \sigma\varepsilon_k) - L_{val}(w_k^-, \lambda - \sigma\varepsilon_k)] / 2\sigma`."""
 
-    def hypergradient(problem: Problem, horizon: int, estimator: Evolution) -> Tensor:
+    def hypergradient(problem: Case, horizon: int, estimator: Evolution) -> Tensor:
         generator = torch.Generator().manual_seed(estimator.seed)
         drawn = [[noise(problem.lam, "gaussian", generator) for _ in range(estimator.pairs)] for _ in range(horizon)]
         run = states(problem, horizon)
@@ -141,7 +141,7 @@ def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Pr
     return hypergradient
 
 
-def _perturbed_loss(problem: Problem, run: list[InnerState], mirrored: Mirrored, sigma: float) -> Tensor:
+def _perturbed_loss(problem: Case, run: list[InnerState], mirrored: Mirrored, sigma: float) -> Tensor:
     state = run[mirrored.start]
     lam = problem.lam
     for t, epsilon in enumerate(mirrored.epsilons, start=mirrored.start):
@@ -151,7 +151,7 @@ def _perturbed_loss(problem: Problem, run: list[InnerState], mirrored: Mirrored,
 
 
 # -- a random sketch -----------------------------------------------------------------------------
-def uoro(problem: Problem, horizon: int, estimator: UORO, alpha: Tensor) -> Tensor:
+def uoro(problem: Case, horizon: int, estimator: UORO, alpha: Tensor) -> Tensor:
     r"""Mean over the sketches of :math:`(\alpha \tilde s)\, \tilde\theta`.
 
     :math:`\tilde s \leftarrow \rho_0 A\tilde s + \rho_1\nu` and :math:`\tilde\theta \leftarrow \tilde\theta/\rho_0 + \nu B/\rho_1` with
@@ -194,7 +194,7 @@ def noise(like: Tree, law: str, generator: torch.Generator, copies: int | None =
     return torch.cat(drawn, -1)
 
 
-def _inner_loss(problem: Problem, w: Tree, horizon: int) -> tuple[Tensor, Tensor]:
+def _inner_loss(problem: Case, w: Tree, horizon: int) -> tuple[Tensor, Tensor]:
     """The inner loss at ``w`` on the last batch, and its gradient over flattened λ."""
     assert isinstance(problem.step, InnerStep)
     with torch.enable_grad():

@@ -28,12 +28,12 @@ from metaopt.optim.optimizer import Optimizer
 from metaopt.optim.rmsprop import RMSprop
 from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
-from metaopt.verify.cases import CLOSED_FORMS, Problem
+from metaopt.verify.cases import CLOSED_FORMS, Case
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-    Problems: TypeAlias = SearchStrategy[Problem]
+    Problems: TypeAlias = SearchStrategy[Case]
 
 OPTIMIZERS: tuple[Optimizer, ...] = (
     SGD(lr=0.1),
@@ -45,7 +45,7 @@ OPTIMIZERS: tuple[Optimizer, ...] = (
 
 
 def closed_forms(
-    makers: Sequence[Callable[..., Problem]] = CLOSED_FORMS,
+    makers: Sequence[Callable[..., Case]] = CLOSED_FORMS,
     *,
     max_size: int = 4,
     max_conditioning: float = 20.0,
@@ -128,7 +128,7 @@ def mlp_problems(
     )
 
 
-def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon: int) -> Problem:
+def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
     sides = [*widths, 1]
     w0 = {f"{i}.weight": _normal(generator, n, m) / math.sqrt(n) for i, (n, m) in enumerate(itertools.pairwise(sides))}
@@ -150,8 +150,8 @@ def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon:
         return error(w, batch) + 0.05 * torch.stack([rate.square().sum() for rate in tree.leaves(lam)]).sum()
 
     *batches, outer_batch = [(_normal(generator, 4, sides[0]), _normal(generator, 4, 1)) for _ in range(horizon + 1)]
-    return Problem(
-        f"MLP {sides}, seed {seed}", inner_step(inner_loss, optimizer), outer_loss, w0, lam, batches, outer_batch
+    return Case(
+        inner_step(inner_loss, optimizer), outer_loss, w0, lam, batches, outer_batch, name=f"MLP {sides}, seed {seed}"
     )
 
 
