@@ -52,7 +52,8 @@ from metaopt.inner import (
     replicated,
     vmapped,
 )
-from metaopt.meta import online, tune
+from metaopt.meta import evaluate, online, tune
+from metaopt.optim import by
 from metaopt.problem import Problem
 
 if TYPE_CHECKING:
@@ -110,10 +111,12 @@ __all__ = [
     "UnreachedWeightWarning",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
+    "by",
     "compiled_loss",
     "custom_step",
     "cycle",
     "diagnose",
+    "evaluate",
     "functional",
     "hypergradient",
     "inner",

@@ -27,7 +27,7 @@ ALLOWED = {
     "linsolve": {"checks", "inner", "replay", "tree"},
     "estimators": {"table", "checks", "trajectory", "linsolve", "inner", "optim", "replay", "tree"},
     "meta": {"table", "checks", "estimators", "trajectory", "linsolve", "inner", "optim", "replay", "tree"},
-    "models": {"checks", "inner", "optim", "functional", "tree"},
+    "models": {"checks", "inner", "optim", "functional", "layers", "tree"},
     "tasks": {"checks", "tree", "_torchvision"},
     "_torchvision": set(),
     "problem": {"table", "meta", "estimators", "inner", "tree"},
@@ -104,7 +104,7 @@ NOT_METHODS = {
         "OnDisk",
     },
     "linsolve": {"Operator", "PowerIteration", "Sketch", "Solution", "Solver", "Spectrum"},
-    "optim": {"Wrapper", "PerTask", "Hyper", "Optimizer"},
+    "optim": {"Wrapper", "PerTask", "Hyper", "Optimizer", "Interval"},
 }
 TABLES = {"estimators": ESTIMATORS, "trajectory": TRAJECTORIES, "linsolve": SOLVERS, "optim": OPTIMIZERS}
 

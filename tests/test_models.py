@@ -69,8 +69,8 @@ def task(model):
 
 
 MODELS = {
-    "anil": lambda: ANIL.of(net(), ["block2.*", "head.*"], cross_entropy),
-    "anil, group norm": lambda: ANIL.of(net(group_norm), ["head.*"], cross_entropy),
+    "anil": lambda: ANIL.of(net(), cross_entropy, weights=["block2.*", "head.*"]),
+    "anil, group norm": lambda: ANIL.of(net(group_norm), cross_entropy, weights=["head.*"]),
     "warpgrad": lambda: WarpGrad.of(net(), cross_entropy),
     "warpgrad, linear": lambda: WarpGrad.of(net(), cross_entropy, warp=Warp(activation=nn.Identity)),
     "warpgrad, residual, batch norm": lambda: WarpGrad.of(
@@ -440,7 +440,7 @@ def test_conv_net_takes_every_size(size, norm):
 
 
 def test_papers_anil_adapts_the_last_convolution_and_the_classifier():
-    w, lam = ANIL.of(conv_net(4, 32, 10, 3, 32), ["block4.*", "head.*"], cross_entropy).init()
+    w, lam = ANIL.of(conv_net(4, 32, 10, 3, 32), cross_entropy, weights=["block4.*", "head.*"]).init()
     assert {name.split(".")[0] for name in w} == {"block4", "head"}
     assert {name.split(".")[0] for name in lam} == {"block1", "block2", "block3"}
     assert w["head.weight"].shape == (10, 32 * 2 * 2)
@@ -484,7 +484,7 @@ def test_warp_layers_go_where_they_are_asked_to():
 
 
 def test_accuracy_counts_classes_only():
-    model = ANIL.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["1.*"], cross_entropy)
+    model = ANIL.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), cross_entropy, weights=["1.*"])
     w, lam = model.init()
     scores = model.predict(w, lam, torch.eye(2))
     assert model.accuracy(w, lam, (torch.eye(2), scores.argmax(1))) == 1

@@ -12,7 +12,7 @@ def test_meta_sgd_is_autograd_through_the_loop():
     meta_sgd = MetaSGD.of(
         torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double(),
         torch.nn.functional.mse_loss,
-        0.1,
+        rate=0.1,
     )
     batches = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(4)]
     w, lam = meta_sgd.init()
@@ -26,17 +26,19 @@ def test_meta_sgd_is_autograd_through_the_loop():
         estimator=mo.RMD(),
     )
     lr = {k: x.clone().requires_grad_() for k, x in lam["lr"].items()}
-    w0 = {k: x.clone().requires_grad_() for k, x in w.items()}
-    at = w0
-    for batch in batches[:3]:
-        g = torch.autograd.grad(meta_sgd.inner_loss(at, lam, batch), list(at.values()), create_graph=True)
-        at = {k: x - lr[k] * d for (k, x), d in zip(at.items(), g, strict=True)}
-    expected = torch.autograd.grad(meta_sgd.outer_loss(at, lam, batches[3]), [*lr.values(), *w0.values()])
-    for ours, theirs in zip([*hg.total["lr"].values(), *hg.initial.values()], expected, strict=True):
+    initial = {k: x.clone().requires_grad_() for k, x in lam["initial"].items()}
+    mse = torch.nn.functional.mse_loss
+    at = initial
+    for x, y in batches[:3]:
+        g = torch.autograd.grad(mse(meta_sgd.model(at, x), y), list(at.values()), create_graph=True)
+        at = {k: p - lr[k] * d for (k, p), d in zip(at.items(), g, strict=True)}
+    x, y = batches[3]
+    expected = torch.autograd.grad(mse(meta_sgd.model(at, x), y), [*lr.values(), *initial.values()])
+    for ours, theirs in zip([*hg.total["lr"].values(), *hg.total["initial"].values()], expected, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="rate"):
-        MetaSGD.of(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, 0.0)
+        MetaSGD.of(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, rate=0.0)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def build(config: ManyShotConfig, shape: torch.Size) -> MetaModel:
         conv_net, channels=config.channels, classes=config.ways, in_channels=shape[0], image_size=shape[-1]
     )
     if config.model == "anil":
-        return ANIL.of(net(blocks=4), weights=["block4.*", "head.*"], loss=cross_entropy)
+        return ANIL.of(net(blocks=4), cross_entropy, weights=["block4.*", "head.*"])
     if config.model == "warpgrad":
         return WarpGrad.of(net(blocks=3), loss=cross_entropy)
     if config.model == "meta-weight-net":

@@ -157,7 +157,7 @@ def setup(config: SinusoidConfig, seed: int) -> Setup:
     """The network of one seed, split into weights and hyperparameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        anil = ANIL.of(sinusoid_net(), weights=["6.*"], loss=torch.nn.functional.mse_loss)
+        anil = ANIL.of(sinusoid_net(), torch.nn.functional.mse_loss, weights=["6.*"])
     phi, lam = anil.init()
     step: Step = inner_step(vmapped(anil.inner_loss), SGD(lr=config.inner_lr, momentum=config.momentum))
     if config.constant_momentum:

@@ -4,6 +4,7 @@ from metaopt.inner.tasks import Ragged, Stacked, looped, replicated, vmapped
 from metaopt.meta.bounds import bounded
 from metaopt.meta.calibration import calibrated
 from metaopt.meta.checkpoint import Checkpoint
+from metaopt.meta.evaluate import evaluate
 from metaopt.meta.hyper_steps import HyperSteps
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import online
@@ -35,6 +36,7 @@ __all__ = [
     "TaskChunks",
     "bounded",
     "calibrated",
+    "evaluate",
     "in_task_chunks",
     "looped",
     "online",

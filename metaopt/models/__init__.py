@@ -8,7 +8,14 @@ from metaopt.models.feature_transform import FeatureTransform
 from metaopt.models.insertion import insert
 from metaopt.models.maml import MAML
 from metaopt.models.meta_sgd import MetaSGD
-from metaopt.models.meta_weight_net import MetaWeightNet, SigmoidAbove, SigmoidClamped, batch_mean, batch_normalised
+from metaopt.models.meta_weight_net import (
+    MetaWeightNet,
+    SaturatedWarning,
+    SigmoidAbove,
+    SigmoidClamped,
+    batch_mean,
+    batch_normalised,
+)
 from metaopt.models.rotation import Rotation, rotate
 from metaopt.models.rtn import RTN
 from metaopt.models.warpgrad import Warp, WarpGrad
@@ -24,6 +31,7 @@ __all__ = [
     "MetaWeightNet",
     "RawWeights",
     "Rotation",
+    "SaturatedWarning",
     "SigmoidAbove",
     "SigmoidClamped",
     "SigmoidWeights",

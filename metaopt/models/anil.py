@@ -22,6 +22,10 @@ from metaopt.models.base import Loss, MetaModel
 class ANIL(MetaModel):
     """Any module, split by parameter name into weights (adapted) and hyperparameters (shared by all tasks).
 
+    The initial head is not among the hyperparameters, as in the HyperDistill paper, where it learns
+    by its own rule (``initial=`` of :func:`metaopt.tune`). With ``MAML.of(module, loss,
+    weights=["head.*"])`` it is learned exactly, together with the body.
+
     Args:
         model: the wrapped module; a plain ``nn.Module`` is wrapped for you by :meth:`of`.
         loss: ``(prediction, target) -> scalar``.
@@ -30,7 +34,7 @@ class ANIL(MetaModel):
             "head.*"]``.
 
     >>> import torch
-    >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), weights=["2.*"], loss=nn.functional.mse_loss)
+    >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), nn.functional.mse_loss, weights=["2.*"])
     >>> w, lam = anil.init()
     >>> sorted(w), sorted(lam)
     (['2.bias', '2.weight'], ['0.bias', '0.weight'])
@@ -41,7 +45,7 @@ class ANIL(MetaModel):
     weights: Sequence[str] | Callable[[str], bool]
 
     @classmethod
-    def of(cls, module: nn.Module, weights: Sequence[str] | Callable[[str], bool], loss: Loss) -> ANIL:
+    def of(cls, module: nn.Module, loss: Loss, *, weights: Sequence[str] | Callable[[str], bool]) -> ANIL:
         """ANIL on a module of your own."""
         return cls(functional(module), loss, weights)
 

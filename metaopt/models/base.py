@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from metaopt.functional import FunctionalModel, Params
+from metaopt.inner.step import InnerStep, inner_step
+from metaopt.inner.tasks import TaskLoss, vmapped
+from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``(prediction, target) -> scalar``, e.g. ``torch.nn.functional.cross_entropy``."""
 
 
+OverTasks: TypeAlias = Callable[..., TaskLoss]
+""":func:`metaopt.vmapped` or :func:`metaopt.looped`."""
+
+
 @dataclass(frozen=True)
 class MetaModel(ABC):
-    """A split of a model into weights ``w`` (adapted to a task) and hyperparameters ``lam`` (shared by all tasks). Subclasses add settings only.
+    """A split of a model into weights ``w`` (adapted to a task) and hyperparameters ``lam`` (shared by all tasks).
 
-    The losses are functions of one task; :func:`metaopt.vmapped` makes those of a inner.tasks
-    out of them.
+    The losses are those of one task. :meth:`step` and :meth:`objective` take a meta-batch of tasks.
+    Subclasses add settings only.
 
     Attributes:
         model: the wrapped module.
@@ -40,6 +47,19 @@ class MetaModel(ABC):
     def predict(self, w: Params, lam: Tree, x: Any) -> Any:
         """The output for inputs ``x``."""
 
+    def step(self, optimizer: Optimizer, *, over: OverTasks = vmapped) -> InnerStep:
+        """Φ of a meta-batch: the tasks' inner losses are summed, so that each task trains as if it were alone.
+
+        Args:
+            optimizer: the inner optimiser.
+            over: :func:`metaopt.vmapped` or :func:`metaopt.looped`.
+        """
+        return inner_step(over(self.inner_loss), optimizer)
+
+    def objective(self, *, over: OverTasks = vmapped) -> TaskLoss:
+        """The outer loss of a meta-batch: the mean over tasks."""
+        return over(self.outer_loss, reduction="mean")
+
     def inner_loss(self, w: Params, lam: Tree, batch: tuple[Any, Tensor]) -> Tensor:
         """Training loss of one task; ``batch = (x, y)``."""
         x, y = batch
@@ -56,7 +76,7 @@ class MetaModel(ABC):
         Predictions are scores ``[n, classes]``, targets are class numbers ``[n]``.
 
         Raises:
-            TypeError: if the targets are no class numbers.
+            TypeError: if the targets are not class numbers.
         """
         x, y = batch
         if y.is_floating_point():

@@ -14,6 +14,7 @@ Finn et al. 2017, arXiv 1703.03400; iMAML: Rajeswaran et al. 2019, arXiv 1909.04
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,10 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class MAML(MetaModel):
-    """All parameters of a module adapt, from learned initial values ``lam``.
+    """The parameters of a module, or some of them, adapt from learned initial values.
 
-    ``w`` is the displacement from them, and starts at 0.
+    ``lam`` holds the initial values of all parameters, ``w`` the displacement of those that adapt;
+    it starts at 0. With ``weights=["head.*"]`` it is ANIL with a learned initial head.
 
     Weight decay of the inner optimiser pulls towards the initial weights. To draw predictions from
     adapted weights use :meth:`adapted`.
@@ -39,6 +41,7 @@ class MAML(MetaModel):
         loss: ``(prediction, target) -> scalar``.
         proximity: μ ≥ 0, the pull of the inner loss (not the outer one) towards the initial
             weights.
+        weights: glob patterns of the parameters that adapt, or a predicate on names; default: all.
 
     >>> maml = MAML.of(nn.Linear(2, 1), nn.functional.mse_loss)
     >>> w, lam = maml.init()
@@ -47,23 +50,32 @@ class MAML(MetaModel):
     """
 
     proximity: float = 0.0
+    weights: str | Sequence[str] | Callable[[str], bool] = "*"
 
     def __post_init__(self) -> None:
         """Check μ."""
         checks.non_negative(self, "proximity", self.proximity)
 
     @classmethod
-    def of(cls, module: nn.Module, loss: Loss, *, proximity: float = 0.0) -> MAML:
+    def of(
+        cls,
+        module: nn.Module,
+        loss: Loss,
+        *,
+        proximity: float = 0.0,
+        weights: str | Sequence[str] | Callable[[str], bool] = "*",
+    ) -> MAML:
         """MAML on a module of your own."""
-        return cls(functional(module), loss, proximity)
+        return cls(functional(module), loss, proximity, weights)
 
     def init(self) -> tuple[Params, Params]:
         """``(w, lam)``: no displacement, and the module's own initial values."""
-        return tree.map(torch.zeros_like, self.model.params), self.model.params
+        chosen = tree.matching(self.model.params, self.weights, "parameter")
+        return {name: torch.zeros_like(self.model.params[name]) for name in chosen}, self.model.params
 
     def adapted(self, w: Params, lam: Params) -> Params:
-        """The module's parameters ``φ + δ``."""
-        return {name: phi + w[name] for name, phi in lam.items()}
+        """The module's parameters ``φ + δ``; ``module.load_state_dict(…, strict=False)`` takes them."""
+        return {name: phi + w[name] if name in w else phi for name, phi in lam.items()}
 
     def predict(self, w: Params, lam: Params, x: Any) -> Any:
         """The network's output."""

@@ -1,11 +1,4 @@
-r"""Meta-SGD: every weight has a learned learning rate of its own.
-
-.. math::
-    w_t = w_{t-1} - \lambda \odot \nabla_w \ell\big(f(x;\, w_{t-1}),\, y\big), \qquad \lambda \text{ shaped like } w
-
-Li et al. 2017, arXiv 1707.09835. The initial weights, which Meta-SGD also learns, are
-``Hypergradient.initial``.
-"""
+"""Meta-SGD: initial weights and a learning rate for every weight, both learned."""
 
 from __future__ import annotations
 
@@ -18,14 +11,25 @@ from torch import nn
 from metaopt import checks, tree
 from metaopt.functional import Params, functional
 from metaopt.models.base import Loss, MetaModel
+from metaopt.optim.by import by
 from metaopt.optim.sgd import SGD
 
-Rates: TypeAlias = dict[str, Params]
+InitialAndRates: TypeAlias = dict[str, Params]
 
 
 @dataclass(frozen=True)
 class MetaSGD(MetaModel):
-    """All parameters of a module are weights; ``lam["lr"]`` holds one rate per number. The inner optimiser is :attr:`optimizer`.
+    r"""All parameters of a module adapt, each by its own learned rate, from learned initial values.
+
+    .. math::
+        w_t = w_{t-1} - \rho \odot \nabla_w \ell\big(f(x;\, \phi + w_{t-1}),\, y\big), \qquad w_0 = 0, \quad
+        \lambda = (\phi, \rho)
+
+    ``w`` is the displacement from the initial values. ``lam["initial"]`` holds those, ``lam["lr"]``
+    one rate per number; both are shaped like the parameters. :attr:`optimizer` is the inner
+    optimiser.
+
+    Reference: `Li et al. 2017 <https://arxiv.org/abs/1707.09835>`_.
 
     Args:
         model: the wrapped module; :meth:`of` wraps a plain one.
@@ -34,7 +38,7 @@ class MetaSGD(MetaModel):
 
     >>> meta_sgd = MetaSGD.of(nn.Linear(2, 1), nn.functional.mse_loss)
     >>> w, lam = meta_sgd.init()
-    >>> lam["lr"]["weight"].shape == w["weight"].shape
+    >>> lam["lr"]["weight"].shape == lam["initial"]["weight"].shape == w["weight"].shape
     True
     """
 
@@ -45,19 +49,25 @@ class MetaSGD(MetaModel):
         checks.positive(self, "rate", self.rate)
 
     @classmethod
-    def of(cls, module: nn.Module, loss: Loss, rate: float = 0.01) -> MetaSGD:
+    def of(cls, module: nn.Module, loss: Loss, *, rate: float = 0.01) -> MetaSGD:
         """Meta-SGD on a module of your own."""
         return cls(functional(module), loss, rate)
 
     @property
     def optimizer(self) -> SGD:
-        """SGD with the learned rates: hand it to ``mo.inner_step``."""
-        return SGD(lr=lambda lam, t: lam["lr"])
+        """SGD with the learned rates."""
+        return SGD(lr=by("lr"))
 
-    def init(self) -> tuple[Params, Rates]:
-        """``(w, lam)``: the module's own initial values, and ``rate`` everywhere."""
-        return self.model.params, {"lr": tree.map(lambda x: torch.full_like(x, self.rate), self.model.params)}
+    def init(self) -> tuple[Params, InitialAndRates]:
+        """``(w, lam)``: no displacement, the module's own initial values, and ``rate`` everywhere."""
+        initial = self.model.params
+        rates = tree.map(lambda x: torch.full_like(x, self.rate), initial)
+        return tree.map(torch.zeros_like, initial), {"initial": initial, "lr": rates}
 
-    def predict(self, w: Params, lam: Rates, x: Any) -> Any:
-        """The network's output; ``lam`` acts through the optimiser alone."""
-        return self.model(w, x)
+    def adapted(self, w: Params, lam: InitialAndRates) -> Params:
+        """The module's parameters ``φ + w``; ``module.load_state_dict(…, strict=False)`` takes them."""
+        return {name: phi + w[name] for name, phi in lam["initial"].items()}
+
+    def predict(self, w: Params, lam: InitialAndRates, x: Any) -> Any:
+        """The network's output."""
+        return self.model(self.adapted(w, lam), x)

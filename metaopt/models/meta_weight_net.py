@@ -14,6 +14,7 @@ Shu et al. 2019, arXiv 1902.07379; with the lower bound Lee et al. 2022, arXiv 2
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,7 +25,16 @@ from torch import Tensor, nn
 from metaopt import checks
 from metaopt.functional import FunctionalModel, Params, functional
 from metaopt.inner.reweighted import reweighted
+from metaopt.layers.eager import eager
 from metaopt.models.base import Loss, MetaModel, per_example
+
+NEARLY = 1e-3
+"""Weights that are all this close to 0 or 1 are called saturated."""
+
+
+class SaturatedWarning(UserWarning):
+    """A weight net gives all examples of a batch the weight 0 or 1."""
+
 
 Squash: TypeAlias = Callable[[Tensor], Tensor]
 """The weight net's output to weights, element by element."""
@@ -142,7 +152,21 @@ class MetaWeightNet(MetaModel):
         """``Σ_i c_i ℓ_i``, whose gradient with respect to ``w`` is the update above."""
         x, y = batch
         losses = per_example(self.loss(self.model(w, x), y), y)
-        return reweighted(losses, lambda held: self.coefficients(self.weights(lam, held))).sum()
+        return reweighted(losses, lambda held: self.coefficients(self._heard(self.weights(lam, held)))).sum()
+
+    def _heard(self, weights: Tensor) -> Tensor:
+        """The weights, with a warning where they say nothing about the examples any more."""
+        if len(weights) > 1 and weights.device.type == "cpu" and eager():
+            v = weights.detach()
+            if float(v.min()) > 1 - NEARLY or float(v.max()) < NEARLY:
+                warnings.warn(
+                    f"all weights of the batch are {float(v.mean()):.2f}: the weight net has saturated, its gradient "
+                    "vanishes, and all examples count the same. Take a smaller outer learning rate, and "
+                    "coefficients=batch_normalised",
+                    SaturatedWarning,
+                    stacklevel=2,
+                )
+        return weights
 
     def outer_loss(self, w: Params, lam: Params, batch: tuple[Any, Tensor]) -> Tensor:
         """The mean loss, every example counting the same."""

@@ -10,6 +10,7 @@ from metaopt.optim.adamax import Adamax
 from metaopt.optim.adamw import AdamW
 from metaopt.optim.asgd import ASGD
 from metaopt.optim.average import EMA
+from metaopt.optim.by import by
 from metaopt.optim.clip import ClipNorm, ClipValue
 from metaopt.optim.groups import Frozen, Groups
 from metaopt.optim.lion import Lion
@@ -17,6 +18,7 @@ from metaopt.optim.maximise import Maximise
 from metaopt.optim.muon import Muon
 from metaopt.optim.nadam import NAdam
 from metaopt.optim.optimizer import Hyper, Optimizer
+from metaopt.optim.parametrisations import Interval, positive, simplex, unit_interval
 from metaopt.optim.per_task import PerTask
 from metaopt.optim.precondition import Precondition, identity_factors, meta_curvature
 from metaopt.optim.radam import RAdam
@@ -41,6 +43,7 @@ __all__ = [
     "Frozen",
     "Groups",
     "Hyper",
+    "Interval",
     "Lion",
     "Maximise",
     "Muon",
@@ -52,9 +55,13 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "Wrapper",
+    "by",
     "identity_factors",
     "meta_curvature",
     "moments",
+    "positive",
     "safe",
     "schedules",
+    "simplex",
+    "unit_interval",
 ]

@@ -21,8 +21,8 @@ from metaopt.tree import Tree
 Hyper: TypeAlias = float | Tensor | Tree | Callable[[Tree, int], Any]
 """A hyperparameter.
 
-A float, a tensor, a pytree like ``w`` (element-wise), or ``(lam, t) -> any of these`` with t = 1 …
-T.
+A float, a tensor, a pytree like ``w`` (element-wise), a dictionary of glob patterns of weights' names
+(per layer), or ``(lam, t) -> any of these`` with t = 1 … T.
 """
 
 Slots: TypeAlias = dict[str, Tensor]
@@ -227,7 +227,7 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
         pair: whether it holds two hyperparameters; a leaf then gets a pair.
 
     Raises:
-        ValueError: if a pytree does not have the structure of the weights.
+        ValueError: if a pytree has neither the structure of the weights nor patterns of their names.
     """
     if callable(value):
         value = value(lam, t)
@@ -239,7 +239,28 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
     try:
         return tree.leaves_like(value, spec)
     except ValueError as error:
+        if isinstance(value, Mapping) and all([isinstance(key, str) for key in value]):
+            return per_layer(value, spec, name)
         raise ValueError(f"{name} is a pytree, but not like the weights: {error}") from None
+
+
+def per_layer(values: Mapping[str, Any], spec: tree.Spec, name: str) -> list[Any]:
+    """A value for each weight leaf from values by glob patterns of their names; the first that matches counts.
+
+    Raises:
+        ValueError: if a weight matches no pattern, or a pattern no weight.
+    """
+    weights = tree.dotted_names(spec.like)
+    found = {weight: next((p for p in values if tree.matches(weight, [p])), None) for weight in weights}
+    left = [weight for weight, pattern in found.items() if pattern is None]
+    unused = [pattern for pattern in values if pattern not in found.values()]
+    if left or unused:
+        what = f"no pattern matches the weights {left}" if left else f"the patterns {unused} match no weight first"
+        raise ValueError(
+            f"{name} has the keys {list(values)}, and they are neither the weights' nor patterns for all of them: "
+            f"{what}; the weights are {weights}"
+        )
+    return [values[pattern] for pattern in found.values() if pattern is not None]
 
 
 def is_zero(value: Any) -> bool:
