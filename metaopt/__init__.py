@@ -52,7 +52,7 @@ from metaopt.inner import (
     replicated,
     vmapped,
 )
-from metaopt.meta import evaluate, online, tune
+from metaopt.meta import History, evaluate, online, progress, tune
 from metaopt.optim import by
 from metaopt.problem import Problem
 
@@ -96,6 +96,7 @@ __all__ = [
     "FirstOrder",
     "ForwardGradient",
     "FunctionalModel",
+    "History",
     "HyperDistill",
     "Hypergradient",
     "InnerState",
@@ -130,6 +131,7 @@ __all__ = [
     "online",
     "optim",
     "partition",
+    "progress",
     "replicated",
     "tasks",
     "trajectory",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from metaopt.estimators.unroll import unroll
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.meta.online import online
-from metaopt.meta.report import Report
+from metaopt.meta.report import Reports
 from metaopt.meta.tune import tune
 from metaopt.tree import Tree
 
@@ -102,7 +102,7 @@ class Problem:
         """See :func:`metaopt.unroll`."""
         return unroll(self.step, self.w0, self.lam, self.batches, estimator=estimator, at=at, horizon=self.horizon)
 
-    def tune(self, estimator: Estimator = RMD(), **options: Any) -> Iterator[Report]:
+    def tune(self, estimator: Estimator = RMD(), **options: Any) -> Reports:
         """See :func:`metaopt.tune`: λ moves after each run by ``optimizer=``."""
         return tune(
             self.step,
@@ -116,7 +116,7 @@ class Problem:
             **options,
         )
 
-    def online(self, estimator: Estimator, **options: Any) -> Iterator[Report]:
+    def online(self, estimator: Estimator, **options: Any) -> Reports:
         """See :func:`metaopt.online`: λ moves at every step, each time by the one ``outer_batch``."""
         return online(
             self.step,

@@ -5,11 +5,12 @@ from metaopt.meta.bounds import bounded
 from metaopt.meta.calibration import calibrated
 from metaopt.meta.checkpoint import Checkpoint
 from metaopt.meta.evaluate import evaluate
+from metaopt.meta.history import History, progress
 from metaopt.meta.hyper_steps import HyperSteps
 from metaopt.meta.initialisation import FOMAML, Fixed, Initialisation, Reptile
 from metaopt.meta.online import online
 from metaopt.meta.outer_optimizer import OuterOptimizer, SizeWarning
-from metaopt.meta.report import Guard, Report
+from metaopt.meta.report import Guard, Report, Reports
 from metaopt.meta.sign_step import SignStep
 from metaopt.meta.task_chunks import InTaskChunks, TaskChunks, in_task_chunks
 from metaopt.meta.training import MetaReport, MetaTask, MetaTraining
@@ -20,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "Fixed",
     "Guard",
+    "History",
     "HyperSteps",
     "InTaskChunks",
     "Initialisation",
@@ -29,6 +31,7 @@ __all__ = [
     "OuterOptimizer",
     "Ragged",
     "Report",
+    "Reports",
     "Reptile",
     "SignStep",
     "SizeWarning",
@@ -40,6 +43,7 @@ __all__ = [
     "in_task_chunks",
     "looped",
     "online",
+    "progress",
     "replicated",
     "tune",
     "vmapped",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from metaopt.meta._packed import described
 from metaopt.meta.calibration import calibrated
 from metaopt.meta.hyper_steps import HyperSteps
 from metaopt.meta.outer_optimizer import MakesOptimizer, OuterOptimizer, Scheduler
-from metaopt.meta.report import Guard, Report, peak_bytes
+from metaopt.meta.report import Guard, Report, Reports, peak_bytes
 from metaopt.tree import Tree
 
 
@@ -47,7 +47,7 @@ def online(
     guard: Guard = "raise",
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
-) -> Iterator[Report]:
+) -> Reports:
     """One inner run in which λ is updated as it goes.
 
     Order inside step t: the estimator remembers, ``w_t = Φ(w_{t-1}, λ; D_t)``, the hypergradient at
@@ -91,7 +91,8 @@ def online(
     outer = OuterOptimizer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
     run = OnlineRun(step, outer_loss, batches, outer_batches, estimator, horizon, hyper_steps, guard)
     run.check(outer)
-    return run.reports(w0, outer, None if checkpoint is None else Path(checkpoint), checkpoint_every)
+    path = None if checkpoint is None else Path(checkpoint)
+    return Reports(run.reports(w0, outer, path, checkpoint_every), run.steps, "step")
 
 
 @dataclass
@@ -145,7 +146,7 @@ class OnlineRun:
 
     def reports(
         self, w0: Tree, outer: OuterOptimizer, path: Path | None = None, checkpoint_every: int = 100
-    ) -> Iterator[Report]:
+    ) -> Generator[Report, None, None]:
         """One report per inner step, from ``path`` on if there is such a file."""
         settings = None if path is None else self._settings(w0, outer)
         if path is not None and path.exists():
@@ -173,7 +174,7 @@ class OnlineRun:
         outer: OuterOptimizer,
         pairs: Iterator[tuple[Any, Any]],
         keep: _Keeper | None,
-    ) -> Iterator[Report]:
+    ) -> Generator[Report, None, None]:
         device = tree.floats(at.state.w)[0].device
         started = time.perf_counter()
         report = None
@@ -248,7 +249,7 @@ class OnlineRun:
 
     def _resumed(
         self, stored: files.Stored, outer: OuterOptimizer, checkpoint_every: int, settings: Any
-    ) -> Iterator[Report]:
+    ) -> Generator[Report, None, None]:
         number = stored.peek("t")
         before = stored.peek("before")
         replay.restore(before)

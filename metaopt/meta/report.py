@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator, Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.estimators.cost import Cost
@@ -63,7 +65,7 @@ class Report(NamedTuple):
         """The hypergradient's norm for each leaf of λ; empty where λ was not moved."""
         if self.hypergradient is None:
             return {}
-        leaves = zip(tree.names(self.lam), tree.leaves(self.hypergradient.total), strict=True)
+        leaves = zip(tree.dotted_names(self.lam), tree.leaves(self.hypergradient.total), strict=True)
         return {name or "lam": float(leaf.norm()) for name, leaf in leaves}
 
     def __repr__(self) -> str:
@@ -72,6 +74,33 @@ class Report(NamedTuple):
         norms = ", ".join(f"{name} {value:.3g}" for name, value in self.norms.items())
         skipped = f", skipped {self.skipped}" if self.skipped else ""
         return f"Report({self.number}: outer loss {loss}, |hypergradient| {norms or '-'}{skipped})"
+
+
+class Reports(Iterator[Report]):
+    """The reports of a loop, made one by one as they are asked for.
+
+    Attributes:
+        total: how many there will be, ``None`` where that is not known.
+        unit: what one is of, "run" or "step".
+    """
+
+    def __init__(self, reports: Generator[Report, None, None], total: int | None, unit: str) -> None:
+        """Nothing runs before the first is asked for."""
+        self._reports = reports
+        self.total = total
+        self.unit = unit
+
+    @override
+    def __next__(self) -> Report:
+        return next(self._reports)
+
+    def close(self) -> None:
+        """End the loop here."""
+        self._reports.close()
+
+    def __repr__(self) -> str:
+        """How many there will be."""
+        return f"Reports({'?' if self.total is None else self.total} {self.unit}s)"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ from metaopt.meta._packed import described
 from metaopt.meta.calibration import calibrated
 from metaopt.meta.initialisation import Fixed, Initialisation
 from metaopt.meta.outer_optimizer import MakesOptimizer, OuterOptimizer, Scheduler
-from metaopt.meta.report import Guard, Report, peak_bytes
+from metaopt.meta.report import Guard, Report, Reports, peak_bytes
 from metaopt.tree import Tree
 
 Tasks: TypeAlias = Callable[[int], tuple[Batches, Any]]
@@ -50,7 +50,7 @@ def tune(
     guard: Guard = "raise",
     checkpoint: str | Path | None = None,
     calibration_period: int = 50,
-) -> Iterator[Report]:
+) -> Reports:
     """Run the inner loop again and again; after each run λ moves by its hypergradient.
 
     The user's tensors are not touched; the last report holds the result.
@@ -115,7 +115,7 @@ def tune(
         outer.check_size(estimator)
     data = tasks if tasks is not None else _Constant(batches, outer_batch)
     loop = _Tuning(step, outer_loss, data, estimator, horizon, initial, guard, calibration_period)
-    return loop.reports(w0, outer, runs, None if checkpoint is None else Path(checkpoint))
+    return Reports(loop.reports(w0, outer, runs, None if checkpoint is None else Path(checkpoint)), runs, "run")
 
 
 class _Constant(NamedTuple):
@@ -151,7 +151,9 @@ class _Tuning:
     guard: Guard
     calibration_period: int
 
-    def reports(self, w0: Tree, outer: OuterOptimizer | None, runs: int, path: Path | None) -> Iterator[Report]:
+    def reports(
+        self, w0: Tree, outer: OuterOptimizer | None, runs: int, path: Path | None
+    ) -> Generator[Report, None, None]:
         at = _Progress(w0, self.estimator)
         settings = None
         if path is not None:

@@ -1,0 +1,169 @@
+"""The numbers of a loop, kept: a table, a picture, a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from metaopt import tree
+from metaopt.meta.report import Report, Reports
+from metaopt.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def progress(reports: Reports, history: History | None = None) -> Iterator[Report]:
+    """The reports of :func:`metaopt.tune` or :func:`metaopt.online`, behind a progress bar.
+
+    The bar shows the outer loss and the norm of the hypergradient, in a terminal or a notebook. A
+    loop that goes on from a checkpoint starts where it had got to.
+
+    Args:
+        reports: what the loop yields.
+        history: keeps the numbers of each report.
+    """
+    with tqdm(total=reports.total, unit=reports.unit) as bar:
+        for report in reports:
+            if history is not None:
+                history.add(report)
+            if bar.n == 0 and report.number > 1:
+                bar.initial = report.number - 1
+            bar.n = report.number
+            bar.set_postfix_str(_postfix(report), refresh=False)
+            bar.update(0)
+            yield report
+        bar.refresh()
+
+
+class History:
+    """What a loop reported, as plain numbers: the outer loss, λ, the hypergradient's norms, time, memory.
+
+    ``print`` shows a table. Tensors are not kept: of a leaf of λ with one number there is its value,
+    of a larger one its norm.
+
+    Attributes:
+        rows: one dictionary of numbers per report; NaN where λ did not move.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, x: lam.exp() * (w - x).square().sum(), mo.optim.SGD(lr=0.1))
+    >>> loss = lambda w, lam, x: (w - x).square().sum()
+    >>> problem = mo.Problem(step, loss, torch.zeros(2), torch.tensor(0.0), [torch.ones(2)] * 5, torch.ones(2))
+    >>> history = History()
+    >>> for report in problem.tune(optimizer=lambda p: torch.optim.Adam(p, lr=0.1), runs=2):
+    ...     history.add(report)
+    >>> [round(value, 3) for value in history["outer loss"]]
+    [0.215, 0.165]
+    """
+
+    def __init__(self, rows: list[dict[str, float]] | None = None) -> None:
+        """Begin, or go on from rows."""
+        self.rows = [] if rows is None else rows
+
+    def add(self, report: Report) -> None:
+        """Keep the numbers of a report."""
+        row = {"number": report.number, "outer loss": _number(report.outer_loss)}
+        row |= {_norm_of(name): norm for name, norm in report.norms.items()}
+        for name, leaf in zip(tree.dotted_names(report.lam), tree.leaves(report.lam), strict=True):
+            row[name or "lam"] = float(leaf) if leaf.numel() == 1 else float(leaf.norm())
+        row |= {"seconds": report.seconds, "bytes": report.bytes, "skipped": report.skipped}
+        self.rows.append(row)
+
+    def __len__(self) -> int:
+        """How many reports were kept."""
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        """A column, NaN where a report has nothing there.
+
+        Raises:
+            KeyError: if there is no such column; the message lists those there are.
+        """
+        if column not in self.columns:
+            raise KeyError(f"no column {column!r}; there are {list(self.columns)}")
+        return [row.get(column, math.nan) for row in self.rows]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        names: dict[str, None] = {}
+        for row in self.rows:
+            names |= dict.fromkeys(row)
+        return tuple(names)
+
+    def table(self, last: int | None = None) -> Table:
+        """One line per report, or of the last ones."""
+        rows = self.rows if last is None else self.rows[-last:]
+        cells = tuple([tuple([row.get(name, math.nan) for name in self.columns]) for row in rows])
+        title = f"{len(self)} reports" if len(rows) == len(self) else f"the last {len(rows)} of {len(self)} reports"
+        return Table(title, self.columns, cells)
+
+    def figure(self) -> Figure:
+        """Outer loss, hyperparameters, and the norms of the hypergradient, one panel each."""
+        from matplotlib.figure import Figure
+
+        norms = [name for name in self.columns if name.startswith(_norm_of("")[:-1])]
+        apart = {"number", "outer loss", "seconds", "bytes", "skipped", *norms}
+        panels = {
+            "outer loss": ["outer loss"],
+            "hyperparameters": [name for name in self.columns if name not in apart],
+            "norm of the hypergradient": norms,
+        }
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for name in names:
+                axes.plot(self["number"], self[name], marker="." if len(self) < 30 else None, label=name)
+            axes.set(title=title, xlabel="report")
+            axes.grid(alpha=0.25)
+            if len(names) > 1:
+                axes.legend(fontsize="small")
+        return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps({"metaopt history": 1, "rows": self.rows}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is something else; it is named.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            rows = content["rows"] if content["metaopt history"] == 1 else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a history that metaopt wrote, or is damaged") from error
+        if rows is None:
+            raise ValueError(f"{path} is a history of another version of metaopt")
+        return cls(rows)
+
+    def __repr__(self) -> str:
+        """The last rows as plain text."""
+        return self.table(last=10).text() if self.rows else "History(no reports yet)"
+
+    def _repr_html_(self) -> str:
+        return self.table(last=10).html()
+
+
+def _norm_of(name: str) -> str:
+    return f"|dL/d {name}|"
+
+
+def _number(value: Tensor | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _postfix(report: Report) -> str:
+    if report.outer_loss is None:
+        return f"skipped {report.skipped}" if report.skipped else ""
+    norm = math.sqrt(sum(value**2 for value in report.norms.values()))
+    parts: list[Any] = [f"outer loss {float(report.outer_loss):.4g}", f"|hypergradient| {norm:.3g}"]
+    return ", ".join(parts + [f"skipped {report.skipped}"] * (report.skipped > 0))
