@@ -49,17 +49,21 @@ class Form:
             )
             self.batches = [y for _, y in problem.batches]
         loss = self.head_loss if hoist else self.loss
-        step = mo.inner_step(loss, step.optimizer, compile=compile)
-        self.step = step if chunk == 1 else mo.inner.chunked(step)
+        step = mo.inner_step(loss, step.optimizer)
+        at_once = None if chunk == 1 else chunk
+        if compile:
+            step = mo.compiled(step, steps_at_once=at_once)
+        elif chunk > 1:
+            step = mo.inner.chunked(step, chunk)
+        self.step = step
 
     def __call__(self):
-        batches = self.batches if self.chunk == 1 else mo.inner.in_chunks(self.batches, self.chunk)
         if not self.hoist:
             return mo.hypergradient(
-                self.step, self.loss, self.w, self.lam, batches, self.problem.outer_batch, estimator=mo.RMD()
+                self.step, self.loss, self.w, self.lam, self.batches, self.problem.outer_batch, estimator=mo.RMD()
             ).total
         lam = {name: leaf.detach().requires_grad_() for name, leaf in self.lam.items()}
-        w = mo.unroll(self.step, self.w, self.features(lam, self.problem.batches[0][0]), batches).w
+        w = mo.unroll(self.step, self.w, self.features(lam, self.problem.batches[0][0]), self.batches).w
         x, y = self.problem.outer_batch
         gradients = torch.autograd.grad(self.head_loss(w, self.features(lam, x), y), list(lam.values()))
         return dict(zip(lam, gradients, strict=True))

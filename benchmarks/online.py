@@ -37,7 +37,7 @@ def run(problem: Problem, method: str) -> object:
     if method.endswith(", compiled"):
         method = method.removesuffix(", compiled")
         step, loss = PARTS.setdefault(
-            (id(problem), method), (mo.inner_step(loss, step.optimizer, compile=True), mo.compiled_loss(loss))
+            (id(problem), method), (mo.compiled(mo.inner_step(loss, step.optimizer)), mo.compiled(loss))
         )
     if method == "plain, ours":
         return trained(step, w, lam, problem.batches)

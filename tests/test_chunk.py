@@ -109,6 +109,51 @@ def test_inductor():
     torch._dynamo.reset()
     optimizer = mo.optim.SGD(lr=0.1, momentum=0.9)
     single, _ = run(False, mo.RMD(), optimizer, steps=4)
-    together, step = run(True, mo.RMD(), optimizer, compile=True, size=2, steps=4)
+    together, step = run(True, mo.RMD(), optimizer, compile="inductor", size=2, steps=4)
     assert step.compilation.refused is None
     assert close(together.total, single.total, 1e-10)
+
+
+@pytest.mark.parametrize("way", ["hypergradient", "unroll", "tune"])
+@pytest.mark.parametrize(
+    "make", [mo.inner.chunked, lambda step, k: mo.compiled(step, steps_at_once=k, backend="aot_eager")]
+)
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+def test_a_run_groups_its_batches_by_itself(way, make):
+    step, loss, w, lam, batches = problem(mo.optim.SGD(lr=rate, momentum=0.9))
+    del lam["spare"]
+    batches = [*batches, *batches][:7]  # the last group is shorter
+
+    def by(step):
+        if way == "unroll":
+            given = tree.attach(lam)
+            state = mo.unroll(step, w, given, batches)
+            return torch.autograd.grad(loss(state.w, lam, batches[0]), list(given.values()))
+        if way == "tune":
+            loop = mo.tune(step, loss, w, lam, batches, batches[0], optimizer=lambda p: torch.optim.SGD(p, 0.1), runs=2)
+            return list(list(loop)[-1].lam.values())
+        return list(mo.hypergradient(step, loss, w, lam, batches, batches[0]).total.values())
+
+    grouped = make(step, 3)
+    assert close(by(grouped), by(step), 1e-10)
+
+
+def test_online_steps_are_single_ones():
+    step, loss, w, lam, batches = problem(mo.optim.SGD(lr=0.1))
+    with pytest.raises(ValueError, match="takes single steps"):
+        mo.online(
+            mo.inner.chunked(step, 2),
+            loss,
+            w,
+            lam,
+            batches,
+            batches,
+            estimator=mo.OneStep(),
+            optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        )
+    with pytest.raises(ValueError, match="steps_at_once must be at least 1"):
+        mo.inner.chunked(step, 0)
+    with pytest.raises(TypeError, match="an outer loss has none"):
+        mo.compiled(loss, steps_at_once=2)
+    with pytest.raises(TypeError, match=r"mo\.compiled takes a step from mo\.inner_step"):
+        mo.compiled(mo.inner.chunked(step))

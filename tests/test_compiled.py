@@ -25,7 +25,8 @@ def problem(optimizer, body=(), compile=False, seed=0):
         return (model(mo.merge(w, params), batch[0]) - batch[1]).pow(2).mean()
 
     batches = [(torch.randn(5, 3, dtype=F64), torch.randn(5, 1, dtype=F64)) for _ in range(4)]
-    return mo.inner_step(loss, optimizer, compile=compile), loss, w, lam, batches
+    step = mo.inner_step(loss, optimizer)
+    return mo.compiled(step, backend=compile) if compile else step, loss, w, lam, batches
 
 
 def hypergradient(estimator, *args, **kwargs):
@@ -71,7 +72,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once():
         return ((w - lam) ** 2).sum() * (1.0 if float(w.detach().sum()) > -100 else 2.0)
 
     args = (lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3, None)
-    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile="aot_eager")
+    step = mo.compiled(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), backend="aot_eager")
     with pytest.warns(UserWarning, match="cannot be compiled and runs eagerly") as caught:
         got = mo.hypergradient(step, *args)
     assert len(caught) == 1
@@ -104,7 +105,7 @@ def test_compiled_outer_loss_is_eager(name):
         )
         return [report.hypergradient.total for report in reports]
 
-    outer, found = mo.compiled_loss(loss, "aot_eager"), []
+    outer, found = mo.compiled(loss, backend="aot_eager"), []
     for outer_loss in (loss, outer):
         with pytest.warns(mo.UnusedHyperparameterWarning, match="spare"):
             found.append(hypergradients(outer_loss))
@@ -124,7 +125,7 @@ def test_a_compiled_outer_loss_notices_what_changes():
     def loss(w, lam, x):
         return model(w, x).pow(2 if settings["squared"] else 4).mean() + (lam * w["1.weight"]).sum()
 
-    outer = mo.compiled_loss(loss, "aot_eager")
+    outer = mo.compiled(loss, backend="aot_eager")
     lam = torch.ones(1, 3, dtype=F64)
     for x in (torch.randn(4, 3, dtype=F64), torch.randn(6, 3, dtype=F64)):
         for settings["squared"] in (True, False):
@@ -141,15 +142,15 @@ def test_a_compiled_outer_loss_notices_what_changes():
 @pytest.mark.filterwarnings("default")
 def test_an_outer_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once():
     torch._dynamo.reset()
-    outer = mo.compiled_loss(
-        lambda w, lam, _: (w * lam).sum() * (1.0 if float(w.detach().sum()) > 0 else 2.0), "aot_eager"
+    outer = mo.compiled(
+        lambda w, lam, _: (w * lam).sum() * (1.0 if float(w.detach().sum()) > 0 else 2.0), backend="aot_eager"
     )
     with pytest.warns(UserWarning, match="the outer loss cannot be compiled and runs eagerly") as caught:
         found = [outer_gradient(outer, torch.full((2,), -1.0), torch.ones(2), None) for _ in range(4)]
     assert len(caught) == 1
     assert all(alpha.tolist() == [2.0, 2.0] and direct.tolist() == [-2.0, -2.0] for _, alpha, direct in found)
-    with pytest.raises(TypeError, match="outer_loss must be a function"):
-        mo.compiled_loss(None)
+    with pytest.raises(TypeError, match="an outer loss"):
+        mo.compiled(None)
 
 
 def test_constants_of_a_users_module_are_looked_at_whatever_it_is_called(tmp_path, monkeypatch):
@@ -161,7 +162,7 @@ def test_constants_of_a_users_module_are_looked_at_whatever_it_is_called(tmp_pat
     def loss(w, lam, batch):
         return ((w - batch) ** 2).sum() + lam * helpers.penalty(w)
 
-    compiled = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile="aot_eager")
+    compiled = mo.compiled(mo.inner_step(loss, mo.optim.SGD(lr=0.1)), backend="aot_eager")
     plain = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
     for scale in (1.0, 2.0):
         helpers.SCALE = scale

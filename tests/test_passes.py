@@ -57,8 +57,8 @@ def test_a_factor_in_a_sum_with_a_matrix_product_is_not_dropped(operation):
 
     found = []
     for compile in (True, False):
-        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1, momentum=0.9), compile=compile)
-        outer = mo.compiled_loss(loss) if compile else loss
+        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1, momentum=0.9))
+        step, outer = (mo.compiled(step), mo.compiled(loss)) if compile else (step, loss)
         found.append(mo.hypergradient(step, outer, w, lam, xs, xs[0], estimator=mo.RMD()))
     assert step.compilation is None
     assert close(found[0].total, found[1].total, 1e-10) and close(found[0].outer_loss, found[1].outer_loss, 1e-10)
@@ -129,7 +129,8 @@ def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     monkeypatch.setattr(_passes, "recompute", watched_recompute)
     found = []
     for compile in (False, True):
-        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1), compile=compile)
+        step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
+        step = mo.compiled(step) if compile else step
         with inductor.patch(force_disable_caches=True):  # what comes from a cache has been through the passes before
             found.append(
                 [mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator=mo.RMD()).total for _ in range(2)]

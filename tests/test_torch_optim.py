@@ -103,8 +103,8 @@ def test_compiled_steps_miss_the_same_weights():
         step = mo.inner_step(
             lambda w, lam, x: model(w, x, False).pow(2).sum(),
             mo.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.1),
-            compile=backend,
         )
+        step = mo.compiled(step, backend=backend) if backend else step
         state = step.init(model.params, None)
         for x, _ in batches():
             state = step(state, None, x)

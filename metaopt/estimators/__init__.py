@@ -2,7 +2,7 @@
 
 from metaopt.estimators.base import Estimator, Response
 from metaopt.estimators.bome import BOME
-from metaopt.estimators.compiled_loss import CompiledLoss, compiled_loss
+from metaopt.estimators.compiled import CompiledLoss, compiled
 from metaopt.estimators.cost import Cost
 from metaopt.estimators.darts import DARTS
 from metaopt.estimators.evograd import EvoGrad
@@ -59,7 +59,7 @@ __all__ = [
     "TruncatedRMD",
     "UnusedHyperparameterWarning",
     "ZeroHypergradientWarning",
-    "compiled_loss",
+    "compiled",
     "cycle",
     "hypergradient",
     "unroll",

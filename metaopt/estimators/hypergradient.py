@@ -138,7 +138,7 @@ def hypergradient(
     lam = tree.detach(lam)
     counted = CountedStep(step, Cost())
     rng = replay.snapshot(w0)
-    first, stream = opened(batches, horizon)
+    first, stream = opened(batches, horizon, step.steps_at_once)
     beginning = begin(counted, w0, lam, estimator, first)
     try:
         if at is not None:
@@ -151,7 +151,7 @@ def hypergradient(
     except FloatingPointError as error:
         if isinstance(batches, Iterator):  # which cannot be read again
             raise
-        where = first_non_finite(step, beginning.state, lam, each(batches, horizon), rng)
+        where = first_non_finite(step, beginning.state, lam, opened(batches, horizon, step.steps_at_once)[1], rng)
         if where is None:
             raise
         raise FloatingPointError(f"{error}. The first number that is not finite is in {where}") from error
@@ -263,11 +263,18 @@ class cycle:  # noqa: N801  (used as a function is)
                 raise ValueError("mo.cycle: the loader gives no batch")
 
 
-def opened(batches: Batches, horizon: int | None = None) -> tuple[Any, Iterator[Any]]:
-    """The first batch, and all of them."""
+def opened(batches: Batches, horizon: int | None = None, at_once: int | None = None) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them; in lists of ``at_once`` where a step takes several."""
     stream = each(batches, horizon)
+    if at_once is not None:
+        stream = _grouped(stream, at_once)
     first = next(stream)
     return first, itertools.chain([first], stream)
+
+
+def _grouped(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(itertools.islice(stream, size)):
+        yield group
 
 
 def check_lam(lam: Tree, estimator: Estimator | None = None) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.estimators.compiled_loss import CompiledLoss, ValueAndGradient
+from metaopt.estimators.compiled import CompiledLoss, OuterLoss, ValueAndGradient
 from metaopt.inner._first_look import said_of_undeclared, warn_of
 from metaopt.inner._graph import nodes
 from metaopt.inner.contract import checked_scalar
 from metaopt.tree import Tree
-
-OuterLoss: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
-"""``outer_loss(w, lam, batch) -> scalar``."""
 
 
 class OuterObjective(NamedTuple):

@@ -195,7 +195,7 @@ class _Run:
         horizon = self.horizon
         if horizon is None and self.at is not None and callable(self.batches):
             horizon = self.at[-1]
-        return opened(self.batches, horizon)
+        return opened(self.batches, horizon, self.step.steps_at_once)
 
 
 class _Record:

@@ -11,12 +11,12 @@ time, and a compiled chunk pays for being called once instead of k times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from typing_extensions import override
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.inner.compiled import Compilation, CompiledPoint
 from metaopt.inner.contract import Linearized, Step, Wrt
 from metaopt.inner.state import InnerState
@@ -30,10 +30,12 @@ class Chunk(Step):
 
     Attributes:
         step: the single step.
+        steps_at_once: how many batches a run puts into a group; ``None``: they come in groups.
         compilation: the compiled functions of a whole chunk, where the single step is compiled.
     """
 
     step: Step
+    steps_at_once: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     compilation: Compilation | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -98,22 +100,24 @@ class Chunk(Step):
         return ChunkLinearized(parts, state)
 
 
-def chunked(step: Step) -> Chunk:
+def chunked(step: Step, steps_at_once: int | None = None) -> Chunk:
     """Several of ``step``'s inner steps as one; its batch is a sequence of batches, one for each.
 
-    The run gets its batches in groups, too: ``mo.hypergradient(mo.inner.chunked(step), ...,
-    mo.inner.in_chunks(batches, 10), ...)``. The result of an exact estimator is the same. What an
-    estimator counts in steps (the horizon of :class:`~metaopt.TruncatedRMD`, the slots of a
-    trajectory, the interpolation of :class:`~metaopt.DrMAD`) it then counts in chunks.
+    The result of an exact estimator is the same. What an estimator counts in steps (the ``steps`` of
+    :class:`~metaopt.TruncatedRMD`, the slots of a trajectory, the interpolation of
+    :class:`~metaopt.DrMAD`) it then counts in chunks. The sweep holds the activations of one chunk.
+    Of a compiled step (:func:`metaopt.compiled`) a whole chunk is compiled.
 
-    Of a step built with ``inner_step(..., compile=True)`` a whole chunk is compiled: on a small
-    net, where calls take the time and not arithmetic, chunks of twenty made exact RMD three to six
-    times as fast as compiled steps (``benchmarks/README.md``). The compiler takes a few seconds per
-    step of a chunk, once per length. Compiled or not, the sweep holds the activations of one chunk.
+    Args:
+        step: the single step.
+        steps_at_once: with it, a run groups its batches by itself. Default: they come in groups,
+            from :func:`in_chunks` for instance.
     """
+    if steps_at_once is not None:
+        checks.count("chunked", "steps_at_once", steps_at_once)
     compiled = step.compilation if isinstance(step, InnerStep) else None
-    whole = Chunk(step)
-    return whole if compiled is None else Chunk(step, Compilation(whole.pure, compiled.backend, len))
+    whole = Chunk(step, steps_at_once)
+    return whole if compiled is None else replace(whole, compilation=Compilation(whole.pure, compiled.backend, len))
 
 
 def in_chunks(batches: Sequence[Any], size: int) -> list[Sequence[Any]]:

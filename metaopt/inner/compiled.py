@@ -58,6 +58,11 @@ class Compiled:
         self._join = join
         self._made: dict[str, Callable[..., Any]] = {}
 
+    def __repr__(self) -> str:
+        """The backend, and what became of it."""
+        done = f"{len(self._made)} functions, {self.seconds:.1f} s" if self._made else "nothing compiled yet"
+        return f"{type(self).__name__}({self.backend}, {self.refused or done})"
+
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any, lean: bool = False) -> Any:
         """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be.
 

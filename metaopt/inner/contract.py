@@ -136,6 +136,11 @@ class Step(ABC):
         return 1
 
     @property
+    def steps_at_once(self) -> int | None:
+        """How many batches a run hands over at a time; ``None``: one, and not in a list."""
+        return None
+
+    @property
     def stacked(self) -> bool:
         """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
         return False
@@ -196,6 +201,11 @@ class WrappedStep(Step):
     def steps_in(self, batch: Any) -> int:
         """How many inner steps Φ takes on this batch."""
         return self.step.steps_in(batch)
+
+    @property
+    def steps_at_once(self) -> int | None:
+        """How many batches a run hands over at a time."""
+        return self.step.steps_at_once
 
     @property
     def stacked(self) -> bool:

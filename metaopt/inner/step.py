@@ -40,10 +40,10 @@ from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
 
 
-def inner_step(
-    inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse(), compile: bool | str = False
-) -> InnerStep:
-    """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.inner`.
+def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint = ReverseOverReverse()) -> InnerStep:
+    """The inner step ``Φ(state, λ; batch)`` of a loss and an optimiser from :mod:`metaopt.optim`.
+
+    :func:`metaopt.compiled` makes a compiled one of it.
 
     Args:
         inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
@@ -52,11 +52,6 @@ def inner_step(
             in-place and cannot be differentiated: convert it with :mod:`metaopt.interop`.
         adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or
             ``mo.inner.ForwardOverReverse()``.
-        compile: whether Φ and its adjoint are compiled (``True``: inductor, or the name of a
-            backend of :func:`torch.compile`). What cannot be compiled runs eagerly, and a warning
-            says why. The first calls take seconds: ``step.compilation.seconds``. Values agree to
-            rounding; the adjoint is always reverse over reverse. :func:`metaopt.compiled_loss` does
-            the same for the outer loss.
 
     Raises:
         TypeError: if one of the two is not what it should be.
@@ -74,13 +69,10 @@ def inner_step(
         )
     if is_stacked(inner_loss) and not optimizer.elementwise:
         optimizer = PerTask(optimizer)
-    step = InnerStep(inner_loss, optimizer, adjoint)
-    if compile is False:
-        return step
-    return replace(step, compilation=Compilation(step.pure, "inductor" if compile is True else compile))
+    return InnerStep(inner_loss, optimizer, adjoint)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InnerStep(Step):
     r"""Φ: one optimiser step on ``inner_loss``; pure.
 
@@ -206,6 +198,16 @@ class InnerStep(Step):
         """The optimiser's half of Φ."""
         w, slots = self.optimizer.update(g, state.w, state.slots, lam, state.t + 1)
         return InnerState(w, slots, state.t + 1)
+
+    def compiled(self, backend: str) -> InnerStep:
+        """The same step, compiled; see :func:`metaopt.compiled`."""
+        return replace(self, compilation=Compilation(self.pure, backend))
+
+    def __repr__(self) -> str:
+        """The loss and the optimiser."""
+        name = getattr(self.inner_loss, "__qualname__", repr(self.inner_loss))
+        adjoint = "" if self.adjoint == ReverseOverReverse() else f", {self.adjoint!r}"
+        return f"InnerStep({name}, {self.optimizer!r}{adjoint})"
 
     # -- parts -----------------------------------------------------------------------------------
     def _compilation(self, state: InnerState, lam: Tree, batch: Any) -> Compilation | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from metaopt import replay
 from metaopt.estimators.base import Estimator, FinishedRun
-from metaopt.estimators.hypergradient import Batches, each
+from metaopt.estimators.hypergradient import Batches, opened
 from metaopt.estimators.outer import OuterLoss, outer_gradient
 from metaopt.inner.contract import Step
 from metaopt.inner.tasks import for_all_tasks
@@ -37,7 +37,7 @@ def calibrated(
             "be read only once: give a list, a loader or a function of t, or call estimator.calibrate yourself"
         )
     with replay.preserved(w0):
-        run = list(each(batches, horizon))
+        run = list(opened(batches, horizon, step.steps_at_once)[1])
         first = state = step.init(for_all_tasks(step, w0, run[0]), lam)
         for batch in run:
             state = step(state, lam, batch)

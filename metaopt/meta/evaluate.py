@@ -48,7 +48,7 @@ def evaluate(
     tensor([0.5000, 0.5000, 0.5000])
     """
     check_tree(w0, "w0", "mo.functional(module).params")
-    first, stream = opened(batches, horizon)
+    first, stream = opened(batches, horizon, step.steps_at_once)
     with torch.no_grad():
         state = w0 if isinstance(w0, InnerState) else step.init(for_all_tasks(step, w0, first), lam)
         for batch in stream:

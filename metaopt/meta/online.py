@@ -88,6 +88,8 @@ def online(
     check_arguments(step, w0, lam, batches, estimator, outer_loss)
     checks.one_of("online", "guard", guard, ("raise", "skip", "stop"))
     checks.count("online", "checkpoint_every", checkpoint_every)
+    if step.steps_at_once is not None:
+        raise ValueError("online takes single steps, since λ may move after each: give the step without steps_at_once")
     outer = OuterOptimizer(lam, optimizer, scheduler=scheduler, clip_norm=clip_norm, project=project)
     run = OnlineRun(step, outer_loss, batches, outer_batches, estimator, horizon, hyper_steps, guard)
     run.check(outer)

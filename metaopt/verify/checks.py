@@ -56,7 +56,7 @@ def check(
     True
     """
     if isinstance(subject, Problem):
-        _, stream = opened(subject.batches, subject.horizon)
+        _, stream = opened(subject.batches, subject.horizon, subject.step.steps_at_once)
         return check_step(subject.step, subject.w0, subject.lam, next(stream), tolerance=tolerance, seed=seed)
     if isinstance(subject, Estimator) and problem is not None:
         return check_on(problem, subject, tolerance)
