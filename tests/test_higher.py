@@ -184,3 +184,112 @@ def test_importing_higher_says_nothing(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     assert runpy.run_path(mo.interop.higher.__file__)["from_higher"]
     assert "higher" in sys.modules
+
+
+# -- an existing loop of higher, three lines changed ----------------------------------------------
+def their_loop(fast, steps, lam, inner, outer, forget=0):
+    """An innerloop_ctx loop as users have it; the steps before the last ``forget`` ones are cut off."""
+    for t, batch in enumerate(inner):
+        steps.step(fit(fast, list(fast.parameters()), lam, batch))
+        if forget and t == len(inner) - 1 - forget:
+            fast.update_params([p.detach().requires_grad_() for p in fast.parameters()])
+    return (fast(outer[:, :2]) - outer[:, 2:]).square().mean()
+
+
+WAYS = {
+    "RMD": (mo.RMD(), 0),
+    "RMD, checkpointed": (mo.RMD(mo.trajectory.Checkpointed("sqrt")), 0),
+    "RMD, graphs": (mo.RMD(mo.trajectory.Graphs()), 0),
+    "FMD": (mo.FMD(), 0),
+    "TruncatedRMD": (mo.TruncatedRMD(steps=2), 2),
+    "OneStep": (mo.OneStep(), 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("started", [False, True])
+def test_a_loop_of_higher_gets_every_estimator(way, started):
+    estimator, forget = WAYS[way]
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.01)
+    *inner, outer = batches(5)
+    lam = tree.attach(LAM)
+    with higher.innerloop_ctx(module, optimizer) as (fast, steps):
+        want = torch.autograd.grad(their_loop(fast, steps, lam, inner, outer, forget), tree.leaves(lam))
+
+    with higher.innerloop_ctx(module, optimizer) as (fast, steps):
+        if started:  # the loop goes on from the fast weights of now
+            with torch.no_grad():
+                fast.update_params([p.detach() for p in fast.parameters()])
+        before = [p.clone() for p in fast.parameters()]
+        model = mo.interop.from_higher(fast)
+        step = mo.inner_step(
+            lambda w, lam, batch: fit(lambda x: model(w, x), list(w.values()), lam, batch),
+            mo.interop.from_higher(steps),
+        )
+        got = mo.hypergradient(
+            step,
+            lambda w, lam, batch: (model(w, batch[:, :2]) - batch[:, 2:]).square().mean(),
+            model.params,
+            LAM,
+            inner,
+            outer,
+            estimator=estimator,
+        )
+        after = list(fast.parameters())
+    for ours_, theirs in zip(tree.leaves(got.total), want, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-10, atol=1e-12)
+        assert theirs.abs().max() > 1e-4
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_a_loop_of_higher_goes_online():
+    *inner, _ = batches(5)
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def outer_loss(model):
+        return lambda w, lam, batch: (model(w, batch[:, :2]) - batch[:, 2:]).square().mean()
+
+    def last(model, rule):
+        step = mo.inner_step(lambda w, lam, b: fit(lambda x: model(w, x), list(w.values()), lam, b), rule)
+        loop = mo.online(
+            step,
+            outer_loss(model),
+            model.params,
+            LAM,
+            inner,
+            inner,
+            estimator=mo.TruncatedRMD(2),
+            optimizer=lambda p: torch.optim.Adam(p, 0.1),
+        )
+        return list(loop)[-1].lam
+
+    with higher.innerloop_ctx(module, optimizer) as (fast, steps):
+        theirs = last(mo.interop.from_higher(fast), mo.interop.from_higher(steps))
+    native = last(mo.functional(module), mo.optim.SGD(lr=0.1))
+    torch.testing.assert_close(theirs, native, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(theirs["shift"], LAM["shift"])
+
+
+def test_what_of_higher_is_not_taken_over_is_named():
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    rate = torch.tensor(0.1, requires_grad=True)
+    with higher.innerloop_ctx(module, optimizer, override={"lr": [rate]}) as (_, steps):
+        with pytest.raises(ValueError, match=r"override of \['lr'\] requires grad.*mo\.by\(\"lr\"\)"):
+            mo.interop.from_higher(steps)
+    callback = higher.get_diff_optim(
+        optimizer, module.parameters(), fmodel=higher.monkeypatch(module), grad_callback=lambda g: g
+    )
+    with pytest.raises(ValueError, match="gradient callback is not taken over"):
+        mo.interop.from_higher(callback)
+    with pytest.raises(ValueError, match="has no patched module"):
+        mo.interop.from_higher(higher.get_diff_optim(optimizer, module.parameters()))
+    with pytest.raises(ValueError, match="holds no fast weights"):
+        mo.interop.from_higher(higher.patch.make_functional(module))
+    with pytest.raises(TypeError, match="got Sequential"):
+        mo.interop.from_higher(module)
+    model = mo.interop.from_higher(higher.monkeypatch(module))
+    with pytest.raises(ValueError, match="params have the names"):
+        model({"w": torch.ones(1)}, torch.ones(1, 2))

@@ -1,13 +1,13 @@
-"""Optimisers of the library `higher` as inner optimisers: a second, independent implementation of the same updates."""
+"""``higher`` as a way in: its patched modules as models, its optimisers as inner optimisers."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from metaopt.tree import Tree
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # compiling it warns about `is 1`
     from higher import optim as differentiable
+    from higher.patch import _MonkeyPatchBase
+
+    from metaopt.interop.higher_model import HigherModel
 
 # numbers that an optimiser keeps in its state, all of them known from its settings and the steps
 # taken so far
@@ -113,27 +116,39 @@ class FromHigher(Optimizer):
         return {**{name: numbers[name] for name in place.numbers}, **slots}
 
 
-def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = None) -> FromHigher:
-    """The inner optimiser that `higher` makes of a ``torch.optim`` one, which is not touched.
+@overload
+def from_higher(what: torch.nn.Module, module: None = None) -> HigherModel: ...
+@overload
+def from_higher(
+    what: torch.optim.Optimizer | differentiable.DifferentiableOptimizer, module: nn.Module | None = None
+) -> FromHigher: ...
+def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | HigherModel:
+    """A model or an inner optimiser from what ``higher`` uses; nothing of it is touched.
 
-    Λ acts through the inner loss.
+    Three lines change an inner loop of ``higher`` into any estimator::
 
-    For learned rates and everything else use :func:`metaopt.interop.from_torch` or
-    :mod:`metaopt.inner`. `higher`'s conventions are kept: its Adam adds ``eps`` before the bias
-    correction, and where a second moment is 0 its derivative is cut to 0.
+        with higher.innerloop_ctx(net, optimizer) as (fast, steps):
+            model = from_higher(fast)
+            step = mo.inner_step(lambda w, lam, batch: loss(model(w, batch), lam), from_higher(steps))
+            hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, outer_batch, estimator=...)
+
+    λ acts through the losses. For learned rates use :func:`metaopt.interop.from_torch` or
+    :mod:`metaopt.optim`. The conventions of ``higher`` are kept: its Adam adds ``eps`` before the
+    bias correction, and where a second moment is 0 its derivative is cut to 0.
 
     Args:
-        optimizer: a configured optimiser of a type that `higher` knows: SGD, Adam, RMSprop,
-            Adagrad, Adadelta, Adamax, ASGD, Rprop, and what ``higher.register_optim`` has added.
-            One that has taken steps goes on from there.
-        module: the module whose parameters it holds. With it the weights' leaves come in the
-            module's order; without it, in the optimiser's.
+        what: a module patched by ``higher.monkeypatch``; a differentiable optimiser of ``higher``; or
+            a ``torch.optim`` optimiser of a type that ``higher`` knows (SGD, Adam, RMSprop, Adagrad,
+            Adadelta, Adamax, ASGD, Rprop, and what ``higher.register_optim`` has added). An
+            optimiser that has taken steps goes on from there.
+        module: the module whose parameters a ``torch.optim`` optimiser holds. With it the weights'
+            leaves come in the module's order; without it, in the optimiser's.
 
     Raises:
-        TypeError: for an optimiser that `higher` does not know, or whose state has numbers that are
-            not known from the settings.
-        ValueError: for settings that `higher` ignores, parameters of another module, or different
-            numbers of steps.
+        TypeError: for anything else, an optimiser that ``higher`` does not know, or one whose state
+            has numbers that are not known from the settings.
+        ValueError: for settings that ``higher`` ignores, parameters of another module, different
+            numbers of steps, a gradient callback, or an override that requires grad.
 
     >>> import torch, metaopt as mo
     >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -141,6 +156,19 @@ def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = Non
     >>> mo.hypergradient(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None, estimator=mo.RMD()).total
     tensor([0.7500])
     """
+    if isinstance(what, _MonkeyPatchBase):
+        return HigherModel(what)
+    if isinstance(what, differentiable.DifferentiableOptimizer):
+        return _of_differentiable(what)
+    if not isinstance(what, torch.optim.Optimizer):
+        raise TypeError(
+            "from_higher takes a module patched by higher, an optimiser of higher or one of torch.optim; got "
+            f"{type(what).__name__}"
+        )
+    return _of_torch(what, module)
+
+
+def _of_torch(optimizer: torch.optim.Optimizer, module: nn.Module | None) -> FromHigher:
     kind = type(optimizer)
     if kind not in differentiable._opt_mapping:
         known = ", ".join(sorted(cls.__name__ for cls in differentiable._opt_mapping))  # pyright: ignore[reportAttributeAccessIssue]
@@ -157,19 +185,58 @@ def from_higher(optimizer: torch.optim.Optimizer, module: nn.Module | None = Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its warnings about RMSprop and Rprop
         prototype = differentiable.get_diff_optim(optimizer, parameters)
-    places = [_place(prototype, optimizer, kind, p, i, taken) for i, p in enumerate(parameters)]
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    return _made(prototype, kind, parameters, states, taken)
+
+
+def _of_differentiable(optimizer: differentiable.DifferentiableOptimizer) -> FromHigher:
+    """The same of an optimiser that ``higher`` has made already."""
+    if optimizer._grad_callback is not None:
+        raise ValueError("a gradient callback is not taken over: use mo.optim.ClipNorm or mo.optim.Precondition")
+    for group in optimizer.param_groups:
+        learned = [name for name, value in group.items() if isinstance(value, Tensor) and value.requires_grad]
+        if learned:
+            raise ValueError(
+                f"the override of {learned} requires grad, and λ does not reach an optimiser of higher: use "
+                f'mo.optim with {learned[0]}=mo.by("{learned[0]}"), and put it into lam'
+            )
+    if optimizer._fmodel is None:
+        raise ValueError("the optimiser of higher has no patched module: make both with higher.innerloop_ctx")
+    kinds: Mapping[type, type] = cast(Any, differentiable._opt_mapping)
+    (kind,) = [torch_kind for torch_kind, theirs in kinds.items() if type(optimizer) is theirs]
+    fast: list[Tensor] = list(optimizer._fmodel.fast_params or ())
+    at = {
+        position: (g, i) for g, group in enumerate(optimizer._group_to_param_list) for i, position in enumerate(group)
+    }
+    if sorted(at) != list(range(len(fast))):
+        raise ValueError(
+            f"the optimiser of higher holds {len(at)} of {len(fast)} parameters: freeze the others "
+            "(requires_grad_(False)) and use mo.interop.from_torch"
+        )
+    states = [optimizer.state[at[i][0]].get(at[i][1], {}) for i in range(len(fast))]
+    steps = {int(state.get("step", bool(state))) for state in states}
+    if len(steps) != 1:
+        raise ValueError(f"the parameters have taken different numbers of steps: {sorted(steps)}")
+    return _made(optimizer, kind, fast, states, steps.pop())
+
+
+def _made(
+    prototype: Any, kind: type, parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], taken: int
+) -> FromHigher:
+    places = [
+        _place(prototype, state, kind, parameter, i, taken)
+        for i, (parameter, state) in enumerate(zip(parameters, states, strict=True))
+    ]
     return FromHigher(prototype, kind, tuple(places), taken)
 
 
-def _place(
-    prototype: Any, optimizer: torch.optim.Optimizer, kind: type, parameter: Tensor, position: int, taken: int
-) -> Place:
+def _place(prototype: Any, state: Mapping[str, Any], kind: type, parameter: Tensor, position: int, taken: int) -> Place:
     """Where a parameter is; its slots are found by one update with a zero gradient."""
     group, index = next(
         (g, mapping.index(position)) for g, mapping in enumerate(prototype._group_to_param_list) if position in mapping
     )  # the same order as optimizer.param_groups
     settings = prototype.param_groups[group]
-    own = {name: value for name, value in optimizer.state.get(parameter, {}).items() if value is not None}
+    own = {name: value for name, value in state.items() if value is not None}
     known = {"step": taken, **_NUMBERS.get(kind, lambda settings, taken: {})(settings, taken)}
     initial = {
         name: value.detach().clone() for name, value in own.items() if name not in known and isinstance(value, Tensor)
