@@ -16,6 +16,7 @@ NEEDED = {
     mo.FDS: {"window": 2},
     mo.trajectory.Last: {"steps": 2},
     mo.optim.SGD: {"lr": 0.1},
+    mo.by: {"name": "lr"},
     mo.optim.Groups: {"groups": [(["*"], SGD)]},
     **{
         cls: {"optimizer": SGD}
@@ -28,7 +29,9 @@ CLASSES = [
     for cls in (getattr(mo.optim, name) for name in mo.optim.__all__)
     if isinstance(cls, type) and dataclasses.is_dataclass(cls)
 ]
-FIELDS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(cls)]
+FIELDS = [
+    (cls, field.name) for cls in CLASSES for field in dataclasses.fields(cls) if (cls, field.name) != (mo.by, "name")
+]
 OUT_OF_RANGE = [
     (mo.optim.SGD, "lr", -1.0),
     (mo.optim.SGD, "lr", NAN),

@@ -28,8 +28,8 @@ from metaopt.inner.reweighted import reweighted
 from metaopt.layers.eager import eager
 from metaopt.models.base import Loss, MetaModel, per_example
 
-NEARLY = 1e-3
-"""Weights that are all this close to 0 or 1 are called saturated."""
+FAR = 7.0
+"""Outputs of a weight net that are all further than this from 0, on one side, are called saturated: σ(7) = .999."""
 
 
 class SaturatedWarning(UserWarning):
@@ -146,27 +146,35 @@ class MetaWeightNet(MetaModel):
 
     def weights(self, lam: Params, losses: Tensor) -> Tensor:
         """The learned weighting curve: ``v`` at the given losses ``[n]``."""
-        return self.squash(self.weight_net(lam, losses.unsqueeze(-1)).squeeze(-1))
+        return self.squash(self._scores(lam, losses))
+
+    def _scores(self, lam: Params, losses: Tensor) -> Tensor:
+        return self.weight_net(lam, losses.unsqueeze(-1)).squeeze(-1)
 
     def inner_loss(self, w: Params, lam: Params, batch: tuple[Any, Tensor]) -> Tensor:
         """``Σ_i c_i ℓ_i``, whose gradient with respect to ``w`` is the update above."""
         x, y = batch
         losses = per_example(self.loss(self.model(w, x), y), y)
-        return reweighted(losses, lambda held: self.coefficients(self._heard(self.weights(lam, held)))).sum()
 
-    def _heard(self, weights: Tensor) -> Tensor:
-        """The weights, with a warning where they say nothing about the examples any more."""
-        if len(weights) > 1 and weights.device.type == "cpu" and eager():
-            v = weights.detach()
-            if float(v.min()) > 1 - NEARLY or float(v.max()) < NEARLY:
-                warnings.warn(
-                    f"all weights of the batch are {float(v.mean()):.2f}: the weight net has saturated, its gradient "
-                    "vanishes, and all examples count the same. Take a smaller outer learning rate, and "
-                    "coefficients=batch_normalised",
-                    SaturatedWarning,
-                    stacklevel=2,
-                )
-        return weights
+        def coefficients(held: Tensor) -> Tensor:
+            scores = self._scores(lam, held)
+            self._check_saturation(scores)
+            return self.coefficients(self.squash(scores))
+
+        return reweighted(losses, coefficients).sum()
+
+    def _check_saturation(self, scores: Tensor) -> None:
+        if len(scores) < 2 or scores.device.type != "cpu" or not eager():
+            return
+        scores = scores.detach()
+        if float(scores.min()) > FAR or float(scores.max()) < -FAR:
+            weight = float(self.squash(scores).mean())
+            warnings.warn(
+                f"all weights of the batch are {weight:.2f}: the weight net has saturated, its gradient vanishes, and "
+                "all examples count the same. Take a smaller outer learning rate, and coefficients=batch_normalised",
+                SaturatedWarning,
+                stacklevel=2,
+            )
 
     def outer_loss(self, w: Params, lam: Params, batch: tuple[Any, Tensor]) -> Tensor:
         """The mean loss, every example counting the same."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt import tree
+from metaopt import checks, tree
 from metaopt.tree import Tree
 
 
@@ -39,6 +39,13 @@ class by:  # noqa: N801  (used as a function is)
     name: str
     transform: Callable[[Tensor], Tensor] | None = None
     per_step: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        checks.instance(self, "name", self.name, str, 'for instance mo.by("lr")')
+        if self.transform is not None:
+            checks.function(self, "transform", self.transform, "tensor -> tensor")
+        checks.flag(self, "per_step", self.per_step)
 
     def __call__(self, lam: Tree, t: int) -> Any:
         """The value at step ``t``."""

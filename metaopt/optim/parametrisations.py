@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaopt import checks
+
 
 @dataclass(frozen=True)
 class Positive:
@@ -51,6 +53,8 @@ class Interval:
 
     def __post_init__(self) -> None:
         """Check the order."""
+        checks.finite(self, "low", self.low)
+        checks.finite(self, "high", self.high)
         if not self.low < self.high:
             raise ValueError(f"Interval: low must be below high, got {self.low} and {self.high}")
 
