@@ -105,26 +105,6 @@ def test_forward_mode_gives_way_aloud_and_once():
     close(*results)
 
 
-def attention(w, lam, batch):
-    q = batch @ w
-    return F.scaled_dot_product_attention(q, q * lam, q).pow(2).sum()
-
-
-def test_fused_attention_is_an_error_that_says_what_to_do():
-    w, lam, x = torch.randn(4, 8), torch.randn(8), torch.randn(1, 2, 5, 4)
-    step = mo.inner_step(attention, mo.optim.SGD(lr=0.1))
-    alpha = mo.InnerState(torch.ones_like(w), None)
-    with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*SDPBackend\.MATH"):
-        step.vjp(step.init(w, lam), lam, x, alpha)
-
-    def composed(w, lam, batch):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return attention(w, lam, batch)
-
-    step = mo.inner_step(composed, mo.optim.SGD(lr=0.1))
-    assert step.vjp(step.init(w, lam), lam, x, alpha)[1].abs().sum() > 0
-
-
 def test_the_users_module_and_its_statistics_are_left_alone():
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).double()
     before = {k: v.clone() for k, v in net.state_dict().items()}

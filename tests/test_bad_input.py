@@ -78,7 +78,7 @@ def test_mismatched_pytrees_are_named():
         pullback(torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="different structures"):
         pullback({"w": torch.ones(2)})
-    with pytest.raises(ValueError, match="lr has the keys .*neither the weights' nor patterns"):
+    with pytest.raises(ValueError, match=r"lr has the keys .*neither the weights' nor patterns"):
         call(step=mo.inner_step(STEP.inner_loss, mo.optim.SGD(lr={"x": torch.ones(2)})))
 
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from cases import OnceDifferentiable
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import metaopt as mo
@@ -64,7 +63,6 @@ WITHOUT = {
     "cdist": lambda w, x: torch.cdist(x, w.T).pow(2),
     "hardsigmoid": lambda w, x: F.hardsigmoid(x @ w),
     "multi_margin": lambda w, x: F.multi_margin_loss((x @ w).tanh(), torch.tensor([0, 1, 2, 0, 1])),
-    "fused attention": lambda w, x: F.scaled_dot_product_attention(*(3 * [(x @ w).reshape(1, 1, 5, 3)])),
 }
 
 
@@ -108,27 +106,6 @@ def test_an_operation_that_is_differentiable_once_is_an_error(name, kind):
     step = mo.custom_step(by_hand) if kind == "custom" else mo.inner_step(loss, mo.optim.SGD(lr=0.1), adjoint=mode)
     with pytest.raises(RuntimeError, match="differentiable once only"):
         mo.hypergradient(step, outer, w0, lam, xs, None, estimator=ONCE[name])
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_transformer_layers(train):
-    """torch's own layer runs fused kernels: an error; with the composed ones it is right."""
-    net = (
-        nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.2 * train, batch_first=True).double().train(train)
-    )
-    model = mo.functional(net)
-    w0, lam = mo.partition(model.params, ["self_attn*"])
-    xs, y = [torch.randn(2, 3, 4, dtype=F64) for _ in range(T)], torch.randn(2, 3, 4, dtype=F64)
-
-    def loss(w, lam, x):
-        return (model(mo.merge(w, lam), x) - y).pow(2).mean()
-
-    step, outer = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), lambda w, lam, _: tree.norm(w)
-    if not train:  # (in training, dropout keeps this CPU from the fused kernel)
-        with pytest.raises(RuntimeError, match=r"no second derivative in either mode.*SDPBackend\.MATH"):
-            mo.hypergradient(step, outer, w0, lam, xs, None, estimator=mo.RMD())
-    with sdpa_kernel(SDPBackend.MATH):
-        assert agrees(step, outer, w0, lam, xs)
 
 
 FALL_BACK = {

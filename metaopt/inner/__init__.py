@@ -1,6 +1,6 @@
 """Φ: the inner step, its derivatives, compiled and in chunks."""
 
-from metaopt.inner._first_look import UndeclaredTensorWarning, UnreachedWeightWarning
+from metaopt.inner._first_look import MathAttentionWarning, UndeclaredTensorWarning, UnreachedWeightWarning
 from metaopt.inner.adjoint import Adjoint, Gradient
 from metaopt.inner.chunk import Chunk, chunked, in_chunks
 from metaopt.inner.closed import closed_over
@@ -39,6 +39,7 @@ __all__ = [
     "InnerStep",
     "Linearized",
     "Looped",
+    "MathAttentionWarning",
     "Ragged",
     "ReverseOverReverse",
     "Stacked",

@@ -24,6 +24,10 @@ class UndeclaredTensorWarning(UserWarning):
     """A loss or an optimiser depends on tensors that require grad and that are neither weights nor λ."""
 
 
+class MathAttentionWarning(UserWarning):
+    """Attention runs on torch's MATH kernel where second derivatives are taken."""
+
+
 class FirstLook:
     """Whether the inner loss keeps its side of the contract, found out at the first steps.
 
@@ -33,13 +37,15 @@ class FirstLook:
         unreached: numbers of the weights that it did not reach then.
         undeclared: what to say of other tensors that require grad.
         twice: whether a graph of its gradient has been looked at.
+        fused_attention: whether it holds attention by a kernel that is differentiable once only.
     """
 
-    __slots__ = ("reached", "twice", "undeclared", "unreached", "written")
+    __slots__ = ("_said", "fused_attention", "reached", "twice", "undeclared", "unreached", "written")
 
     def __init__(self) -> None:
         """Nothing has been looked at."""
         self.written = self.reached = self.twice = False
+        self.fused_attention = self._said = False
         self.unreached: list[int] = []
         self.undeclared: list[str] = []
 
@@ -59,7 +65,9 @@ class FirstLook:
             raise written_into(w, changed)
         self.written = True
         behind = list(nodes([found]))
-        if any([node.name() == "CheckpointFunctionBackward" for node in behind]):
+        names = [node.name() for node in behind]
+        self.fused_attention = any([name.startswith("ScaledDotProduct") for name in names])
+        if "CheckpointFunctionBackward" in names:
             raise reentrant("second derivatives, and weights that only its inside sees, are lost")
         self.undeclared += said_of_undeclared(behind, (w, lam), "inner_loss")
         return found
@@ -92,6 +100,19 @@ class FirstLook:
             "are. Call the model with the weights that are given, model(w, x), and check for detach; if it is meant, "
             "take them out of w (mo.partition, requires_grad_(False))",
             UnreachedWeightWarning,
+            stacklevel=5,
+        )
+
+    def speak_of_attention(self) -> None:
+        """Say, once, that attention is slower where second derivatives are taken."""
+        if self._said:
+            return
+        self._said = True
+        warnings.warn(
+            "fused attention is differentiable once only: where second derivatives are taken, it runs on the MATH "
+            "kernel, whose memory grows with the square of the context; plain steps keep the fast kernels. For long "
+            "contexts take a trajectory that replays (mo.trajectory.Checkpointed), or a first-order estimator",
+            MathAttentionWarning,
             stacklevel=5,
         )
 

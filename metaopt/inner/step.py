@@ -9,11 +9,13 @@ choice of an object from :mod:`metaopt.inner.adjoint`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from metaopt import replay, tree
@@ -97,7 +99,7 @@ class InnerStep(Step):
 
     def __post_init__(self) -> None:
         """Set the mode to work on this loss."""
-        object.__setattr__(self, "_gradients", self.adjoint.of(self._value))
+        object.__setattr__(self, "_gradients", self.adjoint.of(self._value_for_two))
 
     @property
     def stacked(self) -> bool:
@@ -189,7 +191,8 @@ class InnerStep(Step):
 
     def pure(self, w: Tree, slots: Tree, lam: Tree, batch: Any, numbers: tuple[int, ...]) -> tuple[Tree, Tree]:
         """Φ for a compiler to trace: the weights and slots after the step of this one number."""
-        flat, spec = tree.flatten(torch.func.grad(self.loss)(w, lam, batch))
+        with sdpa_kernel(SDPBackend.MATH) if self._look.fused_attention else nullcontext():
+            flat, spec = tree.flatten(torch.func.grad(self.loss)(w, lam, batch))
         for i in self._look.unreached:
             flat[i] = None
         return self.optimizer.update(tree.unflatten(flat, spec), w, slots, lam, numbers[0])
@@ -233,7 +236,7 @@ class InnerStep(Step):
     def _differentiable(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ with a graph through everything that requires grad."""
         w = tree.map(lambda x: x if x.requires_grad else x.detach().requires_grad_(), state.w)
-        g = gradient_of(self._value(w, lam, batch), tree.leaves(w), graph=True)
+        g = gradient_of(self._value_for_two(w, lam, batch), tree.leaves(w), graph=True)
         g = like(w, self._reached(g, w, lam, batch))
         if not self._look.twice:
             self._look.graph(g, w)
@@ -245,6 +248,20 @@ class InnerStep(Step):
             self._reached(tree.leaves(gradient.g), state.w, lam, batch)
             self._look.graph(gradient.g, state.w)
         return LinearizedInnerStep(self.optimizer, gradient, state, lam)
+
+    def _value_for_two(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        """The inner loss where it will be differentiated twice: attention then takes the kernel that can be."""
+        if not self._look.written:
+            rng = replay.snapshot(w)
+            loss = self._value(w, lam, batch)
+            if not self._look.fused_attention:
+                return loss
+            replay.restore(rng)
+        if not self._look.fused_attention:
+            return self._value(w, lam, batch)
+        self._look.speak_of_attention()
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._value(w, lam, batch)
 
     def _value(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The inner loss, which must leave the weights as they are."""
