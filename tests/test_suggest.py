@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import metaopt as mo
-from metaopt.diagnose.suggest import predicted_cost, states_held, suggest_estimator
+from metaopt.diagnose.suggest import Sizes, predicted_cost, states_held, suggest_estimator
 from metaopt.verify import cases
 
 T, STATE = 12, 1000 * 8
@@ -22,9 +22,9 @@ ASKED = {
 
 
 def suggested(name, horizon=T):
-    return suggest_estimator(
-        **{"horizon": horizon, "weights": 1000, "hyperparameters": 50, "slots": 0, "itemsize": 8, **ASKED[name]}
-    )
+    asked = dict(ASKED[name])
+    sizes = Sizes(asked.pop("horizon", horizon), asked.pop("hyperparameters", 50), STATE)
+    return suggest_estimator(sizes, **asked)
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -68,8 +68,15 @@ def test_memory_follows_the_states_held():
     assert peak(many) - peak(few) == pytest.approx(held * STATE, rel=0.01)
 
 
+def test_sizes_are_those_of_a_problem():
+    problem = cases.momentum(size=4, horizon=6)
+    sizes = Sizes.of(problem)
+    assert sizes == Sizes(6, problem.lam.numel(), 2 * 4 * 8)  # weights and momentum
+    assert suggest_estimator(problem) == suggest_estimator(sizes)
+
+
 def test_bad_sizes_and_unknown_estimators_are_errors():
     with pytest.raises(ValueError, match="horizon=0"):
-        suggest_estimator(0, 1, 1, memory=1)
+        suggest_estimator(Sizes(0, 1, 1), memory=1)
     with pytest.raises(ValueError, match="no cost model for DrMAD"):
         predicted_cost(mo.DrMAD(), 3, 1)

@@ -8,7 +8,7 @@ from metaopt.diagnose.costs import Costs, costs
 from metaopt.diagnose.norms import Norms, norms
 from metaopt.diagnose.results import Result
 from metaopt.diagnose.smoothness import Smoothness, smoothness
-from metaopt.diagnose.suggest import Suggestion, suggest_estimator
+from metaopt.diagnose.suggest import Sizes, Suggestion, suggest_estimator
 
 __all__ = [
     "Alignment",
@@ -17,6 +17,7 @@ __all__ = [
     "Costs",
     "Norms",
     "Result",
+    "Sizes",
     "Smoothness",
     "Suggestion",
     "alignment",

@@ -23,14 +23,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
+from metaopt import tree
 from metaopt.estimators import FMD, IFT, NRES, RMD, AntitheticES, Cost, Estimator, HyperDistill, OneStep
+from metaopt.inner import InnerState
 from metaopt.linsolve import Neumann
+from metaopt.problem import Problem
 from metaopt.trajectory import Checkpointed
 from metaopt.trajectory.revolve import split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Suggestion:
     """What :func:`suggest_estimator` returns.
 
@@ -47,105 +51,130 @@ class Suggestion:
     cost: Cost
     state_bytes: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """One paragraph."""
         return f"{self.estimator}: {self.reason} Predicted: {self.cost}, {self.state_bytes / 2**20:.1f} MiB of states."
 
 
+class Sizes(NamedTuple):
+    """What the cost model reads of a problem.
+
+    Attributes:
+        horizon: T, inner steps of a run.
+        hyperparameters: |λ|.
+        state_bytes: bytes of one state: the weights and the slots of the optimiser.
+    """
+
+    horizon: int
+    hyperparameters: int
+    state_bytes: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> Sizes:
+        """The sizes of a problem."""
+        state = problem.w0 if isinstance(problem.w0, InnerState) else problem.step.init(problem.w0, problem.lam)
+        held = tree.floats((state.w, state.slots))
+        numbers = sum(x.numel() for x in tree.floats(problem.lam))
+        return cls(problem.T, numbers, sum(x.numel() * x.element_size() for x in held))
+
+
 def suggest_estimator(
-    horizon: int,
-    weights: int,
-    hyperparameters: int,
+    problem: Problem | Sizes,
     *,
-    memory: int,
+    memory: int = 1 << 30,
     online: bool = False,
     solved: bool = False,
     differentiable: bool = True,
-    slots: int = 1,
-    itemsize: int = 4,
 ) -> Suggestion:
     """The cheapest estimator that answers the question and fits, exact before approximate.
 
     Args:
-        horizon: T, inner steps of a run.
-        weights: |w|, numbers in all weights.
-        hyperparameters: |λ|.
+        problem: the problem, or its sizes.
         memory: bytes that remembered states may take.
         online: whether λ moves during the run.
         solved: whether the run ends at a minimum of the inner loss, and λ enters through that loss.
         differentiable: whether Φ has useful derivatives.
-        slots: numbers the optimiser keeps per weight: 0 for plain SGD, 1 with momentum, 2 for Adam.
-        itemsize: bytes per number.
 
     Raises:
         ValueError: for sizes that are not positive.
 
-    >>> suggest_estimator(100, 10_000, 500, memory=2**30).estimator
+    >>> suggest_estimator(Sizes(horizon=100, hyperparameters=500, state_bytes=80_000)).estimator
     RMD(trajectory=Full())
     """
-    if min(horizon, weights, hyperparameters) < 1 or memory < 0 or slots < 0 or itemsize < 1:
-        raise ValueError(
-            f"sizes must be positive: horizon={horizon}, weights={weights}, hyperparameters={hyperparameters}, "
-            f"memory={memory}, "
-            f"slots={slots}, itemsize={itemsize}"
-        )
-    T = horizon
-    state = weights * (1 + slots) * itemsize
-    fits = memory // state
+    sizes = problem if isinstance(problem, Sizes) else Sizes.of(problem)
+    if min(sizes) < 1 or memory < 0:
+        raise ValueError(f"sizes must be positive, got {sizes} and memory={memory}")
     if not differentiable:
-        estimator = NRES() if online else AntitheticES()
-        return _made(
-            estimator,
-            "Φ has no useful derivatives, so only values of the outer loss are used: unbiased up to smoothing, noisy.",
-            T,
-            0,
-            state,
-        )
-    if solved and not online:
-        return _made(
+        choice = _without_derivatives(online)
+    elif solved and not online:
+        choice = Choice(
             IFT(Neumann()),
             "the inner problem is solved, so its answer does not depend on the way there: no trajectory is needed.",
-            T,
-            0,
-            state,
         )
-    if hyperparameters <= 2 and hyperparameters <= fits:
-        why = f"{hyperparameters} hyperparameter(s) cost no more products forward than backward, exactly, in {hyperparameters} state(s), online too."
-        return _made(FMD(), why, T, hyperparameters, state)
-    if online:
-        if T > 1 and fits >= 1:
-            return _made(
-                HyperDistill(),
-                "λ moves during the run: one product looks over the whole horizon; fit θ with calibrate().",
-                T,
-                0,
-                state,
-            )
-        return _made(
-            OneStep(), "λ moves during the run, and there is no room for (or no use of) a second state.", T, 0, state
-        )
-    if fits >= T:
-        return _made(
-            RMD(),
-            f"all {T} states fit, so the exact gradient costs two gradients and two products per step.",
-            T,
-            0,
-            state,
-        )
-    if fits >= 1 and repeated(T, int(fits)) <= 4 * T:
-        why = (
-            f"{fits} of {T} states fit: exact still, with {repeated(T, int(fits))} steps run again between checkpoints."
-        )
-        return _made(RMD(Checkpointed(slots=int(fits), horizon=T)), why, T, 0, state)
-    if fits >= 1:
-        return _made(
+    else:
+        choice = _online(sizes, memory) if online else _offline(sizes, memory)
+    held = states_held(choice.estimator, sizes.horizon, sizes.hyperparameters)
+    cost = predicted_cost(choice.estimator, sizes.horizon, sizes.hyperparameters)
+    return Suggestion(choice.estimator, choice.reason, cost, held * sizes.state_bytes)
+
+
+class Choice(NamedTuple):
+    """An estimator, and why."""
+
+    estimator: Estimator
+    reason: str
+
+
+def _without_derivatives(online: bool) -> Choice:
+    estimator = NRES() if online else AntitheticES()
+    return Choice(
+        estimator,
+        "Φ has no useful derivatives, so only values of the outer loss are used: unbiased up to smoothing, noisy.",
+    )
+
+
+def _forward(sizes: Sizes, fits: int) -> Choice | None:
+    few = sizes.hyperparameters
+    if few > min(2, fits):
+        return None
+    why = (
+        f"{few} hyperparameter(s) cost no more products forward than backward, exactly, in {few} state(s), online too."
+    )
+    return Choice(FMD(), why)
+
+
+def _online(sizes: Sizes, memory: int) -> Choice:
+    fits = memory // sizes.state_bytes
+    forward = _forward(sizes, fits)
+    if forward is not None:
+        return forward
+    if sizes.horizon > 1 and fits >= 1:
+        return Choice(
             HyperDistill(),
-            f"only {fits} of {T} states fit, and exact reversal would run each step over four times.",
-            T,
-            0,
-            state,
+            "λ moves during the run: one product looks over the whole horizon; fit θ with calibrate().",
         )
-    return _made(OneStep(), "not one state fits beside the run itself.", T, 0, state)
+    return Choice(OneStep(), "λ moves during the run, and there is no room for (or no use of) a second state.")
+
+
+def _offline(sizes: Sizes, memory: int) -> Choice:
+    fits = memory // sizes.state_bytes
+    forward = _forward(sizes, fits)
+    if forward is not None:
+        return forward
+    T = sizes.horizon
+    if fits >= T:
+        return Choice(
+            RMD(), f"all {T} states fit, so the exact gradient costs two gradients and two products per step."
+        )
+    if fits < 1:
+        return Choice(OneStep(), "not one state fits beside the run itself.")
+    again = repeated(T, fits)
+    if again <= 4 * T:
+        why = f"{fits} of {T} states fit: exact still, with {again} steps run again between checkpoints."
+        return Choice(RMD(Checkpointed(slots=fits, horizon=T)), why)
+    return Choice(
+        HyperDistill(), f"only {fits} of {T} states fit, and exact reversal would run each step over four times."
+    )
 
 
 def predicted_cost(estimator: Estimator, horizon: int, hyperparameters: int) -> Cost:
@@ -204,8 +233,3 @@ def _from_start(length: int, slots: int) -> int:
     if at == length:
         return length * (length - 1) // 2
     return at + _from_start(length - at, slots - 1) + _from_start(at, slots)
-
-
-def _made(estimator: Estimator, reason: str, T: int, hyperparameters: int, state: int) -> Suggestion:
-    held = states_held(estimator, T, hyperparameters)
-    return Suggestion(estimator, reason, predicted_cost(estimator, T, hyperparameters), held * state)
