@@ -190,9 +190,9 @@ def functional(
         TypeError: if ``module`` is not an ``nn.Module``, is scripted, cannot be copied, or wraps the
             module for several devices.
         ValueError: if nothing would be trained, a parameter is not initialised yet (lazy modules) or
-            has a gradient hook, or the module reaches parameters by another way than its attributes;
-            and for ``Embedding(max_norm=…)`` and the old hooks ``torch.nn.utils.weight_norm`` and
-            ``torch.nn.utils.spectral_norm``.
+            has a gradient hook, or the module reaches parameters by another way than its
+            attributes; and for ``Embedding(max_norm=…)`` and the old hooks
+            ``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(

@@ -1,4 +1,4 @@
-r"""How close estimators come to the exact hypergradient along one inner run (figure 3 of the HyperDistill paper, arXiv 2110.02508)."""
+r"""How close estimators come to the exact hypergradient along one inner run (figure 3 of the HyperDistill paper, `arXiv 2110.02508 <https://arxiv.org/abs/2110.02508>`__)."""
 
 from __future__ import annotations
 

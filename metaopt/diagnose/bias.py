@@ -1,15 +1,4 @@
-r"""Bias and variance over batches: what is wrong on average, and what scatters.
-
-For draws ξ of the data, :math:`g(\xi)` the estimate and :math:`g^*(\xi)` the exact hypergradient of
-the whole run,
-
-.. math::
-    \text{bias} = \mathbb{E}\,[g - g^*], \qquad \text{variance} = \mathbb{E}\,\|g - \mathbb{E} g\|^2, \qquad
-    \mathbb{E}\,\|g - \mathbb{E} g^*\|^2 = \|\text{bias}\|^2 + \text{variance}
-
-A method that sees only the last steps is *short-horizon biased*: Wu et al. 2018, "Understanding
-short-horizon bias in stochastic meta-optimization", arXiv 1803.02021.
-"""
+"""Bias and variance over batches: what is wrong on average, and what scatters."""
 
 from __future__ import annotations
 
@@ -50,7 +39,18 @@ class BiasRow(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Bias(Result):
-    """What :func:`bias` returns.
+    r"""What :func:`bias` returns.
+
+    For draws ξ of the data, :math:`g(\xi)` the estimate and :math:`g^*(\xi)` the exact
+    hypergradient of the whole run,
+
+    .. math::
+        \text{bias} = \mathbb{E}\,[g - g^*], \qquad \text{variance} = \mathbb{E}\,\|g - \mathbb{E} g\|^2, \qquad
+        \mathbb{E}\,\|g - \mathbb{E} g^*\|^2 = \|\text{bias}\|^2 + \text{variance}
+
+    A method that sees only the last steps is *short-horizon biased*: Wu et al. 2018, "Understanding
+    short-horizon bias in stochastic meta-optimization", `arXiv 1803.02021
+    <https://arxiv.org/abs/1803.02021>`__.
 
     Attributes:
         problem: its name.

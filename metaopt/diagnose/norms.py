@@ -1,9 +1,4 @@
-r"""How far back an inner run is felt: norms along the reverse sweep, and whether they vanish or explode.
-
-With :math:`\alpha^{(k)} = \alpha_T A_T \cdots A_{T-k+1}` the cotangent k steps back, step
-:math:`T-k` contributes
-:math:`c_k = \alpha^{(k)} B_{T-k}` to the hypergradient, and :math:`\sum_{k<K} c_k` is what truncating at K steps leaves.
-"""
+"""How far back an inner run is felt: norms along the reverse sweep, and whether they vanish or explode."""
 
 from __future__ import annotations
 
@@ -45,7 +40,11 @@ class Lag(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Norms(Result):
-    """What :func:`norms` returns.
+    r"""What :func:`norms` returns.
+
+    With :math:`\alpha^{(k)} = \alpha_T A_T \cdots A_{T-k+1}` the cotangent k steps back, step
+    :math:`T-k` contributes
+    :math:`c_k = \alpha^{(k)} B_{T-k}` to the hypergradient, and :math:`\sum_{k<K} c_k` is what truncating at K steps leaves.
 
     Attributes:
         problem: its name.

@@ -1,17 +1,4 @@
-r"""Metasmoothness: whether training responds to its hyperparameters smoothly enough for their gradient to mean anything.
-
-For the trained weights :math:`\mathcal A(\lambda) = w_T`, a direction v and a step h, with
-:math:`\bar d = |\mathcal A(\lambda + 2hv) - \mathcal A(\lambda)|` per coordinate,
-
-.. math::
-    S_{h,v}(\lambda) = \operatorname{sign}\bigl(\mathcal A(\lambda + hv) - \mathcal A(\lambda)\bigr)^\top
-      \operatorname{diag}\Bigl(\frac{\bar d}{\|\bar d\|_1}\Bigr)
-      \operatorname{sign}\bigl(\mathcal A(\lambda + 2hv) - \mathcal A(\lambda + hv)\bigr) \;\in\; [-1, 1]
-
-the agreement in sign of two successive differences, weighted by how far each weight moves: 1 for a
-response without turning points, about 0 for noise. Engstrom et al. 2025, "Optimizing ML training
-with metagradient descent", arXiv 2503.13751 (empirical metasmoothness).
-"""
+"""Metasmoothness: whether training responds to its hyperparameters smoothly enough for their gradient to mean anything."""
 
 from __future__ import annotations
 
@@ -49,7 +36,21 @@ class Direction(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Smoothness(Result):
-    """What :func:`smoothness` returns.
+    r"""What :func:`smoothness` returns.
+
+    For the trained weights :math:`\mathcal A(\lambda) = w_T`, a direction v and a step h, with
+    :math:`\bar d = |\mathcal A(\lambda + 2hv) - \mathcal A(\lambda)|` per coordinate,
+
+    .. math::
+        S_{h,v}(\lambda) = \operatorname{sign}\bigl(\mathcal A(\lambda + hv) - \mathcal
+        A(\lambda)\bigr)^\top
+          \operatorname{diag}\Bigl(\frac{\bar d}{\|\bar d\|_1}\Bigr)
+          \operatorname{sign}\bigl(\mathcal A(\lambda + 2hv) - \mathcal A(\lambda + hv)\bigr) \;\in\; [-1, 1]
+
+    the agreement in sign of two successive differences, weighted by how far each weight moves: 1
+    for a response without turning points, about 0 for noise. Engstrom et al. 2025, "Optimizing ML
+    training with metagradient descent", `arXiv 2503.13751 <https://arxiv.org/abs/2503.13751>`__
+    (empirical metasmoothness).
 
     Attributes:
         problem: its name.

@@ -2,7 +2,8 @@ r"""What an estimator is.
 
 .. math::
     \frac{d L_{val}}{d\lambda} = \underbrace{\frac{\partial L_{val}}{\partial \lambda}}_{\text{direct}}
-      + \underbrace{\alpha_t \frac{d w_t}{d\lambda}}_{\text{indirect}}, \qquad \alpha_t = \frac{\partial L_{val}}{\partial w_t}
+      + \underbrace{\alpha_t \frac{d w_t}{d\lambda}}_{\text{indirect}}, \qquad \alpha_t =
+      \frac{\partial L_{val}}{\partial w_t}
 
 Every estimator is an approximation (or not) of the linear map :math:`\alpha \mapsto \alpha\,
 dw_t/d\lambda`, the response pullback.

@@ -1,15 +1,4 @@
-r"""BOME: the penalty on the lower level's value function, with a multiplier that keeps it falling.
-
-.. math::
-    \hat q(\lambda, y) = L(y, \lambda) - L(w, \lambda), \qquad
-    (\lambda, y) \leftarrow (\lambda, y) - \xi\, (\nabla L_{val} + \kappa \nabla \hat q), \qquad
-    \kappa = \max\Bigl(\eta - \frac{\langle \nabla L_{val}, \nabla \hat q \rangle}{\|\nabla \hat q\|^2},\, 0\Bigr)
-
-with the gradients over (λ, y) at fixed w: the dynamic barrier :math:`\langle \nabla \hat q, \nabla
-L_{val} + \kappa \nabla \hat q \rangle \ge \phi = \eta \|\nabla \hat q\|^2`, so that :math:`\hat q`
-falls at least as fast as its own gradient descent at rate :math:`\eta \xi`. Liu et al. 2022, "BOME!
-Bilevel optimization made easy: a simple first-order approach", arXiv 2209.08709.
-"""
+"""BOME: the penalty on the lower level's value function, with a multiplier that keeps it falling."""
 
 from __future__ import annotations
 
@@ -52,6 +41,17 @@ class Barrier(NamedTuple):
 @dataclass(frozen=True)
 class BOME(AlongOneOuterLoss):
     r"""The λ part of one joint first-order step; the y part is taken along the inner run.
+
+    .. math::
+        \hat q(\lambda, y) = L(y, \lambda) - L(w, \lambda), \qquad
+        (\lambda, y) \leftarrow (\lambda, y) - \xi\, (\nabla L_{val} + \kappa \nabla \hat q), \qquad
+        \kappa = \max\Bigl(\eta - \frac{\langle \nabla L_{val}, \nabla \hat q \rangle}{\|\nabla \hat q\|^2},\, 0\Bigr)
+
+    with the gradients over (λ, y) at fixed w: the dynamic barrier :math:`\langle \nabla \hat q,
+    \nabla L_{val} + \kappa \nabla \hat q \rangle \ge \phi = \eta \|\nabla \hat q\|^2`, so that
+    :math:`\hat q` falls at least as fast as its own gradient descent at rate :math:`\eta \xi`. Liu
+    et al. 2022, "BOME! Bilevel optimization made easy: a simple first-order approach", `arXiv
+    2209.08709 <https://arxiv.org/abs/2209.08709>`__.
 
     The inner run itself, with its own optimiser, stands for the paper's few lower-level steps from
     y: it solves the lower level, warm-started from its own past. Cost per inner step: one gradient

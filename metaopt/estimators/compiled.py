@@ -27,7 +27,8 @@ class CompiledLoss(Compiled):
     :func:`compiled` makes it.
 
     .. math::
-        (w, \lambda) \mapsto \left(L, \frac{\partial L}{\partial w}, \frac{\partial L}{\partial \lambda}\right)
+        (w, \lambda) \mapsto \left(L, \frac{\partial L}{\partial w}, \frac{\partial L}{\partial
+        \lambda}\right)
 
     Attributes:
         unused: which leaves of ``(w, λ)`` it does not depend on; ``None`` before the first
@@ -79,9 +80,10 @@ def compiled(
 ) -> Step | CompiledLoss:
     """The same inner step, or the same outer loss, as compiled functions.
 
-    Of a step, Φ and its adjoint are compiled; of a loss, its value and gradient. The first calls take
-    seconds (``step.compilation.seconds``, ``loss.seconds``). What cannot be compiled runs eagerly,
-    and a warning says why. Values agree to rounding; the adjoint is always reverse over reverse.
+    Of a step, Φ and its adjoint are compiled; of a loss, its value and gradient. The first calls
+    take seconds (``step.compilation.seconds``, ``loss.seconds``). What cannot be compiled runs
+    eagerly, and a warning says why. Values agree to rounding; the adjoint is always reverse over
+    reverse.
 
     On a small net the calls take the time and not the arithmetic. Several steps in one function are
     then several times as fast again (``docs/benchmarks.md``). The compiler takes a few seconds per
@@ -90,7 +92,8 @@ def compiled(
     Args:
         what: a step from :func:`metaopt.inner_step`, or an outer loss ``(w, lam, batch) -> scalar``.
         steps_at_once: how many inner steps one compiled function takes; default one. The batches are
-            given as ever. What an estimator or trajectory counts in steps, it then counts in groups.
+            given as ever. What an estimator or trajectory counts in steps, it then counts in
+            groups.
         backend: of :func:`torch.compile`.
 
     Raises:

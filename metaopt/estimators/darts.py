@@ -1,12 +1,4 @@
-r"""The 1-step method without a second derivative.
-
-.. math::
-    \alpha_t B_t \approx \frac{\nabla_\lambda L(w_{t-1} + \epsilon u) - \nabla_\lambda L(w_{t-1} - \epsilon u)}{2 \epsilon}, \qquad
-    u = \alpha_t \frac{\partial w_t}{\partial g}, \quad \epsilon = r / \|u\|
-
-Liu et al. 2019, "DARTS: differentiable architecture search", arXiv 1806.09055, equations 7 and 8
-(there ``u = -ξ α`` and ``r = 0.01``), for any optimiser.
-"""
+"""The 1-step method without a second derivative."""
 
 from __future__ import annotations
 
@@ -28,7 +20,15 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class DARTS(FromLastStep):
-    """:class:`OneStep` by finite differences.
+    r""":class:`OneStep` by finite differences.
+
+    .. math::
+        \alpha_t B_t \approx \frac{\nabla_\lambda L(w_{t-1} + \epsilon u) - \nabla_\lambda L(w_{t-1} - \epsilon u)}{2 \epsilon}, \qquad
+        u = \alpha_t \frac{\partial w_t}{\partial g}, \quad \epsilon = r / \|u\|
+
+    Liu et al. 2019, "DARTS: differentiable architecture search", `arXiv 1806.09055
+    <https://arxiv.org/abs/1806.09055>`__, equations 7 and 8 (there ``u = -ξ α`` and ``r = 0.01``),
+    for any optimiser.
 
     Cost per hyper-step: one gradient (for the optimiser's derivative) and two gradients with
     respect to λ. Memory: one more state, no graph of a gradient. Bias: that of 1-step, and

@@ -1,13 +1,4 @@
-r"""EvoGrad: the inner update replaced by one generation of an evolution strategy.
-
-.. math::
-    \theta_k = w + \varepsilon_k, \quad \ell_k = L(\theta_k, \lambda; D), \quad
-    \theta^* = \sum_k \mathrm{softmax}(-\ell/\tau)_k\, \theta_k, \qquad
-    \frac{dL_{val}(\theta^*)}{d\lambda} = \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
-
-with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative of
-the loss is needed. Bohdal et al. 2021, arXiv 2106.10575.
-"""
+"""EvoGrad: the inner update replaced by one generation of an evolution strategy."""
 
 from __future__ import annotations
 
@@ -43,6 +34,15 @@ class EvoGradCarry(NamedTuple):
 @dataclass(frozen=True)
 class EvoGrad(Estimator):
     r"""First-order hypergradients from a population of K perturbed copies of the weights.
+
+    .. math::
+        \theta_k = w + \varepsilon_k, \quad \ell_k = L(\theta_k, \lambda; D), \quad
+        \theta^* = \sum_k \mathrm{softmax}(-\ell/\tau)_k\, \theta_k, \qquad
+        \frac{dL_{val}(\theta^*)}{d\lambda} = \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
+
+    with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative
+    of the loss is needed. Bohdal et al. 2021, `arXiv 2106.10575
+    <https://arxiv.org/abs/2106.10575>`__.
 
     The outer loss is taken at θ*; the run itself goes on with ordinary inner steps. Cost per
     hyper-step: K losses and one gradient of them with respect to λ. Memory: K copies of the

@@ -6,11 +6,12 @@ noise of a run has added up to,
 .. math:: \frac{dL_{val}}{d\lambda} \approx \frac1N \sum_{k=1}^N \xi_k \, \frac{L_{val}(w_k^+) - L_{val}(w_k^-)}{2\sigma}
 
 One sweep, four noise schedules: :class:`AntitheticES` (one ε for the whole run, offline),
-:class:`NRES` (the same, online: runs go on while λ moves; Li et al. 2023, arXiv 2304.12180),
-:class:`TruncatedES` (runs restart from the nominal one, with new noise, every window: biased),
-:class:`PES` (new noise every window, runs go on, ξ sums the noise: unbiased; Vicol et al. 2021,
-arXiv 2112.13835). Nothing is differentiated, so the inner step and the outer loss may be chaotic,
-stochastic or not differentiable at all.
+:class:`NRES` (the same, online: runs go on while λ moves; Li et al. 2023, `arXiv 2304.12180
+<https://arxiv.org/abs/2304.12180>`__), :class:`TruncatedES` (runs restart from the nominal one,
+with new noise, every window: biased), :class:`PES` (new noise every window, runs go on, ξ sums the
+noise: unbiased; Vicol et al. 2021, `arXiv 2112.13835 <https://arxiv.org/abs/2112.13835>`__).
+Nothing is differentiated, so the inner step and the outer loss may be chaotic, stochastic or not
+differentiable at all.
 """
 
 from __future__ import annotations

@@ -1,13 +1,4 @@
-r"""F2SA: the bilevel problem as a penalty on the lower level's value function, by first derivatives alone.
-
-.. math::
-    \frac{dL_{val}}{d\lambda} \approx \nabla_\lambda L_{val}(y, \lambda)
-      + \kappa\, \bigl(\nabla_\lambda L(y, \lambda) - \nabla_\lambda L(w, \lambda)\bigr)
-
-which is the gradient of :math:`L_{val}(y, \lambda) + \kappa\, (L(y, \lambda) - \min_w L(w,
-\lambda))`, with w the ordinary inner run and y a second one on :math:`L + L_{val}/\kappa`. Kwon et
-al. 2023, "A fully first-order method for stochastic bilevel optimization", arXiv 2301.10945.
-"""
+"""F2SA: the bilevel problem as a penalty on the lower level's value function, by first derivatives alone."""
 
 from __future__ import annotations
 
@@ -29,6 +20,15 @@ from metaopt.tree import Tree
 @dataclass(frozen=True)
 class F2SA(AlongOneOuterLoss):
     r"""A difference of two first-order gradients, for problems whose lower level is solved along the run.
+
+    .. math::
+        \frac{dL_{val}}{d\lambda} \approx \nabla_\lambda L_{val}(y, \lambda)
+          + \kappa\, \bigl(\nabla_\lambda L(y, \lambda) - \nabla_\lambda L(w, \lambda)\bigr)
+
+    which is the gradient of :math:`L_{val}(y, \lambda) + \kappa\, (L(y, \lambda) - \min_w L(w,
+    \lambda))`, with w the ordinary inner run and y a second one on :math:`L + L_{val}/\kappa`. Kwon
+    et al. 2023, "A fully first-order method for stochastic bilevel optimization", `arXiv 2301.10945
+    <https://arxiv.org/abs/2301.10945>`__.
 
     Cost per inner step: one gradient each of the inner and the outer loss; a hyper-step: two
     gradients with respect to λ. Memory: one more copy of the weights. Bias: :math:`O(1/\kappa)`

@@ -1,13 +1,4 @@
-r"""FDS: forward mode with hyperparameters that contiguous steps share, averaged over the window of steps that share them.
-
-.. math::
-    \frac{1}{W} \sum_{t \in \text{window}} \frac{d L_{val}}{d\lambda_t} = \frac1W\, \alpha_T Z_T
-
-The hypergradients of neighbouring steps are noisy measurements of nearly the same thing; sharing
-averages them, for the price of what changes within a window (:func:`shared_window_error`), and
-makes forward mode cheap enough for :math:`10^4` steps. Micaelli & Storkey 2021, "Gradient-based
-hyperparameter optimization over long horizons", arXiv 2007.07869.
-"""
+"""FDS: forward mode with hyperparameters that contiguous steps share, averaged over the window of steps that share them."""
 
 from __future__ import annotations
 
@@ -25,7 +16,16 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class FDS(ForwardMode):
-    """Forward mode over windows of steps, e.g. for schedules from :func:`metaopt.optim.schedules.piecewise`.
+    r"""Forward mode over windows of steps, e.g. for schedules from :func:`metaopt.optim.schedules.piecewise`.
+
+    .. math::
+        \frac{1}{W} \sum_{t \in \text{window}} \frac{d L_{val}}{d\lambda_t} = \frac1W\, \alpha_T Z_T
+
+    The hypergradients of neighbouring steps are noisy measurements of nearly the same thing;
+    sharing averages them, for the price of what changes within a window
+    (:func:`shared_window_error`), and makes forward mode cheap enough for :math:`10^4` steps.
+    Micaelli & Storkey 2021, "Gradient-based hyperparameter optimization over long horizons", `arXiv
+    2007.07869 <https://arxiv.org/abs/2007.07869>`__.
 
     Which entry of λ acts in which step is the inner step's own business: ``SGD(lr=piecewise(lambda
     lam: lam["lr"], T))`` uses entry ``⌊n (t-1) / T⌋`` of n. An entry whose window has not begun has

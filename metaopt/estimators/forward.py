@@ -1,12 +1,4 @@
-r"""Forward mode: the response itself, rolled forward beside the state.
-
-.. math::
-    Z_t = A_t Z_{t-1} + B_t, \qquad Z_t = \frac{d s_t}{d\lambda}, \qquad
-    \frac{d L_{val}}{d\lambda} = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T
-
-Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", arXiv
-1703.01785.
-"""
+"""Forward mode: the response itself, rolled forward beside the state."""
 
 from __future__ import annotations
 
@@ -82,7 +74,14 @@ class ForwardMode(Estimator):
 
 @dataclass(frozen=True)
 class FMD(ForwardMode):
-    """Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
+    r"""Forward-mode differentiation: the exact hypergradient, at any time, without remembering the run.
+
+    .. math::
+        Z_t = A_t Z_{t-1} + B_t, \qquad Z_t = \frac{d s_t}{d\lambda}, \qquad
+        \frac{d L_{val}}{d\lambda} = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T
+
+    Franceschi et al. 2017, "Forward and reverse gradient-based hyperparameter optimization", `arXiv
+    1703.01785 <https://arxiv.org/abs/1703.01785>`__.
 
     Cost: per inner step one gradient with its graph (with respect to ``(w, λ)``), and one
     second-order product of that graph per column of Z that needs one: a hyperparameter of the
@@ -101,7 +100,8 @@ class FMD(ForwardMode):
 
     Args:
         columns_at_once: columns per batched product: 1 takes them one after the other (least memory),
-            more save calls; default: as many as keep a batch small, by the size of the graph. The result is the same up to rounding.
+            more save calls; default: as many as keep a batch small, by the size of the graph. The
+            result is the same up to rounding.
 
     Raises:
         ValueError: for less than one column at once.

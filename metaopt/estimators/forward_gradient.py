@@ -1,12 +1,4 @@
-r"""The forward gradient: the response along random directions of λ, rolled forward.
-
-.. math::
-    \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
-    \qquad \mathbb{E}\, v v^\top = I
-
-Baydin et al. 2022, "Gradients without backpropagation", arXiv 2202.08587; Silver et al. 2021,
-"Learning by directional gradient descent" (ICLR 2022).
-"""
+"""The forward gradient: the response along random directions of λ, rolled forward."""
 
 from __future__ import annotations
 
@@ -30,7 +22,15 @@ class ForwardGradientCarry(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardGradient(Estimator):
-    """Unbiased hypergradients over the whole horizon in constant memory, from random directional derivatives.
+    r"""Unbiased hypergradients over the whole horizon in constant memory, from random directional derivatives.
+
+    .. math::
+        \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
+        \qquad \mathbb{E}\, v v^\top = I
+
+    Baydin et al. 2022, "Gradients without backpropagation", `arXiv 2202.08587
+    <https://arxiv.org/abs/2202.08587>`__; Silver et al. 2021, "Learning by directional gradient
+    descent" (ICLR 2022).
 
     Cost: ``directions`` tangents per inner step. Memory: as many states. Bias: none (online: that
     of forward mode, the Jacobians of the λ they were taken at); the variance grows with the number

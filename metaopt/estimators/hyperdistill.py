@@ -1,13 +1,4 @@
-r"""HyperDistill: the whole indirect term distilled into one product.
-
-.. math::
-    g^{SO}_t \approx \theta\, S_t\, v_t, \qquad v_t = \alpha_t \frac{\partial \Phi(w^*_t, \lambda; D^*_t)}{\partial \lambda},
-    \qquad S_t = \sum_{i \le t} \gamma^{t-i}
-
-Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", ICLR, arXiv
-2110.02508: algorithms 3 and 4, equations 13-18. The norms in :math:`\pi_t f_t` cancel (eq. 15), so
-the pullback is linear in α.
-"""
+"""HyperDistill: the whole indirect term distilled into one product."""
 
 from __future__ import annotations
 
@@ -52,7 +43,15 @@ class SizeSamples(NamedTuple):
 
 @dataclass(frozen=True)
 class HyperDistill(Estimator):
-    """Online hypergradients over the whole horizon from one product at a distilled point.
+    r"""Online hypergradients over the whole horizon from one product at a distilled point.
+
+    .. math::
+        g^{SO}_t \approx \theta\, S_t\, v_t, \qquad v_t = \alpha_t \frac{\partial \Phi(w^*_t,
+        \lambda; D^*_t)}{\partial \lambda}, \qquad S_t = \sum_{i \le t} \gamma^{t-i}
+
+    Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", ICLR,
+    `arXiv 2110.02508 <https://arxiv.org/abs/2110.02508>`__: algorithms 3 and 4, equations 13-18.
+    The norms in :math:`\pi_t f_t` cancel (eq. 15), so the pullback is linear in α.
 
     Cost per hyper-step: one gradient at ``w*`` with its graph, one product; a calibration takes
     ``3T - 1`` products. Memory: one more state and batch. Bias: the direction is that of ``Σ

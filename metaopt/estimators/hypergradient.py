@@ -118,9 +118,10 @@ def hypergradient(
         horizon: T; default: as many steps as there are batches.
 
     Returns:
-        The gradient, ``.total``, a pytree like ``lam``; its two terms ``.direct`` and ``.indirect``;
-        ``.initial``, the gradient with respect to the initial weights (or state) where the estimator
-        has it; ``.outer_loss``, the ``.state`` that was reached, and the ``.cost``.
+        The gradient, ``.total``, a pytree like ``lam``; its two terms ``.direct`` and
+        ``.indirect``; ``.initial``, the gradient with respect to the initial weights (or state)
+        where the estimator has it; ``.outer_loss``, the ``.state`` that was reached, and the
+        ``.cost``.
 
     Raises:
         ValueError: bad shapes, empty batches, integer λ, a loss that is not a scalar, λ that

@@ -1,11 +1,4 @@
-r"""Implicit differentiation at the state reached.
-
-.. math::
-    \frac{dw^*}{d\lambda} = (I - A)^{-1} B, \qquad\text{with gradient descent's } A, B:\quad
-    -\alpha H^{-1} \frac{\partial^2 L}{\partial w\, \partial \lambda}
-
-Lorraine et al. 2020, arXiv 1911.02590 (Neumann series); Pedregosa 2016, arXiv 1602.02355.
-"""
+"""Implicit differentiation at the state reached."""
 
 from __future__ import annotations
 
@@ -39,7 +32,14 @@ ITERATIONS = 100
 
 @dataclass(frozen=True)
 class IFT(FromLastStep):
-    """``α (I - A)^{-1} B`` at the last weights and the last batch, by a linear solver.
+    r"""``α (I - A)^{-1} B`` at the last weights and the last batch, by a linear solver.
+
+    .. math::
+        \frac{dw^*}{d\lambda} = (I - A)^{-1} B, \qquad\text{with gradient descent's } A, B:\quad
+        -\alpha H^{-1} \frac{\partial^2 L}{\partial w\, \partial \lambda}
+
+    Lorraine et al. 2020, `arXiv 1911.02590 <https://arxiv.org/abs/1911.02590>`__ (Neumann series);
+    Pedregosa 2016, `arXiv 1602.02355 <https://arxiv.org/abs/1602.02355>`__.
 
     ``A`` and ``B`` are those of gradient descent on the inner loss, whatever optimiser ran (a
     custom Φ is taken as its own fixed-point map), so the optimiser's memory plays no part. Cost:
@@ -50,8 +50,8 @@ class IFT(FromLastStep):
 
     Args:
         solver: from :mod:`metaopt.linsolve`. Default: conjugate gradients on the Hessian of the
-            inner loss, and for a custom Φ, whose derivative is not symmetric, GMRES. Both are right at a
-            solution whatever the learning rate was.
+            inner loss, and for a custom Φ, whose derivative is not symmetric, GMRES. Both are right
+            at a solution whatever the learning rate was.
         converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger;
             ``None``: it is meant to be used there.
         solved: warn where the solver's relative residual, which is measured, is larger; ``None``: it

@@ -1,14 +1,4 @@
-r"""Reverse mode: one sweep of products with the step's Jacobians, over whatever trajectory is remembered.
-
-.. math::
-    g \leftarrow g + \alpha B_t, \quad \alpha \leftarrow \alpha A_t \qquad (t = T \dots 1), \qquad
-    A_t = \frac{\partial \Phi}{\partial s_{t-1}}, \; B_t = \frac{\partial \Phi}{\partial \lambda}
-
-Algorithm 1 of the HyperDistill paper; Franceschi et al. 2017, arXiv 1703.01785. Over the full
-trajectory that is RMD, over the last K states truncated RMD (Shaban et al. 2019, arXiv 1810.10667),
-over the last one the 1-step method (Luketina et al. 2016, arXiv 1511.06727), over a straight line
-DrMAD (Fu et al. 2016, arXiv 1601.00917).
-"""
+"""Reverse mode: one sweep of products with the step's Jacobians, over whatever trajectory is remembered."""
 
 from __future__ import annotations
 
@@ -154,7 +144,19 @@ def _sum(a: InnerState, b: InnerState) -> InnerState:
 
 @dataclass(frozen=True)
 class RMD(ReverseMode):
-    """Reverse-mode differentiation: the exact hypergradient.
+    r"""Reverse-mode differentiation: the exact hypergradient.
+
+    .. math::
+        g \leftarrow g + \alpha B_t, \quad \alpha \leftarrow \alpha A_t \qquad (t = T \dots 1),
+        \qquad A_t = \frac{\partial \Phi}{\partial s_{t-1}}, \; B_t = \frac{\partial \Phi}{\partial
+        \lambda}
+
+    Algorithm 1 of the HyperDistill paper; Franceschi et al. 2017, `arXiv 1703.01785
+    <https://arxiv.org/abs/1703.01785>`__. Over the full trajectory that is RMD, over the last K
+    states truncated RMD (Shaban et al. 2019, `arXiv 1810.10667
+    <https://arxiv.org/abs/1810.10667>`__), over the last one the 1-step method (Luketina et al.
+    2016, `arXiv 1511.06727 <https://arxiv.org/abs/1511.06727>`__), over a straight line DrMAD (Fu
+    et al. 2016, `arXiv 1601.00917 <https://arxiv.org/abs/1601.00917>`__).
 
     Cost: ``2T`` products (the last gives ``init``) and, over :class:`~metaopt.trajectory.Full`,
     ``T`` recomputed gradients. Memory: the trajectory's. Bias: exact. Offline: λ must not move.

@@ -1,14 +1,4 @@
-r"""SAMA: implicit differentiation with the identity for the Hessian, preconditioned by the optimiser's own derivative.
-
-.. math::
-    \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val}
-      - \frac{\nabla_\lambda L(w_t + \epsilon v) - \nabla_\lambda L(w_t - \epsilon v)}{2\epsilon}, \qquad
-    v = \frac{\partial u}{\partial g}\, \alpha_t, \quad \epsilon = r / \|v\|
-
-with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et al. 2023, "Making
-scalable meta learning practical", arXiv 2310.05674. (Its extra push of the base weights along v is
-a change of the inner run, not of the hypergradient, and is not made here.)
-"""
+"""SAMA: implicit differentiation with the identity for the Hessian, preconditioned by the optimiser's own derivative."""
 
 from __future__ import annotations
 
@@ -29,7 +19,18 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class SAMA(FromLastStep):
-    """One finite difference along the preconditioned cotangent, at the last weights.
+    r"""One finite difference along the preconditioned cotangent, at the last weights.
+
+    .. math::
+        \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val}
+          - \frac{\nabla_\lambda L(w_t + \epsilon v) - \nabla_\lambda L(w_t - \epsilon
+          v)}{2\epsilon}, \qquad
+        v = \frac{\partial u}{\partial g}\, \alpha_t, \quad \epsilon = r / \|v\|
+
+    with :math:`u(g)` the optimiser's update, :math:`w_{t+1} = w_t - u(g)`. Choe et al. 2023,
+    "Making scalable meta learning practical", `arXiv 2310.05674
+    <https://arxiv.org/abs/2310.05674>`__. (Its extra push of the base weights along v is a change
+    of the inner run, not of the hypergradient, and is not made here.)
 
     Cost per hyper-step: one gradient and two gradients with respect to λ. Memory: nothing but the
     batch. Bias: the inverse Hessian is replaced by (the diagonal of) the update's derivative, so

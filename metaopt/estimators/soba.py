@@ -1,14 +1,4 @@
-r"""SOBA: weights, linear system and λ all move together, one step each.
-
-.. math::
-    v_t = v_{t-1} - \rho\, (\nabla^2_{ww} L\, v_{t-1} + \nabla_w L_{val}), \qquad
-    \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val} + v_t\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
-
-at the weights after step t and its batch, so that :math:`v_t` follows :math:`-H^{-1} \nabla_w
-L_{val}`. Dagréou et al. 2022, "A framework for bilevel optimization that enables stochastic and
-global variance reduction algorithms", arXiv 2201.13409 (there the three moves are simultaneous;
-here in this order).
-"""
+"""SOBA: weights, linear system and λ all move together, one step each."""
 
 from __future__ import annotations
 
@@ -28,7 +18,16 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class SOBA(AlongOneOuterLoss):
-    """Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started by all before it.
+    r"""Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started by all before it.
+
+    .. math::
+        v_t = v_{t-1} - \rho\, (\nabla^2_{ww} L\, v_{t-1} + \nabla_w L_{val}), \qquad
+        \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val} + v_t\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
+
+    at the weights after step t and its batch, so that :math:`v_t` follows :math:`-H^{-1} \nabla_w
+    L_{val}`. Dagréou et al. 2022, "A framework for bilevel optimization that enables stochastic and
+    global variance reduction algorithms", `arXiv 2201.13409 <https://arxiv.org/abs/2201.13409>`__
+    (there the three moves are simultaneous; here in this order).
 
     Cost per inner step: one outer gradient, one gradient with its graph and one product; a
     hyper-step as much again. Memory: one vector like the weights, one graph. Bias: that of v, which

@@ -46,13 +46,13 @@ def unroll(
     """Run the inner loop; autograd sees it as one node, whose backward pass is the estimator's pullback.
 
     Gradients reach the leaves of ``lam``, ``w0`` and ``closed_over`` that require grad, whether
-    they are leaves of autograd or computed from something, and they come from the weights, the slots
-    and the buffers of what is returned: runs can be chained. With :class:`RMD` the gradients are exact; with another estimator they are that
-    estimator's, also for ``closed_over``, and ``w0`` gets one only where the estimator has it.
-    Several losses on the result and ``retain_graph=True`` work as on any node; its own second
-    derivative (``create_graph=True``) does not exist and is an error, as are ``torch.func``'s
-    transforms around it. With :class:`FirstOrder` the initial weights get the gradient of the last:
-    first-order MAML.
+    they are leaves of autograd or computed from something, and they come from the weights, the
+    slots and the buffers of what is returned: runs can be chained. With :class:`RMD` the gradients
+    are exact; with another estimator they are that estimator's, also for ``closed_over``, and
+    ``w0`` gets one only where the estimator has it. Several losses on the result and
+    ``retain_graph=True`` work as on any node; its own second derivative (``create_graph=True``)
+    does not exist and is an error, as are ``torch.func``'s transforms around it. With
+    :class:`FirstOrder` the initial weights get the gradient of the last: first-order MAML.
 
     Under ``torch.no_grad()``, or if nothing requires grad, this is the plain run, and nothing is
     remembered. Under ``torch.autocast`` the sweep runs under the same autocast. The sweep happens

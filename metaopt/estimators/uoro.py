@@ -1,14 +1,4 @@
-r"""UORO: an unbiased rank-one sketch of forward mode's response.
-
-.. math::
-    Z_t \approx \tilde s_t\, \tilde\theta_t^\top, \quad
-    \tilde s_t = \rho_0 A_t \tilde s_{t-1} + \rho_1 \nu, \quad
-    \tilde\theta_t = \tilde\theta_{t-1} / \rho_0 + (\nu^\top B_t) / \rho_1, \qquad \nu \in \{-1, 1\}^{|s|}
-
-The cross terms have mean zero, so :math:`\mathbb{E}\, \tilde s_t \tilde\theta_t^\top = Z_t`; the ρ
-balance the norms to keep the variance low. Tallec & Ollivier 2017, "Unbiased online recurrent
-optimization", arXiv 1702.05043.
-"""
+"""UORO: an unbiased rank-one sketch of forward mode's response."""
 
 from __future__ import annotations
 
@@ -35,7 +25,16 @@ class UOROCarry(NamedTuple):
 
 @dataclass(frozen=True)
 class UORO(Estimator):
-    """Unbiased online hypergradients over the whole horizon, in memory of one state and one λ per sketch.
+    r"""Unbiased online hypergradients over the whole horizon, in memory of one state and one λ per sketch.
+
+    .. math::
+        Z_t \approx \tilde s_t\, \tilde\theta_t^\top, \quad
+        \tilde s_t = \rho_0 A_t \tilde s_{t-1} + \rho_1 \nu, \quad
+        \tilde\theta_t = \tilde\theta_{t-1} / \rho_0 + (\nu^\top B_t) / \rho_1, \qquad \nu \in \{-1, 1\}^{|s|}
+
+    The cross terms have mean zero, so :math:`\mathbb{E}\, \tilde s_t \tilde\theta_t^\top = Z_t`;
+    the ρ balance the norms to keep the variance low. Tallec & Ollivier 2017, "Unbiased online
+    recurrent optimization", `arXiv 1702.05043 <https://arxiv.org/abs/1702.05043>`__.
 
     Cost: per inner step and sketch one tangent, one gradient with its graph and one product. Bias:
     none (online: that of forward mode); the variance is large and grows with the horizon's memory.

@@ -4,8 +4,9 @@
 ``dL_val/dλ_i`` for every example at once: to first order, what leaving example i out does to the
 validation loss is ``-dL_val/dλ_i``. Checked against really leaving it out: every example's run is
 repeated with its weight at 0, all of them stacked into one problem. The recipe at scale (REPLAY:
-Engstrom et al. 2025, "Optimizing ML training with metagradient descent", arXiv 2503.13751) is the
-same call with binomial checkpoints, so that T steps need about log T states.
+Engstrom et al. 2025, "Optimizing ML training with metagradient descent", `arXiv 2503.13751
+<https://arxiv.org/abs/2503.13751>`__) is the same call with binomial checkpoints, so that T steps
+need about log T states.
 """
 
 from __future__ import annotations

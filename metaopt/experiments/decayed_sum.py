@@ -3,7 +3,8 @@ r"""Equation 7 of the HyperDistill paper: the indirect term with every Jacobian 
 .. math:: g^{SO}_t \approx \sum_{i=1}^{t} \gamma^{t-i}\, \alpha_t B_i
 
 It is what HyperDistill distils, before any distillation: products at all t states instead of one at
-their average. Only its direction is of interest (figure 3b). Lee et al. 2022, arXiv 2110.02508.
+their average. Only its direction is of interest (figure 3b). Lee et al. 2022, `arXiv 2110.02508
+<https://arxiv.org/abs/2110.02508>`__.
 """
 
 from __future__ import annotations

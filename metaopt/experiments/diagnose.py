@@ -6,8 +6,8 @@ Figures 3 and 4 of the HyperDistill paper, with exact RMD as the yardstick.
 of meta-training with some problems drawn there. Figure 3: cosine to exact along the inner run, of
 (a) the hypergradient, (b) equation 7 for several γ, (c) the indirect term. Figure 4: (a, b) the
 samples of algorithm 4 with the fitted θ, (c) that θ against the truth on problems it was not fitted
-to, (d) θ along meta-training, (e) error against the number of products. Lee et al. 2022, arXiv
-2110.02508, section 5.1.
+to, (d) θ along meta-training, (e) error against the number of products. Lee et al. 2022, `arXiv
+2110.02508 <https://arxiv.org/abs/2110.02508>`__, section 5.1.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ weight net at its random initial values ("frozen"), because a net that never lea
 examples too. Then a second classifier is trained from scratch with the weight net as it was found,
 which no longer moves (two stages: the "standard learning" of table 5 in the HyperDistill paper).
 
-Shu et al. 2019, arXiv 1902.07379; Bohdal et al. 2021, arXiv 2106.10575; Lee et al. 2022, arXiv
-2110.02508.
+Shu et al. 2019, `arXiv 1902.07379 <https://arxiv.org/abs/1902.07379>`__; Bohdal et al. 2021, `arXiv
+2106.10575 <https://arxiv.org/abs/2106.10575>`__; Lee et al. 2022, `arXiv 2110.02508
+<https://arxiv.org/abs/2110.02508>`__.
 """
 
 from __future__ import annotations

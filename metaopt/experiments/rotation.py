@@ -4,7 +4,7 @@ The classifier is trained on upright digits and tested on turned ones. λ is one
 training images are turned; it moves at every step by the loss of turned validation images. The
 angle that was never told should be found, and with it the accuracy.
 
-Bohdal et al. 2021, arXiv 2106.10575, section 5.1.
+Bohdal et al. 2021, `arXiv 2106.10575 <https://arxiv.org/abs/2106.10575>`__, section 5.1.
 """
 
 from __future__ import annotations

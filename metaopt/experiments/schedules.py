@@ -6,8 +6,8 @@ run.
 All hyperparameters start at 0 and move by sign steps that halve where the sign flips. Beside it,
 with the same network, initial weights and minibatches: random search over the same hyperparameters,
 and the greedy way (horizon 1: every inner step is followed by a hyper-step with the 1-step
-hypergradient, which sees no further than that step). Micaelli & Storkey 2021, arXiv 2007.07869, at
-a small scale.
+hypergradient, which sees no further than that step). Micaelli & Storkey 2021, `arXiv 2007.07869
+<https://arxiv.org/abs/2007.07869>`__, at a small scale.
 
 Seen with the default settings on Fashion-MNIST (50,000 + 10,000 images, one seed): FDS 84.2 % test
 accuracy, the best of ten random searches 83.3 %, greedy at most 79.1 %. The validation loss fell in

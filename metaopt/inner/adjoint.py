@@ -1,8 +1,4 @@
-r"""The second-order part of the step adjoint: what a mode is.
-
-With :math:`g = \nabla_w L(w, \lambda)` and a cotangent u of it, what is needed is
-:math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`.
-"""
+"""The second-order part of the step adjoint: what a mode is."""
 
 from __future__ import annotations
 
@@ -72,7 +68,11 @@ class Gradients(Protocol):
 
 
 class Adjoint(Protocol):
-    """A mode: how second-order products are taken. A setting; what it learns of a loss is in :class:`Gradients`."""
+    r"""A mode: how second-order products are taken. A setting; what it learns of a loss is in :class:`Gradients`.
+
+    With :math:`g = \nabla_w L(w, \lambda)` and a cotangent u of it, what is needed is
+    :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`.
+    """
 
     def of(self, loss: Loss) -> Gradients:
         """The mode at work on this loss."""

@@ -1,12 +1,4 @@
-r"""Several inner steps as one.
-
-.. math::
-    \Phi_{[k]}(s, \lambda; (D_1, \dots, D_k)) = \Phi(\cdots \Phi(s, \lambda; D_1) \cdots, \lambda; D_k)
-
-The chain rule does not care how a run is cut: an exact sweep over chunks is exact. What changes is
-the price. A trajectory remembers one state per chunk, the sweep holds the graphs of one chunk at a
-time, and a compiled chunk pays for being called once instead of k times.
-"""
+"""Several inner steps as one."""
 
 from __future__ import annotations
 
@@ -26,7 +18,14 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Chunk(Step):
-    """As many steps as its batch, a sequence, has entries. Build it with :func:`chunked`.
+    r"""As many steps as its batch, a sequence, has entries. Build it with :func:`chunked`.
+
+    .. math::
+        \Phi_{[k]}(s, \lambda; (D_1, \dots, D_k)) = \Phi(\cdots \Phi(s, \lambda; D_1) \cdots, \lambda; D_k)
+
+    The chain rule does not care how a run is cut: an exact sweep over chunks is exact. What changes
+    is the price. A trajectory remembers one state per chunk, the sweep holds the graphs of one
+    chunk at a time, and a compiled chunk pays for being called once instead of k times.
 
     Attributes:
         step: the single step.
@@ -103,8 +102,8 @@ class Chunk(Step):
 def chunked(step: Step, steps_at_once: int | None = None) -> Chunk:
     """Several of ``step``'s inner steps as one; its batch is a sequence of batches, one for each.
 
-    The result of an exact estimator is the same. What an estimator counts in steps (the ``steps`` of
-    :class:`~metaopt.TruncatedRMD`, the slots of a trajectory, the interpolation of
+    The result of an exact estimator is the same. What an estimator counts in steps (the ``steps``
+    of :class:`~metaopt.TruncatedRMD`, the slots of a trajectory, the interpolation of
     :class:`~metaopt.DrMAD`) it then counts in chunks. The sweep holds the activations of one chunk.
     Of a compiled step (:func:`metaopt.compiled`) a whole chunk is compiled.
 

@@ -1,12 +1,4 @@
-r"""Φ and its adjoint as whole compiled functions.
-
-.. math::
-    (w, v, \lambda) \mapsto \Phi, \qquad (w, v, \lambda, \bar w, \bar v) \mapsto (\alpha A, \alpha B)
-
-Each is one graph with nothing but its values going out: a compiled forward pass under autograd's
-eager double backward would raise. The adjoint evaluates the gradient again, so a step with its
-pullback takes two gradients and one contraction, as :class:`metaopt.trajectory.Full` does.
-"""
+"""Φ and its adjoint as whole compiled functions."""
 
 from __future__ import annotations
 
@@ -36,7 +28,16 @@ at them is compiled once for all of them."""
 
 
 class Compiled:
-    """Functions that are compiled when they are first called, or never if the compiler refuses one of them.
+    r"""Functions that are compiled when they are first called, or never if the compiler refuses one of them.
+
+    .. math::
+        (w, v, \lambda) \mapsto \Phi, \qquad (w, v, \lambda, \bar w, \bar v) \mapsto (\alpha A,
+        \alpha B)
+
+    Each is one graph with nothing but its values going out: a compiled forward pass under
+    autograd's eager double backward would raise. The adjoint evaluates the gradient again, so a
+    step with its pullback takes two gradients and one contraction, as
+    :class:`metaopt.trajectory.Full` does.
 
     Attributes:
         backend: of :func:`torch.compile`.
@@ -208,7 +209,8 @@ class Compilation(Compiled):
 class CompiledPoint(Linearized):
     """Φ at one point. No graph is kept: the pullback evaluates the gradient again.
 
-    What is random is drawn by whichever is asked for first, and drawn again as it was by the others.
+    What is random is drawn by whichever is asked for first, and drawn again as it was by the
+    others.
     """
 
     __slots__ = ("_at", "_batch", "_compilation", "_eager", "_graph", "_lam", "_rng", "_state")

@@ -1,11 +1,4 @@
-r"""An explicit approximation: the optimiser's slots held constant in the step's derivative.
-
-With momentum SGD, :math:`w_t = w_{t-1} - \eta(\mu v_{t-1} + g)`, reading :math:`v_{t-1}` as a
-constant gives
-:math:`A_t = I - \eta H_t` in place of the true Jacobian of :math:`(w, v)`. That drops how λ acts through the momentum, and is
-**not** the exact gradient (norm ratio 0.51 on a quadratic), but it damps the growth of the sweep;
-published code often does it.
-"""
+"""An explicit approximation: the optimiser's slots held constant in the step's derivative."""
 
 from __future__ import annotations
 
@@ -23,7 +16,12 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class ConstantSlots(WrappedStep):
-    """The same Φ as ``step``, with a derivative that treats the slots as constants. Biased.
+    r"""The same Φ as ``step``, with a derivative that treats the slots as constants. Biased.
+
+    With momentum SGD, :math:`w_t = w_{t-1} - \eta(\mu v_{t-1} + g)`, reading :math:`v_{t-1}` as a
+    constant gives :math:`A_t = I - \eta H_t` in place of the true Jacobian of :math:`(w, v)`. That
+    drops how λ acts through the momentum, and is **not** the exact gradient (norm ratio 0.51 on a
+    quadratic), but it damps the growth of the sweep; published code often does it.
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9)))

@@ -1,4 +1,4 @@
-"""Forward over reverse, the "mixed mode" of MixFlow-MG (arXiv 2505.00793)."""
+"""Forward over reverse, the "mixed mode" of MixFlow-MG (`arXiv 2505.00793 <https://arxiv.org/abs/2505.00793>`__)."""
 
 from __future__ import annotations
 

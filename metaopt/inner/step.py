@@ -50,8 +50,9 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
     Args:
         inner_loss: ``(w, lam, batch) -> scalar``; built from differentiable torch operations.
         optimizer: an inner optimiser, e.g. ``mo.optim.SGD(lr=0.1)``. Over stacked tasks one that
-            looks at whole tensors is mapped over them (:class:`metaopt.optim.PerTask`). A ``torch.optim`` one is
-            in-place and cannot be differentiated: convert it with :mod:`metaopt.interop`.
+            looks at whole tensors is mapped over them (:class:`metaopt.optim.PerTask`). A
+            ``torch.optim`` one is in-place and cannot be differentiated: convert it with
+            :mod:`metaopt.interop`.
         adjoint: how second-order products are taken: ``mo.inner.ReverseOverReverse()`` or
             ``mo.inner.ForwardOverReverse()``.
 

@@ -74,8 +74,8 @@ class Ragged:
 class TaskLoss(ABC):
     """A loss over all tasks of a meta-batch; from :func:`vmapped` or :func:`looped`.
 
-    ``stacked`` tells the other parts that every weight has a task axis first: the inner step maps an
-    optimiser that looks at whole tensors over it, and HyperDistill finds the examples behind it.
+    ``stacked`` tells the other parts that every weight has a task axis first: the inner step maps
+    an optimiser that looks at whole tensors over it, and HyperDistill finds the examples behind it.
 
     Attributes:
         loss: ``(w, lam, batch) -> scalar`` of one task.

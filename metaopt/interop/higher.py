@@ -128,9 +128,9 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
     Three lines change an inner loop of ``higher`` into any estimator::
 
         with higher.innerloop_ctx(net, optimizer) as (fast, steps):
-            model = from_higher(fast)
-            step = mo.inner_step(lambda w, lam, batch: loss(model(w, batch), lam), from_higher(steps))
-            hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, outer_batch, estimator=...)
+            model = from_higher(fast) step = mo.inner_step(lambda w, lam, batch: loss(model(w,
+            batch), lam), from_higher(steps)) hg = mo.hypergradient(step, outer_loss, model.params,
+            lam, batches, outer_batch, estimator=...)
 
     λ acts through the losses. For learned rates use :func:`metaopt.interop.from_torch` or
     :mod:`metaopt.optim`. The conventions of ``higher`` are kept: its Adam adds ``eps`` before the
@@ -138,9 +138,9 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
 
     Args:
         what: a module patched by ``higher.monkeypatch``; a differentiable optimiser of ``higher``; or
-            a ``torch.optim`` optimiser of a type that ``higher`` knows (SGD, Adam, RMSprop, Adagrad,
-            Adadelta, Adamax, ASGD, Rprop, and what ``higher.register_optim`` has added). An
-            optimiser that has taken steps goes on from there.
+            a ``torch.optim`` optimiser of a type that ``higher`` knows (SGD, Adam, RMSprop,
+            Adagrad, Adadelta, Adamax, ASGD, Rprop, and what ``higher.register_optim`` has added).
+            An optimiser that has taken steps goes on from there.
         module: the module whose parameters a ``torch.optim`` optimiser holds. With it the weights'
             leaves come in the module's order; without it, in the optimiser's.
 

@@ -175,7 +175,8 @@ def load(module: nn.Module, params: dict[str, Tensor]) -> None:
 def in_order(parameters: list[Tensor], module: nn.Module | None) -> list[Tensor]:
     """Parameters in the module's order, which is that of ``mo.functional(module).params``.
 
-    Those that do not require grad are left out where the module tells their names: they do not move.
+    Those that do not require grad are left out where the module tells their names: they do not
+    move.
     """
     if module is None:
         return parameters

@@ -1,7 +1,8 @@
 r"""Batch normalisation with batch statistics, whose second derivative costs two buffers and a dozen passes over the data.
 
 .. math::
-    y = \gamma \hat x + \beta, \qquad \hat x = s\,(x - \mu), \qquad s = (\mathrm{var}(x) + \epsilon)^{-1/2}
+    y = \gamma \hat x + \beta, \qquad \hat x = s\,(x - \mu), \qquad s = (\mathrm{var}(x) +
+    \epsilon)^{-1/2}
 
 With :math:`E` the mean over all examples and places of a channel and g the cotangent of y, the
 first derivative is

@@ -1,10 +1,4 @@
-r"""Conjugate gradients.
-
-.. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \tfrac12 x K x - \alpha x
-
-Hestenes & Stiefel 1952; for hypergradients Pedregosa 2016, arXiv 1602.02355, and Rajeswaran et al.
-2019 (iMAML), arXiv 1909.04630.
-"""
+"""Conjugate gradients."""
 
 from __future__ import annotations
 
@@ -19,6 +13,12 @@ from metaopt.tree import Tree
 @dataclass(frozen=True)
 class ConjugateGradient(Solver):
     r"""For a symmetric positive definite K; after n steps exact, with rounding.
+
+    .. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \tfrac12 x K x - \alpha x
+
+    Hestenes & Stiefel 1952; for hypergradients Pedregosa 2016, `arXiv 1602.02355
+    <https://arxiv.org/abs/1602.02355>`__, and Rajeswaran et al. 2019 (iMAML), `arXiv 1909.04630
+    <https://arxiv.org/abs/1909.04630>`__.
 
     Cost: ``iterations`` products and one for the residual. Memory: four vectors. Error: at most
     :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k` after k steps, in the norm of K. Not linear in ``alpha`` before it has converged.

@@ -1,7 +1,4 @@
-r"""A dense solve.
-
-.. math:: x = \alpha\, (K + \rho I)^{-1}
-"""
+"""A dense solve."""
 
 from __future__ import annotations
 
@@ -17,7 +14,9 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Exact(Solver):
-    """K row by row, then a factorisation: for small problems and for checking the others.
+    r"""K row by row, then a factorisation: for small problems and for checking the others.
+
+    .. math:: x = \alpha\, (K + \rho I)^{-1}
 
     Cost: n products and ``n³``. Memory: n². Linear in ``alpha``.
 

@@ -1,9 +1,4 @@
-r"""Generalised minimum residuals, for a K of any kind.
-
-.. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \|\alpha - xK\|
-
-Saad & Schultz 1986; for hypergradients of fixed points Blondel et al. 2022, arXiv 2105.15183.
-"""
+"""Generalised minimum residuals, for a K of any kind."""
 
 from __future__ import annotations
 
@@ -17,7 +12,12 @@ from metaopt.linsolve._scipy import SciPySolver
 
 @dataclass(frozen=True)
 class GMRES(SciPySolver):
-    """SciPy's ``gmres``, without restarts: for a custom Φ, whose ``I - A`` is not symmetric.
+    r"""SciPy's ``gmres``, without restarts: for a custom Φ, whose ``I - A`` is not symmetric.
+
+    .. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \|\alpha - xK\|
+
+    Saad & Schultz 1986; for hypergradients of fixed points Blondel et al. 2022, `arXiv 2105.15183
+    <https://arxiv.org/abs/2105.15183>`__.
 
     Cost: ``iterations`` products and one for the residual. Memory: as many vectors, on the CPU in
     float64. Not linear in ``alpha`` before it has converged.

@@ -1,9 +1,4 @@
-r"""The identity in place of the inverse.
-
-.. math:: H^{-1} \approx a\, I
-
-Luketina et al. 2016 (T1-T2), arXiv 1511.06727.
-"""
+"""The identity in place of the inverse."""
 
 from __future__ import annotations
 
@@ -17,7 +12,11 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Identity(Solver):
-    """``x = alpha``: the Neumann series' first term.
+    r"""``x = alpha``: the Neumann series' first term.
+
+    .. math:: H^{-1} \approx a\, I
+
+    Luketina et al. 2016 (T1-T2), `arXiv 1511.06727 <https://arxiv.org/abs/1511.06727>`__.
 
     Cost: nothing but the product that measures the residual. Bias: right only where K is (close to)
     the identity. Linear in ``alpha``.

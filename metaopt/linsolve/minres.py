@@ -1,9 +1,4 @@
-r"""Minimum residuals for a symmetric, possibly indefinite K.
-
-.. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \|\alpha - xK\|
-
-Paige & Saunders 1975.
-"""
+"""Minimum residuals for a symmetric, possibly indefinite K."""
 
 from __future__ import annotations
 
@@ -17,7 +12,11 @@ from metaopt.linsolve._scipy import SciPySolver
 
 @dataclass(frozen=True)
 class MINRES(SciPySolver):
-    """SciPy's ``minres``: where the inner loss has directions of negative or no curvature.
+    r"""SciPy's ``minres``: where the inner loss has directions of negative or no curvature.
+
+    .. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \|\alpha - xK\|
+
+    Paige & Saunders 1975.
 
     Cost: ``iterations`` products and one for the residual. Memory: a handful of vectors, which
     visit the CPU in float64. Not linear in ``alpha`` before it has converged.

@@ -1,10 +1,4 @@
-r"""The truncated Neumann series.
-
-.. math:: H^{-1} \approx a \sum_{j=0}^{N} (I - aH)^j
-
-Lorraine et al. 2020, "Optimizing millions of hyperparameters by implicit differentiation", arXiv
-1911.02590.
-"""
+"""The truncated Neumann series."""
 
 from __future__ import annotations
 
@@ -20,6 +14,11 @@ from metaopt.tree import Tree
 @dataclass(frozen=True)
 class Neumann(Solver):
     r"""``x = Σ_{j=0}^{terms} alpha (I - K)^j`` with ``K = rate · (H + damping · I)``.
+
+    .. math:: H^{-1} \approx a \sum_{j=0}^{N} (I - aH)^j
+
+    Lorraine et al. 2020, "Optimizing millions of hyperparameters by implicit differentiation",
+    `arXiv 1911.02590 <https://arxiv.org/abs/1911.02590>`__.
 
     Cost: ``terms`` products, and one more for the mixed term afterwards; an estimated rate those of
     its estimation too, once (a warm start remembers the spectrum). Bias: an eigenvalue

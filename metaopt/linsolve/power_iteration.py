@@ -1,10 +1,4 @@
-r"""Both ends of a spectrum by power iteration, and with them a rate for Neumann's series.
-
-.. math:: v \leftarrow \frac{Kv}{\|Kv\|}, \qquad \lambda \approx v \cdot K v
-
-Power iteration sees :math:`\lambda_{max}` from below; the rate :math:`1/\lambda_{max}` converges as
-long as it is not off by a factor of two.
-"""
+"""Both ends of a spectrum by power iteration, and with them a rate for Neumann's series."""
 
 from __future__ import annotations
 
@@ -41,7 +35,12 @@ class Spectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class PowerIteration:
-    """Estimates the spectrum of a symmetric K from products alone.
+    r"""Estimates the spectrum of a symmetric K from products alone.
+
+    .. math:: v \leftarrow \frac{Kv}{\|Kv\|}, \qquad \lambda \approx v \cdot K v
+
+    Power iteration sees :math:`\lambda_{max}` from below; the rate :math:`1/\lambda_{max}`
+    converges as long as it is not off by a factor of two.
 
     Cost: ``2 · iterations`` products. Memory: three vectors.
 

@@ -45,8 +45,8 @@ def progress(reports: Reports, history: History | None = None) -> Iterator[Repor
 class History:
     """What a loop reported, as plain numbers: the outer loss, λ, the hypergradient's norms, time, memory.
 
-    ``print`` shows a table. Tensors are not kept: of a leaf of λ with one number there is its value,
-    of a larger one its norm.
+    ``print`` shows a table. Tensors are not kept: of a leaf of λ with one number there is its
+    value, of a larger one its norm.
 
     Attributes:
         rows: one dictionary of numbers per report; NaN where λ did not move.

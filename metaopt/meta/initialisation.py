@@ -32,7 +32,7 @@ class Initialisation(Protocol):
 class Reptile:
     r""":math:`\phi \leftarrow \phi - \eta\,(\phi - \overline{w_T})`, the mean over tasks.
 
-    Nichol et al. 2018, arXiv 1803.02999.
+    Nichol et al. 2018, `arXiv 1803.02999 <https://arxiv.org/abs/1803.02999>`__.
 
     Args:
         rate: η; 1 puts φ at the mean of the last weights.
@@ -58,7 +58,7 @@ class Reptile:
 class FOMAML:
     r""":math:`\phi \leftarrow \phi - \eta\,\sum_i \alpha^{(i)}_T`: first-order MAML, Finn et al.
 
-    2017, arXiv 1703.03400.
+    2017, `arXiv 1703.03400 <https://arxiv.org/abs/1703.03400>`__.
 
     The sum over tasks is the derivative of the stacked outer loss; with the mean over tasks as
     outer loss it is the mean.

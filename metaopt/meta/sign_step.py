@@ -1,13 +1,4 @@
-r"""The sign step: steps whose size does not depend on the hypergradient's, halved where its sign flips.
-
-.. math::
-    s_k = \begin{cases} s_{k-1} / 2 & \text{if } \operatorname{sign} g_k = -\operatorname{sign} g_{k-1} \\ s_{k-1} & \text{otherwise} \end{cases},
-    \qquad \lambda \leftarrow \lambda - s_k \operatorname{sign} g_k \qquad \text{per entry, } s_0 = \text{lr}
-
-Hypergradients through long runs have sizes that mean little (they explode and vanish), and signs
-that mean more. Used for FDS: Micaelli & Storkey 2021, arXiv 2007.07869. Without growing steps,
-Rprop (Riedmiller & Braun 1993).
-"""
+"""The sign step: steps whose size does not depend on the hypergradient's, halved where its sign flips."""
 
 from __future__ import annotations
 
@@ -19,7 +10,16 @@ from torch.optim import Optimizer
 
 
 class SignStep(Optimizer):
-    """An outer optimiser. An entry whose gradient is zero stays, and remembers its last sign.
+    r"""An outer optimiser. An entry whose gradient is zero stays, and remembers its last sign.
+
+    .. math::
+        s_k = \begin{cases} s_{k-1} / 2 & \text{if } \operatorname{sign} g_k = -\operatorname{sign}
+        g_{k-1} \\ s_{k-1} & \text{otherwise} \end{cases}, \qquad \lambda \leftarrow \lambda - s_k
+        \operatorname{sign} g_k \qquad \text{per entry, } s_0 = \text{lr}
+
+    Hypergradients through long runs have sizes that mean little (they explode and vanish), and
+    signs that mean more. Used for FDS: Micaelli & Storkey 2021, `arXiv 2007.07869
+    <https://arxiv.org/abs/2007.07869>`__. Without growing steps, Rprop (Riedmiller & Braun 1993).
 
     Args:
         params: leaves of λ, or groups of them with an ``lr`` each.

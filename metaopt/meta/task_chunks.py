@@ -1,12 +1,4 @@
-r"""A stacked meta-batch a few tasks at a time, for when memory is short.
-
-Tasks do not see each other, so that with the tasks split into parts :math:`P`
-
-.. math::
-    \alpha A = [\alpha_P A_P]_P, \qquad \alpha B = \sum_P \alpha_P B_P, \qquad \nabla L_{val} = \sum_P \nabla L_{val, P}:
-
-the graph of one part at a time is enough. The states of all tasks are still kept.
-"""
+"""A stacked meta-batch a few tasks at a time, for when memory is short."""
 
 from __future__ import annotations
 
@@ -86,7 +78,15 @@ class LossInChunks(TaskLoss):
 
 @dataclass(frozen=True)
 class TaskChunks(WrappedStep):
-    """Φ of a stacked meta-batch, a few tasks at a time; see :func:`in_task_chunks`."""
+    r"""Φ of a stacked meta-batch, a few tasks at a time; see :func:`in_task_chunks`.
+
+    Tasks do not see each other, so that with the tasks split into parts :math:`P`
+
+    .. math::
+        \alpha A = [\alpha_P A_P]_P, \qquad \alpha B = \sum_P \alpha_P B_P, \qquad \nabla L_{val} = \sum_P \nabla L_{val, P}:
+
+    the graph of one part at a time is enough. The states of all tasks are still kept.
+    """
 
     step: Step
     tasks_at_once: int

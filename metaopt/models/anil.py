@@ -1,10 +1,4 @@
-r"""ANIL: almost no inner loop. The head adapts to the task, the body is meta-learned.
-
-.. math::
-    w = \text{head}, \quad \lambda = \text{body}, \qquad L(w, \lambda; (x, y)) = \ell\big(f(x;\, w, \lambda),\, y\big)
-
-Raghu et al. 2020, arXiv 1909.09157.
-"""
+"""ANIL: almost no inner loop. The head adapts to the task, the body is meta-learned."""
 
 from __future__ import annotations
 
@@ -20,7 +14,13 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class ANIL(MetaModel):
-    """Any module, split by parameter name into weights (adapted) and hyperparameters (shared by all tasks).
+    r"""Any module, split by parameter name into weights (adapted) and hyperparameters (shared by all tasks).
+
+    .. math::
+        w = \text{head}, \quad \lambda = \text{body}, \qquad L(w, \lambda; (x, y)) = \ell\big(f(x;\,
+        w, \lambda),\, y\big)
+
+    Raghu et al. 2020, `arXiv 1909.09157 <https://arxiv.org/abs/1909.09157>`__.
 
     The initial head is not among the hyperparameters, as in the HyperDistill paper, where it learns
     by its own rule (``initial=`` of :func:`metaopt.tune`). With ``MAML.of(module, loss,

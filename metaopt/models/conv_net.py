@@ -2,8 +2,8 @@
 
 Blocks of conv 3×3, normalisation, ReLU, max-pooling, and a linear classifier.
 
-Vinyals et al. 2016, arXiv 1606.04080; with 3 or 4 blocks of 32 channels the backbones of the
-HyperDistill paper's image experiments.
+Vinyals et al. 2016, `arXiv 1606.04080 <https://arxiv.org/abs/1606.04080>`__; with 3 or 4 blocks of
+32 channels the backbones of the HyperDistill paper's image experiments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def batch_norm(channels: int) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalisation in (at most) 8 groups: each example for itself; Wu & He 2018, arXiv 1803.08494."""
+    """Group normalisation in (at most) 8 groups: each example for itself; Wu & He 2018, `arXiv 1803.08494 <https://arxiv.org/abs/1803.08494>`__."""
     groups = next(g for g in range(min(8, channels), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 

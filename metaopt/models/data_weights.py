@@ -1,12 +1,4 @@
-r"""Data weights: one hyperparameter per training example.
-
-.. math::
-    L(w, \lambda; (x, y, i)) = \frac{1}{n} \sum_{k=1}^{n} v_{i_k}(\lambda)\; \ell\big(f(x_k; w),\, y_k\big)
-
-with :math:`v = \lambda`, :math:`\sigma(\lambda)` or :math:`N\, \mathrm{softmax}(\lambda)` over all
-N examples. The outer loss is the plain mean over clean examples, so that there is no direct term.
-Data hyper-cleaning: Franceschi et al. 2017, arXiv 1703.01785; Ren et al. 2018, arXiv 1803.09050.
-"""
+"""Data weights: one hyperparameter per training example."""
 
 from __future__ import annotations
 
@@ -81,7 +73,17 @@ class SoftmaxWeights:
 
 @dataclass(frozen=True)
 class DataWeights(MetaModel):
-    """All parameters of a module are weights; ``lam`` is a vector with a number for each of N training examples.
+    r"""All parameters of a module are weights; ``lam`` is a vector with a number for each of N training examples.
+
+    .. math::
+        L(w, \lambda; (x, y, i)) = \frac{1}{n} \sum_{k=1}^{n} v_{i_k}(\lambda)\; \ell\big(f(x_k;
+        w),\, y_k\big)
+
+    with :math:`v = \lambda`, :math:`\sigma(\lambda)` or :math:`N\, \mathrm{softmax}(\lambda)` over
+    all N examples. The outer loss is the plain mean over clean examples, so that there is no direct
+    term. Data hyper-cleaning: Franceschi et al. 2017, `arXiv 1703.01785
+    <https://arxiv.org/abs/1703.01785>`__; Ren et al. 2018, `arXiv 1803.09050
+    <https://arxiv.org/abs/1803.09050>`__.
 
     A batch of the inner loss is ``(x, y, which)``, with the examples' numbers 0 … N-1 as the third;
     one of the outer loss is ``(x, y)``.

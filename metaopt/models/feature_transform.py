@@ -1,15 +1,4 @@
-r"""Learned feature-wise transformation (LFT).
-
-Noise of learned size on normalised features, so that a model learns to cross domains.
-
-.. math::
-    y = \big(1 + \varepsilon_\gamma\, s(\gamma)\big) \odot \mathrm{BN}(x) + \varepsilon_\beta\, s(\beta), \qquad
-    s(z) = \tfrac{1}{100} \log(1 + e^{100 z}), \quad \varepsilon \sim N(0, 1) \text{ per channel}
-
-The weights are the module's own parameters, λ is every γ and β. The inner loss (seen domain) is
-noisy, the outer loss (unseen domain) is that of the plain module, so that there is no direct term.
-Tseng et al. 2020, arXiv 2001.08735.
-"""
+"""Learned feature-wise transformation (LFT)."""
 
 from __future__ import annotations
 
@@ -29,7 +18,18 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class FeatureTransform(MetaModel):
-    """A module with feature-wise noise of learned size behind its normalisation layers.
+    r"""A module with feature-wise noise of learned size behind its normalisation layers.
+
+    Noise of learned size on normalised features, so that a model learns to cross domains.
+
+    .. math::
+        y = \big(1 + \varepsilon_\gamma\, s(\gamma)\big) \odot \mathrm{BN}(x) + \varepsilon_\beta\,
+        s(\beta), \qquad s(z) = \tfrac{1}{100} \log(1 + e^{100 z}), \quad \varepsilon \sim N(0, 1)
+        \text{ per channel}
+
+    The weights are the module's own parameters, λ is every γ and β. The inner loss (seen domain) is
+    noisy, the outer loss (unseen domain) is that of the plain module, so that there is no direct
+    term. Tseng et al. 2020, `arXiv 2001.08735 <https://arxiv.org/abs/2001.08735>`__.
 
     The noise of a step comes from torch's global generator, whose state estimators record and
     replay, or from the batch: ``(x, y, model.noise(generator))``.

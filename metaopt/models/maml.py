@@ -1,16 +1,4 @@
-r"""MAML: the initial weights are what is learned.
-
-.. math::
-    w_t = \phi + \delta_t, \quad \delta_0 = 0, \qquad L(\delta, \phi) = \ell\big(f(x;\, \phi + \delta),\, y\big) + \tfrac{\mu}{2} \|\delta\|^2
-
-The weights of the inner loop are the displacement :math:`w = \delta` and the hyperparameters are
-:math:`\lambda = \phi`, so that every estimator has its meaning: exact reverse mode is MAML, the
-direct term alone is first-order MAML, truncated reverse mode lies between the two, and implicit
-differentiation with :math:`\mu > 0` is iMAML. By the same steps :math:`dL/d\phi` is
-``Hypergradient.initial`` of the undisplaced problem.
-
-Finn et al. 2017, arXiv 1703.03400; iMAML: Rajeswaran et al. 2019, arXiv 1909.04630.
-"""
+"""MAML: the initial weights are what is learned."""
 
 from __future__ import annotations
 
@@ -28,7 +16,20 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class MAML(MetaModel):
-    """The parameters of a module, or some of them, adapt from learned initial values.
+    r"""The parameters of a module, or some of them, adapt from learned initial values.
+
+    .. math::
+        w_t = \phi + \delta_t, \quad \delta_0 = 0, \qquad L(\delta, \phi) = \ell\big(f(x;\, \phi +
+        \delta),\, y\big) + \tfrac{\mu}{2} \|\delta\|^2
+
+    The weights of the inner loop are the displacement :math:`w = \delta` and the hyperparameters
+    are :math:`\lambda = \phi`, so that every estimator has its meaning: exact reverse mode is MAML,
+    the direct term alone is first-order MAML, truncated reverse mode lies between the two, and
+    implicit differentiation with :math:`\mu > 0` is iMAML. By the same steps :math:`dL/d\phi` is
+    ``Hypergradient.initial`` of the undisplaced problem.
+
+    Finn et al. 2017, `arXiv 1703.03400 <https://arxiv.org/abs/1703.03400>`__; iMAML: Rajeswaran et
+    al. 2019, `arXiv 1909.04630 <https://arxiv.org/abs/1909.04630>`__.
 
     ``lam`` holds the initial values of all parameters, ``w`` the displacement of those that adapt;
     it starts at 0. With ``weights=["head.*"]`` it is ANIL with a learned initial head.

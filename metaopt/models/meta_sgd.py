@@ -22,8 +22,8 @@ class MetaSGD(MetaModel):
     r"""All parameters of a module adapt, each by its own learned rate, from learned initial values.
 
     .. math::
-        w_t = w_{t-1} - \rho \odot \nabla_w \ell\big(f(x;\, \phi + w_{t-1}),\, y\big), \qquad w_0 = 0, \quad
-        \lambda = (\phi, \rho)
+        w_t = w_{t-1} - \rho \odot \nabla_w \ell\big(f(x;\, \phi + w_{t-1}),\, y\big), \qquad w_0 =
+        0, \quad \lambda = (\phi, \rho)
 
     ``w`` is the displacement from the initial values. ``lam["initial"]`` holds those, ``lam["lr"]``
     one rate per number; both are shaped like the parameters. :attr:`optimizer` is the inner

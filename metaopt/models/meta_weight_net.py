@@ -1,16 +1,4 @@
-r"""MetaWeightNet: a small network reads an example's loss and says how much the example counts.
-
-.. math::
-    w_t = w_{t-1} - \eta \sum_i c_i\, \nabla_w \ell_i(w_{t-1}), \qquad
-    c = \text{coefficients}(v), \quad v_i = \sigma_{\ge}\big(V_\lambda(\ell_i(w_{t-1}))\big)
-
-with :math:`c_i = v_i / n`, or :math:`v_i / \sum_j v_j`. λ is the weight net; the outer loss is the
-plain mean over clean examples, so that there is no direct term. The update takes the weights
-:math:`c_i` as constants: it is not the gradient of :math:`\sum c_i \ell_i`. Its derivative is exact
-all the same, the way the weights change with w included (:func:`metaopt.inner.reweighted`).
-
-Shu et al. 2019, arXiv 1902.07379; with the lower bound Lee et al. 2022, arXiv 2110.02508.
-"""
+"""MetaWeightNet: a small network reads an example's loss and says how much the example counts."""
 
 from __future__ import annotations
 
@@ -92,7 +80,20 @@ def batch_normalised(weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MetaWeightNet(MetaModel):
-    """All parameters of a classifier (or any model) are weights; ``lam`` is the weight net.
+    r"""All parameters of a classifier (or any model) are weights; ``lam`` is the weight net.
+
+    .. math::
+        w_t = w_{t-1} - \eta \sum_i c_i\, \nabla_w \ell_i(w_{t-1}), \qquad
+        c = \text{coefficients}(v), \quad v_i = \sigma_{\ge}\big(V_\lambda(\ell_i(w_{t-1}))\big)
+
+    with :math:`c_i = v_i / n`, or :math:`v_i / \sum_j v_j`. λ is the weight net; the outer loss is
+    the plain mean over clean examples, so that there is no direct term. The update takes the
+    weights :math:`c_i` as constants: it is not the gradient of :math:`\sum c_i \ell_i`. Its
+    derivative is exact all the same, the way the weights change with w included
+    (:func:`metaopt.inner.reweighted`).
+
+    Shu et al. 2019, `arXiv 1902.07379 <https://arxiv.org/abs/1902.07379>`__; with the lower bound
+    Lee et al. 2022, `arXiv 2110.02508 <https://arxiv.org/abs/2110.02508>`__.
 
     Args:
         model: the wrapped classifier; :meth:`of` wraps a plain one.

@@ -1,11 +1,4 @@
-r"""Learned augmentation: training images are turned by one learned angle.
-
-.. math::
-    L(w, \lambda; (x, y)) = \ell\big(f(R_\lambda x;\, w),\, y\big), \qquad L_{val}(w; (x, y)) = \ell\big(f(x;\, w),\, y\big)
-
-The outer loss sees images as they are, so that there is no direct term: trained on upright digits
-and validated on turned ones, λ finds the angle. Bohdal et al. 2021 (EvoGrad), arXiv 2106.10575.
-"""
+"""Learned augmentation: training images are turned by one learned angle."""
 
 from __future__ import annotations
 
@@ -21,7 +14,15 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class Rotation(MetaModel):
-    """All parameters of a module are weights; ``lam["angle"]`` is one angle in radians, positive anticlockwise.
+    r"""All parameters of a module are weights; ``lam["angle"]`` is one angle in radians, positive anticlockwise.
+
+    .. math::
+        L(w, \lambda; (x, y)) = \ell\big(f(R_\lambda x;\, w),\, y\big), \qquad L_{val}(w; (x, y)) =
+        \ell\big(f(x;\, w),\, y\big)
+
+    The outer loss sees images as they are, so that there is no direct term: trained on upright
+    digits and validated on turned ones, λ finds the angle. Bohdal et al. 2021 (EvoGrad), `arXiv
+    2106.10575 <https://arxiv.org/abs/2106.10575>`__.
 
     Args:
         model: the wrapped module, of images ``[n, channels, height, width]``; :meth:`of` wraps a

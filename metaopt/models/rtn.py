@@ -1,15 +1,4 @@
-r"""Representation transformation network (MetaXL).
-
-A learned, gated residual on the hidden representation of source examples.
-
-.. math::
-    h \leftarrow h + \sigma(s)\, r, \qquad (r, s) = W_2\, \mathrm{ReLU}(W_1 h + b_1) + b_2
-
-The weights are the module's own parameters, λ is the transformation. The inner loss (source domain)
-has it, the outer loss (target domain) is that of the plain module, so that there is no direct term.
-The gradient passes through both uses of h, so that the update is the gradient of a loss. Xia et al.
-2021, arXiv 2104.07908.
-"""
+"""Representation transformation network (MetaXL)."""
 
 from __future__ import annotations
 
@@ -27,7 +16,17 @@ from metaopt.models.insertion import channels_of, choose, insert, split
 
 @dataclass(frozen=True)
 class RTN(MetaModel):
-    """A module with representation transformations behind chosen layers, whose outputs have their features last: ``[..., features]``.
+    r"""A module with representation transformations behind chosen layers, whose outputs have their features last: ``[..., features]``.
+
+    A learned, gated residual on the hidden representation of source examples.
+
+    .. math::
+        h \leftarrow h + \sigma(s)\, r, \qquad (r, s) = W_2\, \mathrm{ReLU}(W_1 h + b_1) + b_2
+
+    The weights are the module's own parameters, λ is the transformation. The inner loss (source
+    domain) has it, the outer loss (target domain) is that of the plain module, so that there is no
+    direct term. The gradient passes through both uses of h, so that the update is the gradient of a
+    loss. Xia et al. 2021, `arXiv 2104.07908 <https://arxiv.org/abs/2104.07908>`__.
 
     Args:
         model: the wrapped module with the transformations; :meth:`of` puts them in.

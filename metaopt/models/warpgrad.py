@@ -1,12 +1,4 @@
-r"""WarpGrad: layers between the layers, which are not adapted, precondition the gradients of those that are.
-
-.. math::
-    f(x;\, w, \lambda) = h^{(L)} \circ \omega^{(L-1)} \circ h^{(L-1)} \circ \dots \circ \omega^{(1)} \circ h^{(1)}(x), \qquad
-    w = \text{task layers } h, \quad \lambda = \text{warp layers } \omega
-
-The inner loop sees :math:`\nabla_{h^{(i)}} L`, which has passed through the warp layers above:
-learned, they warp its geometry. Flennerhag et al. 2020, arXiv 1909.00025.
-"""
+"""WarpGrad: layers between the layers, which are not adapted, precondition the gradients of those that are."""
 
 from __future__ import annotations
 
@@ -88,7 +80,16 @@ class Warp:
 
 @dataclass(frozen=True)
 class WarpGrad(MetaModel):
-    """A sequential net with warp layers between its children.
+    r"""A sequential net with warp layers between its children.
+
+    .. math::
+        f(x;\, w, \lambda) = h^{(L)} \circ \omega^{(L-1)} \circ h^{(L-1)} \circ \dots \circ
+        \omega^{(1)} \circ h^{(1)}(x), \qquad w = \text{task layers } h, \quad \lambda = \text{warp
+        layers } \omega
+
+    The inner loop sees :math:`\nabla_{h^{(i)}} L`, which has passed through the warp layers above:
+    learned, they warp its geometry. Flennerhag et al. 2020, `arXiv 1909.00025
+    <https://arxiv.org/abs/1909.00025>`__.
 
     ``lam`` is the warp layers, ``w`` all the rest, under its old names.
 

@@ -1,11 +1,4 @@
-r"""Adadelta.
-
-.. math::
-    v_t = \rho v_{t-1} + (1-\rho) g^2,\quad \delta = \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t + \epsilon}}\, g,\quad
-    u_t = \rho u_{t-1} + (1-\rho) \delta^2,\quad w_t = w_{t-1} - \eta\, \delta
-
-Zeiler 2012, arXiv 1212.5701.
-"""
+"""Adadelta."""
 
 from __future__ import annotations
 
@@ -24,7 +17,14 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Adadelta(Optimizer):
-    """Adadelta, equal to ``torch.optim.Adadelta`` step by step. Slots: ``second``, ``delta``.
+    r"""Adadelta, equal to ``torch.optim.Adadelta`` step by step. Slots: ``second``, ``delta``.
+
+    .. math::
+        v_t = \rho v_{t-1} + (1-\rho) g^2,\quad \delta = \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t
+        + \epsilon}}\, g,\quad u_t = \rho u_{t-1} + (1-\rho) \delta^2,\quad w_t = w_{t-1} - \eta\,
+        \delta
+
+    Zeiler 2012, `arXiv 1212.5701 <https://arxiv.org/abs/1212.5701>`__.
 
     Args:
         lr: learning rate η.

@@ -1,13 +1,4 @@
-r"""Adafactor: Adam with a factored second moment, and no first one.
-
-.. math::
-    R_t \leftarrow \beta R + (1-\beta)\, \text{mean}_{-1}(g^2),\; C_t \leftarrow \beta C + (1-\beta)\, \text{mean}_{-2}(g^2),\quad
-    \hat v = \frac{R\, C}{\text{mean}_{-2} R},\quad u = \frac{g}{\sqrt{\hat v}},\quad
-    w_t = w_{t-1} - \rho_t \max(\epsilon_2, \text{rms}(w)) \frac{u}{\max(1, \text{rms}(u)/d)}
-
-with :math:`\beta = 1 - t^{\text{beta2\_decay}}` and :math:`\rho_t = \min(\eta, 1/\sqrt t)`. Shazeer
-and Stern 2018, arXiv 1804.04235.
-"""
+"""Adafactor: Adam with a factored second moment, and no first one."""
 
 from __future__ import annotations
 
@@ -34,7 +25,16 @@ def _non_negative_or_none(owner: object, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """Adafactor, equal to ``torch.optim.Adafactor`` step by step. Slots.
+    r"""Adafactor, equal to ``torch.optim.Adafactor`` step by step. Slots.
+
+    .. math::
+        R_t \leftarrow \beta R + (1-\beta)\, \text{mean}_{-1}(g^2),\; C_t \leftarrow \beta C +
+        (1-\beta)\, \text{mean}_{-2}(g^2),\quad \hat v = \frac{R\, C}{\text{mean}_{-2} R},\quad u =
+        \frac{g}{\sqrt{\hat v}},\quad w_t = w_{t-1} - \rho_t \max(\epsilon_2, \text{rms}(w))
+        \frac{u}{\max(1, \text{rms}(u)/d)}
+
+    with :math:`\beta = 1 - t^{\text{beta2\_decay}}` and :math:`\rho_t = \min(\eta, 1/\sqrt t)`.
+    Shazeer and Stern 2018, `arXiv 1804.04235 <https://arxiv.org/abs/1804.04235>`__.
 
     ``row``, ``column`` (matrices), ``second`` (vectors).
 

@@ -1,10 +1,4 @@
-r"""Adagrad.
-
-.. math::
-    G_t = G_{t-1} + g^2,\quad w_t = w_{t-1} - \frac{\eta}{1 + (t-1)\,\text{lr\_decay}} \frac{g}{\sqrt{G_t} + \epsilon}
-
-Duchi, Hazan and Singer 2011, JMLR 12.
-"""
+"""Adagrad."""
 
 from __future__ import annotations
 
@@ -24,7 +18,13 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 @dataclass(frozen=True)
 class Adagrad(Optimizer):
-    """Adagrad, equal to ``torch.optim.Adagrad`` step by step. Slot: ``sum``.
+    r"""Adagrad, equal to ``torch.optim.Adagrad`` step by step. Slot: ``sum``.
+
+    .. math::
+        G_t = G_{t-1} + g^2,\quad w_t = w_{t-1} - \frac{\eta}{1 + (t-1)\,\text{lr\_decay}}
+        \frac{g}{\sqrt{G_t} + \epsilon}
+
+    Duchi, Hazan and Singer 2011, JMLR 12.
 
     Args:
         lr: learning rate η.

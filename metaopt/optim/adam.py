@@ -1,11 +1,4 @@
-r"""Adam.
-
-.. math::
-    m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g^2,\quad
-    w_t = w_{t-1} - \eta \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
-
-Kingma and Ba 2015, arXiv 1412.6980; AMSGrad: Reddi et al. 2018, arXiv 1904.09237.
-"""
+"""Adam."""
 
 from __future__ import annotations
 
@@ -23,7 +16,14 @@ from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam, equal to ``torch.optim.Adam`` step by step. Slots: ``first``, ``second`` (and ``largest`` with AMSGrad).
+    r"""Adam, equal to ``torch.optim.Adam`` step by step. Slots: ``first``, ``second`` (and ``largest`` with AMSGrad).
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g^2,\quad
+        w_t = w_{t-1} - \eta \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
+
+    Kingma and Ba 2015, `arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__; AMSGrad: Reddi et al.
+    2018, `arXiv 1904.09237 <https://arxiv.org/abs/1904.09237>`__.
 
     Derivatives are finite at ``g = 0, v = 0``; there ``dw/dg = -η/ε`` (see
     :func:`metaopt.optim.safe.sqrt`), which is large because the update itself is that steep.

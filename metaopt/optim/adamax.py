@@ -1,11 +1,4 @@
-r"""Adamax: Adam with the largest absolute gradient in place of the second moment.
-
-.. math::
-    m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad u_t = \max(\beta_2 u_{t-1},\, |g| + \epsilon),\quad
-    w_t = w_{t-1} - \frac{\eta}{1-\beta_1^t} \frac{m_t}{u_t}
-
-Kingma and Ba 2015, arXiv 1412.6980, section 7.1.
-"""
+"""Adamax: Adam with the largest absolute gradient in place of the second moment."""
 
 from __future__ import annotations
 
@@ -23,7 +16,13 @@ from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Adamax(Optimizer):
-    """Adamax, equal to ``torch.optim.Adamax`` step by step. Slots: ``first``, ``largest``.
+    r"""Adamax, equal to ``torch.optim.Adamax`` step by step. Slots: ``first``, ``largest``.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad u_t = \max(\beta_2 u_{t-1},\, |g| +
+        \epsilon),\quad w_t = w_{t-1} - \frac{\eta}{1-\beta_1^t} \frac{m_t}{u_t}
+
+    Kingma and Ba 2015, `arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__, section 7.1.
 
     Args:
         lr: learning rate η.

@@ -1,9 +1,4 @@
-r"""Weight averaging.
-
-.. math:: a_t = \delta\, a_{t-1} + (1 - \delta)\, w_t, \qquad a_0 = w_0
-
-Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv 1703.01780.
-"""
+"""Weight averaging."""
 
 from __future__ import annotations
 
@@ -19,7 +14,12 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class EMA(Wrapper):
-    """An exponential moving average of the weights beside the run, in the slot ``average``.
+    r"""An exponential moving average of the weights beside the run, in the slot ``average``.
+
+    .. math:: a_t = \delta\, a_{t-1} + (1 - \delta)\, w_t, \qquad a_0 = w_0
+
+    Polyak and Juditsky 1992; Tarvainen and Valpola 2017, `arXiv 1703.01780
+    <https://arxiv.org/abs/1703.01780>`__.
 
     The run itself is unchanged.
 

@@ -16,8 +16,8 @@ from metaopt.tree import Tree
 class by:  # noqa: N801  (used as a function is)
     r"""``(lam, t) -> transform(lam[name])``, for any hyperparameter of an inner optimiser.
 
-    What stands in λ under the name may be one tensor, a pytree like the weights (a value per number),
-    or a dictionary of glob patterns (a value per layer).
+    What stands in λ under the name may be one tensor, a pytree like the weights (a value per
+    number), or a dictionary of glob patterns (a value per layer).
 
     Args:
         name: key in λ; dots go into nested dictionaries, ``"rates.head"``.

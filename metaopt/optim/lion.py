@@ -1,11 +1,4 @@
-r"""Lion: the sign of an interpolated momentum.
-
-.. math::
-    w_t = (1 - \eta\,\text{wd})\, w_{t-1} - \eta\, \text{sign}(\beta_1 m_{t-1} + (1-\beta_1) g),\quad
-    m_t = \beta_2 m_{t-1} + (1-\beta_2) g
-
-Chen et al. 2023, arXiv 2302.06675.
-"""
+"""Lion: the sign of an interpolated momentum."""
 
 from __future__ import annotations
 
@@ -21,7 +14,13 @@ from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    """Lion. Slot: ``first``.
+    r"""Lion. Slot: ``first``.
+
+    .. math::
+        w_t = (1 - \eta\,\text{wd})\, w_{t-1} - \eta\, \text{sign}(\beta_1 m_{t-1} + (1-\beta_1)
+        g),\quad m_t = \beta_2 m_{t-1} + (1-\beta_2) g
+
+    Chen et al. 2023, `arXiv 2302.06675 <https://arxiv.org/abs/2302.06675>`__.
 
     **Derivative**: that of the function as it is; the sign is constant almost everywhere. So
     hyperparameters inside the inner loss (and the betas) have hypergradient 0, and only ``lr`` and

@@ -1,11 +1,4 @@
-r"""Muon: momentum, orthogonalised by a Newton-Schulz iteration.
-
-.. math::
-    m_t = \mu m_{t-1} + (1-\mu) g,\quad X_0 = \frac{u}{\|u\|},\quad X \leftarrow aX + (bXX^\top + c(XX^\top)^2)X,\quad
-    w_t = (1 - \eta\,\text{wd})\, w_{t-1} - \eta \sqrt{\max(1, r/c)}\; X_K
-
-Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
-"""
+"""Muon: momentum, orthogonalised by a Newton-Schulz iteration."""
 
 from __future__ import annotations
 
@@ -26,7 +19,14 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Muon(Optimizer):
-    """Muon, equal to ``torch.optim.Muon`` step by step. Slot: ``momentum``.
+    r"""Muon, equal to ``torch.optim.Muon`` step by step. Slot: ``momentum``.
+
+    .. math::
+        m_t = \mu m_{t-1} + (1-\mu) g,\quad X_0 = \frac{u}{\|u\|},\quad X \leftarrow aX + (bXX^\top
+        + c(XX^\top)^2)X,\quad w_t = (1 - \eta\,\text{wd})\, w_{t-1} - \eta \sqrt{\max(1, r/c)}\;
+        X_K
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 
     For matrices only: give other tensors to another optimiser with :class:`metaopt.optim.Groups`.
     In a stacked meta-batch wrap it in :class:`metaopt.optim.PerTask`.

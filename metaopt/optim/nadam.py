@@ -1,12 +1,4 @@
-r"""NAdam: Adam with Nesterov momentum.
-
-.. math::
-    \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad
-    w_t = w_{t-1} - \frac{\eta}{\sqrt{\hat v_t} + \epsilon}
-      \left( \frac{(1-\mu_t)\, g}{1 - \prod_{i \le t} \mu_i} + \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} \right)
-
-Dozat 2016, "Incorporating Nesterov momentum into Adam".
-"""
+"""NAdam: Adam with Nesterov momentum."""
 
 from __future__ import annotations
 
@@ -26,7 +18,14 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class NAdam(Optimizer):
-    """NAdam, equal to ``torch.optim.NAdam`` step by step. Slots: ``first``, ``second``, ``product`` (of the μ so far).
+    r"""NAdam, equal to ``torch.optim.NAdam`` step by step. Slots: ``first``, ``second``, ``product`` (of the μ so far).
+
+    .. math::
+        \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad
+        w_t = w_{t-1} - \frac{\eta}{\sqrt{\hat v_t} + \epsilon}
+          \left( \frac{(1-\mu_t)\, g}{1 - \prod_{i \le t} \mu_i} + \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} \right)
+
+    Dozat 2016, "Incorporating Nesterov momentum into Adam".
 
     Args:
         lr: learning rate η.

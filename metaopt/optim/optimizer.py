@@ -1,10 +1,4 @@
-"""What every inner optimiser is: a pure, element-wise map ``(g, w, slots, hyperparameters) -> (w', slots')``.
-
-One optimiser is one file with one frozen dataclass that says which fields are hyperparameters and
-how *one tensor* is updated (:meth:`Optimizer.update_leaf`). Everything else is written here, once
-for all of them: hyperparameters that are floats, tensors, pytrees or functions of λ; the loop over
-leaves; the pullback and the pushforward.
-"""
+"""What every inner optimiser is: a pure, element-wise map ``(g, w, slots, hyperparameters) -> (w', slots')``."""
 
 from __future__ import annotations
 
@@ -45,6 +39,11 @@ USUAL_RANGES: Mapping[str, Check] = {
 
 class Optimizer:
     """Base of all inner optimisers; a subclass is a frozen dataclass.
+
+    One optimiser is one file with one frozen dataclass that says which fields are hyperparameters
+    and how *one tensor* is updated (:meth:`Optimizer.update_leaf`). Everything else is written
+    here, once for all of them: hyperparameters that are floats, tensors, pytrees or functions of λ;
+    the loop over leaves; the pullback and the pushforward.
 
     Attributes:
         hypers: names of the fields that are hyperparameters; a field may hold a tuple of them

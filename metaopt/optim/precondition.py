@@ -1,9 +1,4 @@
-r"""Learned gradient transforms: the gradient goes through a map whose parameters are part of λ.
-
-Meta-Curvature multiplies each weight matrix's gradient from both sides, :math:`G \mapsto M_o\, G\,
-M_i` (Park and Oliva 2019, arXiv 1902.03356); KFO is the same with one network for all (Arnold et
-al. 2021, arXiv 1910.13603).
-"""
+"""Learned gradient transforms: the gradient goes through a map whose parameters are part of λ."""
 
 from __future__ import annotations
 
@@ -23,7 +18,12 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Precondition(Wrapper):
-    """The wrapped optimiser gets ``transform(g, lam, t)``.
+    r"""The wrapped optimiser gets ``transform(g, lam, t)``.
+
+    Meta-Curvature multiplies each weight matrix's gradient from both sides, :math:`G \mapsto M_o\,
+    G\, M_i` (Park and Oliva 2019, `arXiv 1902.03356 <https://arxiv.org/abs/1902.03356>`__); KFO is
+    the same with one network for all (Arnold et al. 2021, `arXiv 1910.13603
+    <https://arxiv.org/abs/1910.13603>`__).
 
     Args:
         optimizer: gets the transformed gradient.

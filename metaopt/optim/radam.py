@@ -1,12 +1,4 @@
-r"""RAdam: Adam whose adaptive rate is rectified while the second moment is uncertain.
-
-.. math::
-    \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1-\beta_2^t}, \quad \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad
-    r_t = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}}
-
-With :math:`\rho_t > 5` the step is Adam's times :math:`r_t`; before, plain momentum. Liu et al.
-2020, arXiv 1908.03265.
-"""
+"""RAdam: Adam whose adaptive rate is rectified while the second moment is uncertain."""
 
 from __future__ import annotations
 
@@ -24,6 +16,13 @@ from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 @dataclass(frozen=True)
 class RAdam(Optimizer):
     r"""RAdam, equal to ``torch.optim.RAdam`` step by step. Slots: ``first``, ``second``.
+
+    .. math::
+        \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1-\beta_2^t}, \quad \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad
+        r_t = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}}
+
+    With :math:`\rho_t > 5` the step is Adam's times :math:`r_t`; before, plain momentum. Liu et al.
+    2020, `arXiv 1908.03265 <https://arxiv.org/abs/1908.03265>`__.
 
     The switch at :math:`\rho_t = 5` depends on t and β2 only; its derivative with respect to β2 is
     that of the branch taken.

@@ -1,11 +1,4 @@
-r"""RMSprop.
-
-.. math::
-    v_t = \alpha v_{t-1} + (1-\alpha) g^2,\quad d_t = \frac{g}{\sqrt{v_t - \bar g_t^2 \text{ if centered}} + \epsilon},\quad
-    b_t = \mu b_{t-1} + d_t,\quad w_t = w_{t-1} - \eta\, b_t
-
-Tieleman and Hinton 2012, lecture 6e; centred: Graves 2013, arXiv 1308.0850.
-"""
+"""RMSprop."""
 
 from __future__ import annotations
 
@@ -24,7 +17,14 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 @dataclass(frozen=True)
 class RMSprop(Optimizer):
-    """RMSprop, equal to ``torch.optim.RMSprop`` step by step. Slots: ``second``, ``mean`` (centred), ``momentum``.
+    r"""RMSprop, equal to ``torch.optim.RMSprop`` step by step. Slots: ``second``, ``mean`` (centred), ``momentum``.
+
+    .. math::
+        v_t = \alpha v_{t-1} + (1-\alpha) g^2,\quad d_t = \frac{g}{\sqrt{v_t - \bar g_t^2 \text{ if
+        centered}} + \epsilon},\quad b_t = \mu b_{t-1} + d_t,\quad w_t = w_{t-1} - \eta\, b_t
+
+    Tieleman and Hinton 2012, lecture 6e; centred: Graves 2013, `arXiv 1308.0850
+    <https://arxiv.org/abs/1308.0850>`__.
 
     Args:
         lr: learning rate η.

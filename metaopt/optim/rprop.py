@@ -1,11 +1,4 @@
-r"""Rprop: only the gradient's signs are used.
-
-.. math::
-    \Delta_t = \text{clip}(\Delta_{t-1} \cdot \{\eta^+, \eta^-, 1\}),\quad w_t = w_{t-1} - \text{sign}(g)\,\Delta_t
-
-where the factor depends on the sign of :math:`g_t g_{t-1}`, and g counts as 0 after a change of
-sign. Riedmiller and Braun 1993.
-"""
+"""Rprop: only the gradient's signs are used."""
 
 from __future__ import annotations
 
@@ -25,7 +18,13 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Rprop(Optimizer):
-    """Rprop, equal to ``torch.optim.Rprop`` step by step. Slots: ``previous`` (gradient), ``size``.
+    r"""Rprop, equal to ``torch.optim.Rprop`` step by step. Slots: ``previous`` (gradient), ``size``.
+
+    .. math::
+        \Delta_t = \text{clip}(\Delta_{t-1} \cdot \{\eta^+, \eta^-, 1\}),\quad w_t = w_{t-1} - \text{sign}(g)\,\Delta_t
+
+    where the factor depends on the sign of :math:`g_t g_{t-1}`, and g counts as 0 after a change of
+    sign. Riedmiller and Braun 1993.
 
     **Derivative**: that of the function as it is, which is constant in the gradient almost
     everywhere. So hyperparameters inside the inner loss have hypergradient 0 here, and only ``lr``

@@ -1,10 +1,4 @@
-r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it.
-
-.. math::
-    g \leftarrow g + \text{wd}\, w, \qquad
-    v_t = \mu v_{t-1} + (1 - \text{damp})\, g \;\; (v_1 = g), \qquad
-    w_t = w_{t-1} - \eta\, (g + \mu v_t \text{ if Nesterov else } v_t)
-"""
+"""Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it."""
 
 from __future__ import annotations
 
@@ -22,7 +16,12 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """SGD with momentum, dampening, weight decay and Nesterov's variant; equal to ``torch.optim.SGD`` step by step.
+    r"""SGD with momentum, dampening, weight decay and Nesterov's variant; equal to ``torch.optim.SGD`` step by step.
+
+    .. math::
+        g \leftarrow g + \text{wd}\, w, \qquad
+        v_t = \mu v_{t-1} + (1 - \text{damp})\, g \;\; (v_1 = g), \qquad
+        w_t = w_{t-1} - \eta\, (g + \mu v_t \text{ if Nesterov else } v_t)
 
     Every hyperparameter is a float, a tensor, a pytree like the weights, or a callable ``(lam, t)
     -> any of these``.

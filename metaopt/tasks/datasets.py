@@ -44,7 +44,7 @@ def cifar100(root: str | Path, part: Part = "train", *, download: bool = False) 
 
 
 def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
-    """Fashion-MNIST: 10 classes, 60,000 training and 10,000 test images of 1×28×28; Xiao et al. 2017, arXiv 1708.07747.
+    """Fashion-MNIST: 10 classes, 60,000 training and 10,000 test images of 1×28×28; Xiao et al. 2017, `arXiv 1708.07747 <https://arxiv.org/abs/1708.07747>`__.
 
     Args:
         root: where ``FashionMNIST/raw/`` with the four unpacked idx files is.

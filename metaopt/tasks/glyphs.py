@@ -5,10 +5,10 @@ rotation, shear, scale and shift, about what different hands would do. Scaling m
 alike (c and C, o and 0, Latin and Cyrillic а): of such homoglyphs only the first is kept.
 Split by character, by font family, or by both::
 
-    known, unseen = split_families({font.family for font in fonts()}, (4, 3), seed=0)
-    train, valid, test = split_classes(glyphs(families=known), (90, 30, 50), seed=0)
-    other = glyphs(families=unseen)
-    test = other.classes([name for name in test.names if name in other.names])  # unseen characters in unseen families
+    known, unseen = split_families({font.family for font in fonts()}, (4, 3), seed=0) train, valid,
+    test = split_classes(glyphs(families=known), (90, 30, 50), seed=0) other =
+    glyphs(families=unseen) test = other.classes([name for name in test.names if name in
+    other.names])  # unseen characters in unseen families
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""Label corruption: with probability ``rate`` a label y is drawn from other classes.
 
 ``uniform``: any class, y included; ``flip``: one other class, fixed for each y; ``flip2``: one of
-two others, fixed for each y. Shu et al. 2019 (Meta-Weight-Net), arXiv 1902.07379.
+two others, fixed for each y. Shu et al. 2019 (Meta-Weight-Net), `arXiv 1902.07379
+<https://arxiv.org/abs/1902.07379>`__.
 """
 
 from __future__ import annotations

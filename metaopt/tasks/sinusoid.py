@@ -1,7 +1,7 @@
 r"""Sinusoidal regression: each task is one curve :math:`y = A \sin(x - \varphi)` and a few points on it.
 
-:math:`A \sim U(0.1, 5)`, :math:`\varphi \sim U(0, \pi)`, :math:`x \sim U(-5, 5)`. Finn et al. 2017, arXiv 1703.03400; appendix G of the
-HyperDistill paper.
+:math:`A \sim U(0.1, 5)`, :math:`\varphi \sim U(0, \pi)`, :math:`x \sim U(-5, 5)`. Finn et al. 2017,
+`arXiv 1703.03400 <https://arxiv.org/abs/1703.03400>`__; appendix G of the HyperDistill paper.
 """
 
 from __future__ import annotations

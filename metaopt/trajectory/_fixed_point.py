@@ -6,7 +6,7 @@ Weights x and velocities v are integers (units of :math:`2^{-52}`). The updates 
 buffer: with :math:`\beta = n/d`, the remainder of :math:`v / d` is pushed in base d, and a
 remainder in base n is popped. A full buffer is put away as 48-bit numbers.
 
-Maclaurin, Duvenaud and Adams 2015, arXiv 1502.03492.
+Maclaurin, Duvenaud and Adams 2015, `arXiv 1502.03492 <https://arxiv.org/abs/1502.03492>`__.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Many states in few allocations.
-
-Small tensors that live long, allocated between big ones that do not, keep the allocator from
-reusing the memory around them: on a conv net with 100 steps, peak memory fell from 878 to 144 MiB
-when states were copied into preallocated rows. Tiny states are cheaper kept by reference.
-"""
+"""Many states in few allocations."""
 
 from __future__ import annotations
 
@@ -26,6 +21,10 @@ def is_tiny(state: InnerState) -> bool:
 
 class Rows:
     """Takes states of one run, gives back equal ones whose tensors are views into blocks of rows.
+
+    Small tensors that live long, allocated between big ones that do not, keep the allocator from
+    reusing the memory around them: on a conv net with 100 steps, peak memory fell from 878 to 144
+    MiB when states were copied into preallocated rows. Tiny states are cheaper kept by reference.
 
     The first blocks hold one row each, and every later one as many as there are already, up to
     sixteen. So a short run of big states takes little more memory than its states do.

@@ -29,9 +29,10 @@ class Checked:
     Two things are compared: the state that a step is said to have started from, and the state that
     it leads to when run again (:class:`Reversible`, whose run is in fixed point, runs its steps
     again itself; over :class:`Budgeted` some steps are run with their graph and recomputed without,
-    where GroupNorm, SiLU and Mish round otherwise, and that is reported too). So it finds checkpoints or reversals that went astray and steps that
-    are no function of ``(state, lam, batch)``: batches changed in place, random numbers from
-    outside torch, buffers that move, another number of threads.
+    where GroupNorm, SiLU and Mish round otherwise, and that is reported too). So it finds
+    checkpoints or reversals that went astray and steps that are no function of ``(state, lam,
+    batch)``: batches changed in place, random numbers from outside torch, buffers that move,
+    another number of threads.
 
     Cost: one gradient and two checksums per step. Memory: ``of``'s, and eight bytes per step.
 

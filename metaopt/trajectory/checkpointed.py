@@ -1,7 +1,4 @@
-"""Some states of the run; the others are recomputed from them in the sweep.
-
-Griewank and Walther 2000, "Algorithm 799: Revolve"; Chen et al. 2016, arXiv 1604.06174 (√T).
-"""
+"""Some states of the run; the others are recomputed from them in the sweep."""
 
 from __future__ import annotations
 
@@ -65,6 +62,9 @@ class CheckpointedTape:
 @dataclass(frozen=True)
 class Checkpointed:
     """A few states, placed so that recomputing the rest costs little; the numbers are those of :class:`Full`, to the bit on a CPU.
+
+    Griewank and Walther 2000, "Algorithm 799: Revolve"; Chen et al. 2016, `arXiv 1604.06174
+    <https://arxiv.org/abs/1604.06174>`__ (√T).
 
     Binomial (the default): ``slots`` states; with ``r`` the smallest number with ``C(slots + r, r)
     ≥ T``, no step is run forward more than ``r + 1`` times (``r`` where ``horizon`` says what T

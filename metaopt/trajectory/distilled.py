@@ -1,12 +1,4 @@
-r"""HyperDistill's memory: one state and one batch that stand for the whole run (equations 13, 14, 17, 18).
-
-.. math::
-    w^*_t = p_t w^*_{t-1} + (1 - p_t) w_{t-1}, \qquad D^*_t = SS(D^*_{t-1}, p_t) \cup SS(D_t, 1 - p_t),
-    \qquad p_t = \frac{\gamma - \gamma^t}{1 - \gamma^t}
-
-Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", arXiv
-2110.02508.
-"""
+"""HyperDistill's memory: one state and one batch that stand for the whole run (equations 13, 14, 17, 18)."""
 
 from __future__ import annotations
 
@@ -31,7 +23,14 @@ class Distillate(NamedTuple):
 
 @dataclass(frozen=True)
 class Distilled:
-    """The running distillates.
+    r"""The running distillates.
+
+    .. math::
+        w^*_t = p_t w^*_{t-1} + (1 - p_t) w_{t-1}, \qquad D^*_t = SS(D^*_{t-1}, p_t) \cup SS(D_t, 1
+        - p_t), \qquad p_t = \frac{\gamma - \gamma^t}{1 - \gamma^t}
+
+    Lee et al. 2022, "Online hyperparameter meta-learning with hypergradient distillation", `arXiv
+    2110.02508 <https://arxiv.org/abs/2110.02508>`__.
 
     ``|D*| = |D|`` always: k of the old examples and ``|D| - k`` of the new ones. Where the new
     batch *is* the old one (the same tensors: full-batch training), the union of subsamples is that

@@ -1,9 +1,4 @@
-r"""DrMAD's trajectory: both ends, and a straight line between them.
-
-.. math:: \hat s_{t-1} = \left(1 - \tfrac{t-1}{T}\right) s_0 + \tfrac{t-1}{T}\, s_T
-
-Fu et al. 2016, arXiv 1601.00917; algorithm 2 of the HyperDistill paper.
-"""
+"""DrMAD's trajectory: both ends, and a straight line between them."""
 
 from __future__ import annotations
 
@@ -32,7 +27,12 @@ class InterpolatedTape(NamedTuple):
 
 @dataclass(frozen=True)
 class Interpolated:
-    """Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
+    r"""Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
+
+    .. math:: \hat s_{t-1} = \left(1 - \tfrac{t-1}{T}\right) s_0 + \tfrac{t-1}{T}\, s_T
+
+    Fu et al. 2016, `arXiv 1601.00917 <https://arxiv.org/abs/1601.00917>`__; algorithm 2 of the
+    HyperDistill paper.
 
     Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
     """

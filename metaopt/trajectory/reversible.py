@@ -1,8 +1,4 @@
-"""The last state only, and the bits needed to run the training backwards.
-
-Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through reversible
-learning", arXiv 1502.03492.
-"""
+"""The last state only, and the bits needed to run the training backwards."""
 
 from __future__ import annotations
 
@@ -59,12 +55,15 @@ class ReversibleTape:
 class Reversible:
     """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
 
+    Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
+    reversible learning", `arXiv 1502.03492 <https://arxiv.org/abs/1502.03492>`__.
+
     The moments are those of the run, which is itself done in fixed point (units of 2^-52; the
-    momentum as a fraction with a denominator of at most 2^16), so its numbers are not those of :class:`Full` to the bit (the
-    start is rounded too). Cost: two gradients per step in the sweep. Memory: one state and ``T ·
-    log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state of floats per step would take
-    64). SGD with momentum only, as :class:`metaopt.optim.SGD` does it, without Nesterov; weight
-    decay, dampening, schedules and learned learning rates are fine.
+    momentum as a fraction with a denominator of at most 2^16), so its numbers are not those of
+    :class:`Full` to the bit (the start is rounded too). Cost: two gradients per step in the sweep.
+    Memory: one state and ``T · log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state
+    of floats per step would take 64). SGD with momentum only, as :class:`metaopt.optim.SGD` does
+    it, without Nesterov; weight decay, dampening, schedules and learned learning rates are fine.
 
     Raises:
         TypeError: for any other step.

@@ -267,7 +267,7 @@ def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon:
     Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at
     convergence
     :math:`2 (x^* - \tfrac12) \cdot (-x^{*2}) = (\lambda-1)/(\lambda+1)^3`, and T steps give the share :math:`1 - r^T` of it, with
-    :math:`r = 1 - 2\eta c (1+\lambda)`. Bohdal et al. 2021, arXiv 2106.10575.
+    :math:`r = 1 - 2\eta c (1+\lambda)`. Bohdal et al. 2021, `arXiv 2106.10575 <https://arxiv.org/abs/2106.10575>`__.
 
     EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number:
     :math:`x + \epsilon`, weighted by
@@ -309,7 +309,7 @@ def drifting(
     With :math:`r = 1 - \eta k`: :math:`w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t`, so
     :math:`dw_T/d\lambda_i = \eta \sum_{t \in i} r^{T-t} c_t`. For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`, noisy
     measurements with linear drift: the mean over the window has the error of
-    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, arXiv 2007.07869.
+    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, `arXiv 2007.07869 <https://arxiv.org/abs/2007.07869>`__.
     """
     q = draw_quadratic(size, conditioning, seed)
     k = 1 / conditioning

@@ -1,8 +1,8 @@
 r"""Training written out in plain torch: the reference that shares no line with the engine.
 
-A :class:`Loop` holds one bilevel problem twice: as a :class:`Case`, and as a function
-``(w, lam, batches) -> w_T`` in which every update is spelled out and autograd keeps the whole graph.
-Nothing in that function comes from ``metaopt.optim``, ``metaopt.inner`` or a trajectory.
+A :class:`Loop` holds one bilevel problem twice: as a :class:`Case`, and as a function ``(w, lam,
+batches) -> w_T`` in which every update is spelled out and autograd keeps the whole graph. Nothing
+in that function comes from ``metaopt.optim``, ``metaopt.inner`` or a trajectory.
 """
 
 from __future__ import annotations

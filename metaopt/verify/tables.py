@@ -1,7 +1,7 @@
 """What there is to verify: one row per trajectory, optimiser and solver.
 
-``metaopt verify`` and the tests both read these tables. A public class without a row fails both. The
-rows of estimators are their formulas (:data:`metaopt.verify.formulas.ENTRIES`).
+``metaopt verify`` and the tests both read these tables. A public class without a row fails both.
+The rows of estimators are their formulas (:data:`metaopt.verify.formulas.ENTRIES`).
 """
 
 from __future__ import annotations
