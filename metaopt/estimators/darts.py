@@ -40,6 +40,12 @@ class DARTS(FromLastStep):
     Raises:
         ValueError: for a radius that is not positive.
         TypeError: for a custom step, whose loss and optimiser are not known.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.DARTS()).total  # the loss is quadratic, so the difference is exact: one step
+    tensor([0.5000])
     """
 
     traits: ClassVar[Traits] = Traits(

@@ -76,6 +76,12 @@ class EvoGrad(Estimator):
     Warns:
         ZeroHypergradientWarning: if all copies came out identical, so that the pullback is zero
             whatever λ does.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.EvoGrad(sigma=0.001, temperature=0.05)).total  # one gradient step of rate σ²/τ
+    tensor([1.9998e-05])
     """
 
     traits: ClassVar[Traits] = Traits(

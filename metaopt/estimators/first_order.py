@@ -18,6 +18,12 @@ class FirstOrder(Estimator):
 
     Cost: no product. Memory: nothing. Bias: the whole indirect term is dropped; where the outer
     loss does not see λ (learning rates, data weights), the result is zero.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: (w * lam).sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.FirstOrder()).total  # w itself, 0.75, at fixed weights
+    tensor([0.7500])
     """
 
     traits: ClassVar[Traits] = Traits(sees="nothing", high_dimensional=True, bias="the whole indirect term")

@@ -44,6 +44,12 @@ class ForwardGradient(Estimator):
 
     Raises:
         ValueError: for bad settings.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.ForwardGradient()).total  # of one hyperparameter, it is exact
+    tensor([0.7500])
     """
 
     traits: ClassVar[Traits] = Traits(

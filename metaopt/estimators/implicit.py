@@ -66,6 +66,12 @@ class IFT(FromLastStep):
 
     Warns:
         NotConvergedWarning: see ``converged`` and ``solved``.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT()).total  # dw*/dλ = 1, at the solution
+    tensor([1.])
     """
 
     traits: ClassVar[Traits] = Traits(

@@ -163,6 +163,12 @@ class RMD(ReverseMode):
 
     Args:
         trajectory: how the run is remembered; default: every state.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD()).total  # 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
 
     traits: ClassVar[Traits] = Traits(sees="the whole run", high_dimensional=True, bias="none")
@@ -195,6 +201,12 @@ class TruncatedRMD(ReverseMode):
 
     Args:
         steps: K.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.TruncatedRMD(steps=2)).total  # the last two of thirty steps: 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -224,6 +236,12 @@ class OneStep(ReverseMode):
 
     Cost: one product per hyper-step, no recomputation. Memory: one graph. Bias: the state before
     the last step is taken as constant (short-horizon bias).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.OneStep()).total  # the last step alone: its rate
+    tensor([0.5000])
     """
 
     traits: ClassVar[Traits] = Traits(sees="the last step", high_dimensional=True, bias="the steps before the last")
@@ -246,6 +264,12 @@ class DrMAD(ReverseMode):
     checkpoints (measured: ``benchmarks/README.md``). What is left to DrMAD are runs whose states do
     not fit and whose steps are too dear to be run again once to three times, and published results
     that used it.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.DrMAD()).total  # A and B do not depend on the state, so it is exact
+    tensor([0.7500])
     """
 
     traits: ClassVar[Traits] = Traits(

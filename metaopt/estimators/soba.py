@@ -39,6 +39,12 @@ class SOBA(AlongOneOuterLoss):
 
     Raises:
         ValueError: for a rate that is not positive, or a custom step (it has no Hessian).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.SOBA(rate=0.01)).total  # 1 - 0.99³⁰: the linear system is still being solved
+    tensor([0.2603])
     """
 
     traits: ClassVar[Traits] = Traits(

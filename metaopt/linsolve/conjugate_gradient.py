@@ -27,6 +27,12 @@ class ConjugateGradient(Solver):
         iterations: at most so many.
         tolerance: stop at this relative residual.
         damping: added to the diagonal of K.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT(mo.linsolve.ConjugateGradient())).total  # dw*/dλ = 1
+    tensor([1.])
     """
 
     iterations: int = 20

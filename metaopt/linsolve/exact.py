@@ -23,6 +23,12 @@ class Exact(Solver):
     Args:
         damping: ρ, added to the diagonal.
         limit: largest n.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT(mo.linsolve.Exact())).total  # dw*/dλ = 1
+    tensor([1.])
     """
 
     damping: float = 0.0

@@ -24,6 +24,12 @@ class Identity(Solver):
     Args:
         rate: a; 1 is T1-T2's choice, ``None`` the inner learning rate (then it is the 1-step term
             at the last weights).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT(mo.linsolve.Identity())).total  # the Hessian is the identity
+    tensor([1.])
     """
 
     rate: float | None = 1.0

@@ -25,6 +25,12 @@ class MINRES(SciPySolver):
         iterations: at most so many.
         tolerance: SciPy's ``rtol``.
         damping: added to the diagonal of K.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT(mo.linsolve.MINRES())).total  # dw*/dλ = 1
+    tensor([1.])
     """
 
     def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:

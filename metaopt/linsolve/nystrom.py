@@ -40,6 +40,12 @@ class Nystrom(Solver):
         uses: how many solves share a sketch (with ``IFT(warm_start=True)`` also across
             hyper-steps).
         seed: of the choice of coordinates.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 30)
+    >>> problem.hypergradient(mo.IFT(mo.linsolve.Nystrom(2, damping=0.01))).total  # 1 / (1 + damping)
+    tensor([0.9901])
     """
 
     rank: int = 10

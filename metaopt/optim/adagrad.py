@@ -32,6 +32,11 @@ class Adagrad(Optimizer):
         weight_decay: L2 coefficient.
         initial_accumulator_value: first value of the sum (a number).
         eps: ε.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Adagrad(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 1e-2

@@ -34,6 +34,11 @@ class Adam(Optimizer):
         eps: ε.
         weight_decay: L2 coefficient, added to the gradient.
         amsgrad: use the largest second moment so far.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Adam(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 1e-3

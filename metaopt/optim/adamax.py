@@ -29,6 +29,11 @@ class Adamax(Optimizer):
         betas: ``(β1, β2)``.
         eps: ε.
         weight_decay: L2 coefficient.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Adamax(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 2e-3

@@ -14,6 +14,11 @@ class AdamW(Adam):
     """AdamW, equal to ``torch.optim.AdamW`` step by step; arguments and slots as :class:`Adam`.
 
     Loshchilov and Hutter 2019, `arXiv 1711.05101 <https://arxiv.org/abs/1711.05101>`__.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.AdamW(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     weight_decay: Hyper = 1e-2

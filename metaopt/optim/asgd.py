@@ -31,6 +31,11 @@ class ASGD(Optimizer):
         alpha: power α of the learning rate's decay.
         t0: step at which averaging starts (a number).
         weight_decay: L2 coefficient.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.ASGD(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · g
+    tensor([-0.2000])
     """
 
     lr: Hyper = 1e-2

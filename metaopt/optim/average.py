@@ -26,6 +26,11 @@ class EMA(Wrapper):
     Args:
         optimizer: moves the weights.
         decay: δ.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=0.9))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the weights themselves move as ever
+    tensor([-0.2000])
     """
 
     decay: Hyper = 0.999

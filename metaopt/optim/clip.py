@@ -50,6 +50,11 @@ class ClipNorm(Wrapper):
     Args:
         optimizer: gets the clipped gradient.
         max_norm: c, one number (or a callable that gives one).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.ClipNorm(mo.optim.SGD(lr=0.1), max_norm=1.0))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # -lr · g / |g|
+    tensor([-0.1000])
     """
 
     max_norm: Hyper = 1.0

@@ -30,6 +30,11 @@ class Lion(Optimizer):
         lr: learning rate η.
         betas: ``(β1, β2)``.
         weight_decay: decoupled weight decay.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Lion(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 1e-4

@@ -11,7 +11,13 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Maximise(Wrapper):
-    """The wrapped optimiser sees ``-g``: torch's ``maximize=True``."""
+    """The wrapped optimiser sees ``-g``: torch's ``maximize=True``.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Maximise(mo.optim.SGD(lr=0.1)))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # up the gradient
+    tensor([0.2000])
+    """
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
         """Negated."""

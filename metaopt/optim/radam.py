@@ -33,6 +33,11 @@ class RAdam(Optimizer):
         eps: ε.
         weight_decay: coefficient of weight decay.
         decoupled_weight_decay: decay the weights, as AdamW does, instead of adding to the gradient.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.RAdam(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first steps are those of momentum: -lr · g
+    tensor([-0.2000])
     """
 
     lr: Hyper = 1e-3

@@ -33,6 +33,11 @@ class RMSprop(Optimizer):
         weight_decay: L2 coefficient.
         momentum: μ; the float 0 keeps no slot.
         centered: divide by the standard deviation instead.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.RMSprop(lr=0.1, alpha=0.99))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr / √(1 - α) · sign(g)
+    tensor([-1.0000])
     """
 
     lr: Hyper = 1e-2

@@ -34,6 +34,11 @@ class Rprop(Optimizer):
         lr: first step size; used at t = 1 only.
         etas: ``(η-, η+)``.
         step_sizes: smallest and largest step size.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Rprop(lr=0.1))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 1e-2

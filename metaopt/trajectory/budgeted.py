@@ -59,6 +59,12 @@ class Budgeted:
 
     Args:
         bytes: the budget; the first state is held in any case.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Budgeted(1 << 20))).total  # exact: 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
 
     exact = True

@@ -90,6 +90,12 @@ class Checkpointed:
     Raises:
         ValueError: for impossible settings.
         RuntimeError: in a sweep, if ``batches`` gives another batch than in the run.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Checkpointed(slots=1))).total  # exact: 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
 
     exact = True

@@ -30,6 +30,12 @@ class Full:
     Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``,
     independent of activations; states of 64 KiB and more are copied into preallocated rows
     (:mod:`metaopt.trajectory._rows`).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Full())).total  # exact: 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
 
     exact = True

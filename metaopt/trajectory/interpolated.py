@@ -35,6 +35,12 @@ class Interpolated:
     HyperDistill paper.
 
     Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Interpolated())).total  # A and B do not depend on the state: exact
+    tensor([0.7500])
     """
 
     exact = False

@@ -31,6 +31,12 @@ class Last:
         graphs: keep each step's graph instead of rebuilding it in the sweep: saves one gradient per
             sweep step, costs K times the activations. Pays for ``steps=1``, where the graph of
             the training step itself is used.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Last(steps=1))).total  # the last step alone
+    tensor([0.5000])
     """
 
     exact = True
