@@ -304,7 +304,7 @@ def scale(factor: float | Tensor, a: Tree) -> Tree:
 
 
 def lerp(a: Tree, b: Tree, weight: float) -> Tree:
-    """``(1 - weight) a + weight b``; leaves that are no real numbers come from ``b``."""
+    """``(1 - weight) a + weight b``; leaves that are not real numbers come from ``b``."""
     return map(lambda x, y: torch.lerp(x, y, weight) if is_float(x) else y, a, b)
 
 

@@ -40,7 +40,7 @@ def test_a_history_holds_what_the_reports_said(loop, tmp_path, capsys):
     assert [report.number for report in reports] == [1, 2, 3, 4]
     assert history["outer loss"] == [float(report.outer_loss) for report in reports]
     assert history["a"] == [float(report.lam["a"]) for report in reports]
-    assert history["rates.lr"] == [float(report.lam["rates"]["lr"].norm()) for report in reports]
+    assert history["|rates.lr|"] == [float(report.lam["rates"]["lr"].norm()) for report in reports]
     norms = [float(report.hypergradient.total["rates"]["lr"].norm()) for report in reports]
     assert history["|dL/d rates.lr|"] == norms
     assert min(norms) > 0

@@ -1,4 +1,4 @@
-"""Measurements on a problem of one's own: how close, how biased, how far back, how smooth, how expensive."""
+"""Measurements on the user's own problem: how close, how biased, how far back, how smooth, how expensive."""
 
 from metaopt.diagnose import results
 from metaopt.diagnose.alignment import Alignment, alignment

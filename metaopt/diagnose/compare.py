@@ -1,4 +1,4 @@
-"""Estimators side by side on a problem of your own: how close, how biased, how far back, how smooth, how expensive."""
+"""Estimators side by side on your own problem: how close, how biased, how far back, how smooth, how expensive."""
 
 from __future__ import annotations
 

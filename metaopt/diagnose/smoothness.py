@@ -91,7 +91,9 @@ def smoothness(
     horizon: int | None = None,
     seed: int = 0,
 ) -> Smoothness:
-    r"""Metasmoothness along random directions. Cost: one inner run, and two per direction; no derivative is taken.
+    r"""Metasmoothness along random directions. Cost: one inner run, and two per direction.
+
+    No derivative is taken.
 
     Args:
         problem: the problem.
@@ -122,7 +124,10 @@ def smoothness(
 
 
 def agreement(start: Tensor, once: Tensor, twice: Tensor) -> float:
-    """The weighted agreement in sign of ``once - start`` and ``twice - once``; NaN where start and twice are equal."""
+    """The weighted agreement in sign of ``once - start`` and ``twice - once``.
+
+    NaN where start and twice are equal.
+    """
     weight = (twice - start).abs()
     if not bool((weight > 0).any()):
         return math.nan

@@ -11,7 +11,10 @@ from metaopt.tree import Tree
 
 
 def lam_gradient(step: Step, at: Moment) -> Tree:
-    """``∂L/∂λ`` at fixed weights, with the step's random draws; a leaf that the loss does not see is ``None``."""
+    """``∂L/∂λ`` at fixed weights, with the step's random draws.
+
+    A leaf that the loss does not see is ``None``.
+    """
     with at.replayed(), torch.enable_grad():
         lam = tree.attach(at.lam)
         loss = step.loss(tree.detach(at.state.w), lam, at.batch)

@@ -25,7 +25,7 @@ def start(seed: int) -> Tensor:
 def draw(like: Tree, law: Law, generator: Tensor, *, copies: int | None = None) -> tuple[Tree, Tensor]:
     """Independent noise in the shape of ``like`` (``[copies, *leaf.shape]`` where asked), and the generator's next state.
 
-    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are no real
+    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are not real
     numbers stay as they are.
     """
     source = torch.Generator()

@@ -94,7 +94,9 @@ class Traits(NamedTuple):
 
 
 class Estimator(ABC):
-    """A response pullback that is built along the inner run. Subclasses are frozen dataclasses: settings only.
+    """A response pullback that is built along the inner run.
+
+    Subclasses are frozen dataclasses: settings only.
 
     What a method's theory says of it are attributes of its class. Where a setting decides, the
     subclass makes a property of the attribute.
@@ -163,7 +165,9 @@ class Estimator(ABC):
         return carry
 
     def differentiate(self, step: Step, outer: OuterObjective, state: InnerState, lam: Tree, carry: Any) -> Terms:
-        """The two terms of the hypergradient. Default: :meth:`respond`'s pullback of the outer loss's own cotangent.
+        """The two terms of the hypergradient.
+
+        Default: :meth:`respond`'s pullback of the outer loss's own cotangent.
 
         A method that works from values of the outer loss, or has its own approximation of both
         terms, says so here.
@@ -181,5 +185,8 @@ class Estimator(ABC):
         return carry
 
     def calibrate(self, step: Step, lam: Tree, run: FinishedRun) -> Self:
-        """The estimator with settings fitted to a finished run (HyperDistill's algorithm 4); default: itself."""
+        """The estimator with settings fitted to a finished run (HyperDistill's algorithm 4).
+
+        Default: itself.
+        """
         return self

@@ -56,7 +56,7 @@ class BOME(AlongOneOuterLoss):
     The inner run itself, with its own optimiser, stands for the paper's few lower-level steps from
     y: it solves the lower level, warm-started from its own past. Cost per inner step: one gradient
     of the outer loss, one of the inner loss at y, one with respect to λ at w; a hyper-step adds
-    nothing. Memory: one more copy of the weights. Bias: none of its own hypergradients is
+    nothing. Memory: one more copy of the weights. Bias: none of its hypergradients is
     dL_val/dλ; the joint run goes to a solution, for an outer optimiser that is gradient descent at
     ``rate``, with an error of the order of that rate. Sees no hyperparameter that enters through
     the optimiser alone. In a stacked meta-batch there is one barrier for the sum over tasks.

@@ -111,7 +111,7 @@ class CountedLinearized(Linearized):
     __slots__ = ("_cost", "_inner", "_steps")
 
     def __init__(self, inner: Linearized, cost: Cost, steps: int) -> None:
-        """Wrap ``inner``, which is that of so many steps; ``cost`` is added to."""
+        """Wrap ``inner``, a group of ``steps`` steps; ``cost`` is added to."""
         self._inner = inner
         self._cost = cost
         self._steps = steps

@@ -184,7 +184,10 @@ class NRES(Evolution):
 
 @dataclass(frozen=True)
 class AntitheticES(NRES):
-    """One perturbation of λ per pair for the whole run. Bias: none but the smoothing. Offline: moving λ is an error."""
+    """One perturbation of λ per pair for the whole run. Bias: none but the smoothing.
+
+    Offline: moving λ is an error.
+    """
 
     traits: ClassVar[Traits] = Traits(
         sees="the whole run", high_dimensional=False, bias="smoothing; noise grows with the size of λ"

@@ -45,7 +45,7 @@ class FDS(ForwardMode):
         columns_at_once: see FMD.
 
     Raises:
-        ValueError: for a window that is no number of steps or not like λ, a bound that is not
+        ValueError: for a window that is neither a number of steps nor a pytree like λ, a bound that is not
             positive, less than one column at once.
 
     >>> import torch, metaopt as mo

@@ -331,7 +331,7 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
 
 
 def check_finite(total: Tree, indirect: Tree, state: InnerState, estimator: Estimator) -> None:
-    """Raise a ``FloatingPointError`` that names the first leaf of λ whose hypergradient is no finite number."""
+    """Raise a ``FloatingPointError`` that names the first leaf of λ whose hypergradient is not finite."""
     if tree.is_finite(total):
         return
     part = "indirect" if tree.first_non_finite(indirect) else "direct"

@@ -55,7 +55,7 @@ class IFT(FromLastStep):
         converged: warn where the inner gradient's norm (a custom Φ: ``‖w - Φ(w)‖``) is larger;
             ``None``: it is meant to be used there.
         solved: warn where the solver's relative residual, which is measured, is larger; ``None``: it
-            is meant. At 1 the answer is no better than none.
+            is meant. At 1 the answer is as bad as none.
         warm_start: solve for the correction of the last hyper-step's solution; the pullback is then
             affine in α.
         start: ``info`` of an earlier hypergradient to start from.
@@ -144,7 +144,7 @@ class IFT(FromLastStep):
         if not bool(norm <= bound):
             warnings.warn(
                 f"IFT: the inner gradient's norm is {float(norm):.3g} on the last batch, above converged={bound:g}: "
-                "this is no solution of the inner "
+                "this is not a solution of the inner "
                 "problem, and the implicit function theorem does not hold there. Train longer, put weight decay into "
                 "the loss instead of the "
                 "optimiser, use RMD or HyperDistill, or say that it is meant: IFT(..., converged=None)",

@@ -254,7 +254,10 @@ class _Unrolled(torch.autograd.Function):
 
 
 def _cotangents(states: list[InnerState], bars: Sequence[Tensor | None]) -> dict[int, InnerState]:
-    """The cotangent of each state that has one, by its number ``t``; slots ``None`` where nothing depends on them."""
+    """The cotangent of each state that has one, by its number ``t``.
+
+    Slots ``None`` where nothing depends on them.
+    """
     supply = iter(bars)
     found = {}
     for state in states:

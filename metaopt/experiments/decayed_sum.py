@@ -24,7 +24,7 @@ from metaopt.tree import Tree
 class DecayedSum(Estimator):
     """``Σ γ^{t-i} α_t B_i``. Cost: t products and t gradients per answer. Memory: all states. Bias.
 
-    A is no number. Offline.
+    A is not a number. Offline.
 
     Args:
         gamma: γ in [0, 1]; 0 is the 1-step method.

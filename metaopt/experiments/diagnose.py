@@ -169,7 +169,7 @@ def figure_4(stages: Sequence[Stage], thetas: Sequence[float] = ()) -> Figure:
         axes = next(panels)
         axes.plot(range(1, len(thetas) + 1), thetas, ".-")
         axes.axhline(0.0, color="grey", linewidth=0.8)
-        axes.set(xlabel="inner runs of meta-training", ylabel="θ", title="(d) θ, fitted anew before every run")
+        axes.set(xlabel="inner runs of meta-training", ylabel="θ", title="(d) θ, fitted again before every run")
     for value, label in (("relative_error", "‖g − g*‖ / ‖g*‖"), ("cosine", "cosine to exact RMD")):
         _against_products(next(panels), stages[-1], value, label)
     for unused in panels:

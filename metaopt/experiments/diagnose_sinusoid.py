@@ -34,7 +34,9 @@ _NEW_TASKS = 20_000
 def run(
     config: SinusoidConfig, out: Path, *, problems: int = 4, every: int = 5, gamma: float = 0.9, seed: int = 0
 ) -> list[Stage]:
-    """Meta-train with re-fitted HyperDistill, diagnose both ends, write the figures; deterministic in its arguments.
+    """Meta-train with re-fitted HyperDistill, diagnose both ends, write the figures.
+
+    Deterministic in its arguments.
 
     Args:
         config: of the experiment; the true derivative of momentum SGD is used throughout.

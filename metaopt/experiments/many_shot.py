@@ -100,7 +100,7 @@ class Setting:
         return looped(self.model.outer_loss, reduction="mean")(w, lam, batch)
 
     def task(self, run: int) -> MetaTask:
-        """The tasks of an inner run; the calibrations' runs (≤ 0) have seeds of their own."""
+        """The tasks of an inner run; the calibrations' runs (≤ 0) have their own seeds."""
         c = self.config
         number = run if run > 0 else _APART - run
         episode = self._episodes(self.splits.train).sample(c.meta_batch, seed=_seed(self.seed, _TRAIN, number))

@@ -24,7 +24,7 @@ def table_2(anil: str, warpgrad: str, meta_weight_net: str) -> dict[str, str]:
 
 
 def neumann(terms: int, last: int, paper: dict[str, str] | str = "–") -> Method:
-    """Implicit differentiation by so many terms, λ moving during the last so many inner steps only."""
+    """Implicit differentiation by N terms; λ moves during the last n inner steps only."""
     return Method(
         f"ift-{terms}-{last}",
         f"N.IFT({terms}, {last})",

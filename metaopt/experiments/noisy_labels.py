@@ -55,7 +55,7 @@ METHODS = (
 
 HIGHEST_LOSS = 10.0
 BINS = 100
-"""The weighting curve is drawn for losses from zero to here; so many points and bins."""
+"""The weighting curve is drawn for losses from zero to here, at this number of points and bins."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ class NoisyLabelsRun(Run):
 
 @dataclass(frozen=True)
 class Problem:
-    """A configuration made ready for one seed; ``data.train`` holds the labels as they are given to the classifier."""
+    """A configuration made ready for one seed.
+
+    ``data.train`` holds the labels as they are given to the classifier.
+    """
 
     config: NoisyLabelsConfig
     model: MetaWeightNet

@@ -64,6 +64,6 @@ _COLOURS = (*colormaps["tab10"].colors, *colormaps["Dark2"].colors)  # type: ign
 
 
 def show(shown: Table) -> None:
-    """Print a table, wide enough where the output is no terminal."""
+    """Print a table, wide enough where the output is not a terminal."""
     console = Console()
     Console(width=max(console.width, 120)).print(shown) if not console.is_terminal else console.print(shown)

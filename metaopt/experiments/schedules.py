@@ -137,7 +137,7 @@ class Problem(NamedTuple):
         return Part(self.data.train.x[chosen], self.data.train.y[chosen])
 
     def accuracy(self, w: Tree) -> float:
-        """On the test examples, in per cent; weights that are no numbers any more count as a guess."""
+        """On the test examples, in per cent; weights that have become NaN count as a guess."""
         if not tree.is_finite(w):
             return 100.0 / (1 + int(self.data.test.y.max()))
         with torch.no_grad():

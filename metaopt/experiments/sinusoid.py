@@ -36,7 +36,7 @@ PRINTED = {"clip_norm": None, "constant_momentum": False}
 """Exactly as the papers print it: the true derivative of momentum SGD, no clipping, θ fitted every 50 runs."""
 
 REFITTED = {"constant_momentum": False, "calibration_period": 1}
-"""Ours: the true derivative of momentum SGD, and θ fitted anew before every run, so that it does not go stale."""
+"""Ours: the true derivative of momentum SGD, and θ fitted again before every run, so that it does not go stale."""
 
 METHODS = (
     Method("fo", "FO", FirstOrder(), paper=".567 ± .193"),
@@ -215,7 +215,7 @@ def test_error(anil: ANIL, step: Step, phi: Tree, lam: Tree, config: SinusoidCon
         return float(vmapped(anil.outer_loss)(state.w, lam, tasks.test)) / config.test_tasks
 
 
-test_error.__test__ = False  # type: ignore[attr-defined]  (its name is no test's)
+test_error.__test__ = False  # type: ignore[attr-defined]  (pytest would collect it by its name)
 
 _TEST = 1_000_000_000
 _RUNS = 100_000
@@ -256,7 +256,7 @@ def table(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: Sinuso
 
 
 def draw(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: SinusoidConfig, out: Path) -> list[Path]:
-    """Figure 8: the outer loss along meta-training; methods with settings of their own are dashed."""
+    """Figure 8: the outer loss along meta-training; methods with other settings are dashed."""
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
     path = out / "convergence.png"
     draw_curves(

@@ -78,7 +78,7 @@ def trim(graph: Graph) -> None:
 def note(graph: Graph) -> None:
     """Max pooling writes down which number of a window it took, in a byte each.
 
-    Inductor would find it out anew wherever it is needed, and hold the images for it: at 2 × 2
+    Inductor would compute it again wherever it is needed, and hold the images for it: at 2 × 2
     windows sixteen times as much. Left to it where shapes are symbols.
     """
     from torch._inductor import inductor_prims  # as below
@@ -166,7 +166,7 @@ def _grows(taken: Any, made: Node) -> bool:
 
 
 def _zero(late: Node, dtype: torch.dtype) -> Node:
-    """A zero that is not to be had before ``late`` is."""
+    """A zero that depends on ``late``, so that it cannot be computed earlier."""
     for axis in range(late.meta["val"].ndim):
         late = _call(aten.slice.Tensor, late, axis, 0, 1)
     return _call(prims.convert_element_type.default, _call(aten.gt.Scalar, late, float("inf")), dtype)

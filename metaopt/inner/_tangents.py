@@ -8,7 +8,7 @@ With :math:`g = \nabla_w L(w, \lambda)`, symmetry of second derivatives makes th
            = \nabla_w \left( \nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda \right),
 
 a vector-Jacobian product of :math:`(\nabla_w L, \nabla_\lambda L)`, whose graph all columns share.
-Where the update is no gradient (:func:`metaopt.inner.reweighted`), and for a step that is any
+Where the update is not a gradient (:func:`metaopt.inner.reweighted`), and for a step that is any
 function, the graph of the pullback is transposed instead.
 """
 

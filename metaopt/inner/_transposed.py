@@ -61,7 +61,9 @@ class Transposed:
 def reverse_products(
     outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor], columns_at_once: int
 ) -> list[Tensor | None]:
-    """``Σ seedᵀ ∂output/∂input`` for every column of the seeds, ``[columns, *input.shape]``; ``None`` is zero.
+    """``Σ seedᵀ ∂output/∂input`` for every column of the seeds, ``[columns, *input.shape]``.
+
+    ``None`` is zero.
 
     Raises:
         RuntimeError: if an operation has no second derivative, or cannot be batched.
@@ -99,7 +101,7 @@ def columns_per_batch(outputs: list[Tensor]) -> int:
 
 
 def columns_of_numbers(numbers: int) -> int:
-    """How many columns of so many numbers make a batch."""
+    """How many columns of this many numbers make a batch."""
     return max(1, NUMBERS_IN_A_BATCH // max(1, numbers))
 
 

@@ -39,7 +39,10 @@ class Gradient(Protocol):
 
     @property
     def g(self) -> Tree:
-        """``∇_w L``, a pytree like w (it may carry a graph); ``None`` where the loss does not reach a weight."""
+        """``∇_w L``, a pytree like w (it may carry a graph).
+
+        ``None`` where the loss does not reach a weight.
+        """
         ...
 
     def contract(
@@ -68,7 +71,9 @@ class Gradients(Protocol):
 
 
 class Adjoint(Protocol):
-    r"""A mode: how second-order products are taken. A setting; what it learns of a loss is in :class:`Gradients`.
+    r"""A mode: how second-order products are taken. A setting.
+
+    What it learns of a loss is in :class:`Gradients`.
 
     With :math:`g = \nabla_w L(w, \lambda)` and a cotangent u of it, what is needed is
     :math:`(u^\top \partial^2 L/\partial w^2,\; u^\top \partial^2 L/\partial w \partial\lambda)`.
@@ -83,7 +88,7 @@ def gradient_of(loss: Tensor, leaves: list[Tensor], *, graph: bool) -> list[Tens
     """The gradient of a scalar, with its own graph or without; ``None`` where it does not reach a leaf.
 
     Under autocast, torch keeps the cast of every autograd leaf until the context ends, and each
-    step has leaves of its own: that memory would grow with the run, so the casts are let go here.
+    step has new leaves: that memory would grow with the run, so the casts are let go here.
     """
     if not loss.requires_grad:
         return [None] * len(leaves)

@@ -65,7 +65,7 @@ class Compiled:
         return f"{type(self).__name__}({self.backend}, {self.refused or done})"
 
     def _run(self, name: str, method: Callable[..., Any], *arguments: Any, lean: bool = False) -> Any:
-        """``method``, one of this object, compiled under a name of its own; ``None`` if it cannot be.
+        """``method``, one of this object, compiled under its own name; ``None`` if it cannot be.
 
         ``lean`` computes again rather than hold.
         """
@@ -127,7 +127,7 @@ class Compilation(Compiled):
     """The compiled functions of one Φ.
 
     Attributes:
-        unused: which leaves of λ Φ does not depend on (or are no floats); ``None`` before the first
+        unused: which leaves of λ Φ does not depend on (or are not floats); ``None`` before the first
             pullback.
     """
 

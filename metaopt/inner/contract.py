@@ -126,7 +126,10 @@ class Step(ABC):
         return self.linearize(state, lam, batch).pullback(cotangent, wrt, last=True)
 
     def jvp(self, state: InnerState, lam: Tree, batch: Any, state_dot: InnerState, lam_dot: Tree) -> InnerState:
-        """The tangent ``A·state_dot + B·lam_dot``. Cost: one gradient with its graph, and one product of it."""
+        """The tangent ``A·state_dot + B·lam_dot``.
+
+        Cost: one gradient with its graph, and one product of it.
+        """
         columns = tree.map(lambda x: x.unsqueeze(0) if tree.is_float(x) else x, (state_dot, lam_dot))
         dots = self.linearize(state, lam, batch).pushforward(*columns, columns_at_once=1)
         return tree.map(lambda x: x[0] if tree.is_float(x) else x, dots)
@@ -152,7 +155,10 @@ class Step(ABC):
 
     # -- for inner steps only --------------------------------------------------------------------
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """The inner loss, for methods that are built from it alone; differentiable where its inputs require grad."""
+        """The inner loss, for methods that are built from it alone.
+
+        Differentiable where its inputs require grad.
+        """
         raise self._refusal("inner loss")
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class AsymmetricUpdateError(RuntimeError):
-    """A second-order product was taken by the symmetry of second derivatives, which an update that is no gradient does not have."""
+    """A second-order product was taken by the symmetry of second derivatives, which only an update that is a gradient has."""
 
 
 def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise AsymmetricUpdateError(
-            "the gradient with respect to lam of a reweighted loss was differentiated again: its derivative is no "
+            "the gradient with respect to lam of a reweighted loss was differentiated again: its derivative is not "
             "transpose of the update's. "
             "Take products with the update's own derivative, as InnerStep.vjp and InnerStep.jvp do"
         )

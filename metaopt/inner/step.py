@@ -167,7 +167,7 @@ class InnerStep(Step):
             rate = getattr(self.optimizer, "lr", None)
             if not isinstance(rate, (int, float)):
                 raise ValueError(
-                    "the inner learning rate is no plain number, so it cannot serve as the Neumann series' rate: "
+                    "the inner learning rate is not a plain number, so it cannot serve as the Neumann series' rate: "
                     "give it, Neumann(terms, rate=0.01)"
                 )
         rule = SGD(lr=float(rate), weight_decay=self.optimizer.loss_decay)

@@ -107,7 +107,7 @@ TABLE: dict[type, Counterpart] = {
 }
 
 REFUSED: dict[type, str] = {
-    torch.optim.LBFGS: "it calls the loss several times a step; write it as a step of its own with mo.custom_step",
+    torch.optim.LBFGS: "it calls the loss several times a step; write it as a step with mo.custom_step",
     torch.optim.SparseAdam: "sparse gradients have no second derivative; use torch.optim.Adam over a dense embedding",
 }
 """The optimisers of torch that have no counterpart, and what to do."""

@@ -47,7 +47,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FromHigher(Optimizer):
-    """An optimiser of `higher`; made by :func:`from_higher`. Slots: those of `higher`'s state that are tensors."""
+    """An optimiser of `higher`; made by :func:`from_higher`.
+
+    Slots: those of `higher`'s state that are tensors.
+    """
 
     prototype: Any
     kind: type
@@ -252,7 +255,7 @@ def _place(prototype: Any, state: Mapping[str, Any], kind: type, parameter: Tens
     unknown = [name for name in numbers if name not in known]
     if unknown:
         raise TypeError(
-            f"higher's {kind.__name__} keeps {', '.join(unknown)} in its state, which is no tensor: that cannot be "
+            f"higher's {kind.__name__} keeps {', '.join(unknown)} in its state, which is not a tensor: that cannot be "
             "replayed"
         )
     return Place(group, index, parameter.shape, slots, numbers, initial)

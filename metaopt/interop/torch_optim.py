@@ -73,7 +73,7 @@ def from_torch(optimizer: torch.optim.Optimizer, module: nn.Module | None = None
         number.
 
     Raises:
-        TypeError: for an optimiser that has no counterpart (LBFGS, SparseAdam, one of your own).
+        TypeError: for an optimiser that has no counterpart (LBFGS, SparseAdam, your own).
         ValueError: for an unknown option, hooks on the step, several groups without a module, or
             parameters that are not the module's.
 
@@ -282,7 +282,7 @@ def _unwrapped(slots: Tree) -> Tree:
 
 
 def _own(setting: Any) -> Any:
-    """A setting of its own: torch writes into tensors of rates."""
+    """A copy of a setting: torch writes into tensors of rates."""
     return tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, setting)
 
 
@@ -292,7 +292,10 @@ def _escaped(name: str) -> str:
 
 
 def _filled(value: Any, like: Any) -> Any:
-    """A slot in the shape and dtype of a fresh one (torch keeps some as one number); the fresh one where there is none."""
+    """A slot in the shape and dtype of a fresh one (torch keeps some as one number).
+
+    The fresh one where there is none.
+    """
     if value is None or not isinstance(value, Tensor):
         return like if value is None else value
     try:

@@ -47,7 +47,7 @@ def _check_kind(layer: nn.Module, what: str) -> None:
     if getattr(layer, "max_norm", None) is not None and isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         raise ValueError(
             f"{what} writes to its weights in the forward pass (max_norm={layer.max_norm}), which a pure function "
-            "cannot do: set max_norm to None, and scale the rows in a forward pass of your own"
+            "cannot do: set max_norm to None, and scale the rows in your own forward pass"
         )
 
 

@@ -18,10 +18,12 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class SciPySolver(Solver):
-    """What SciPy's Krylov methods share: their settings and the way there and back. Subclasses name the method.
+    """What SciPy's Krylov methods share: their settings and the way there and back.
+
+    Subclasses name the method.
 
     Args:
-        iterations: at most so many.
+        iterations: the most that are taken.
         tolerance: SciPy's ``rtol``.
         damping: added to the diagonal of K.
     """

@@ -45,7 +45,10 @@ class Solver(Protocol):
         return 1.0
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """``x`` with ``x K ≈ alpha``; ``memory`` is that of an earlier solution, for a K that may have moved since."""
+        """``x`` with ``x K ≈ alpha``.
+
+        ``memory`` is that of an earlier solution, for a K that may have moved since.
+        """
         ...
 
 

@@ -24,7 +24,7 @@ class ConjugateGradient(Solver):
     :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k` after k steps, in the norm of K. Not linear in ``alpha`` before it has converged.
 
     Args:
-        iterations: at most so many.
+        iterations: the most that are taken.
         tolerance: stop at this relative residual.
         damping: added to the diagonal of K.
 

@@ -23,7 +23,7 @@ class GMRES(SciPySolver):
     float64. Not linear in ``alpha`` before it has converged.
 
     Args:
-        iterations: at most so many.
+        iterations: the most that are taken.
         tolerance: SciPy's ``rtol``.
         damping: added to the diagonal of K.
 

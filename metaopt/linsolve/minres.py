@@ -22,7 +22,7 @@ class MINRES(SciPySolver):
     visit the CPU in float64. Not linear in ``alpha`` before it has converged.
 
     Args:
-        iterations: at most so many.
+        iterations: the most that are taken.
         tolerance: SciPy's ``rtol``.
         damping: added to the diagonal of K.
 

@@ -16,7 +16,7 @@ def bounded(limits: Tree) -> Callable[[Tree], Tree]:
 
     Args:
         limits: a pytree like λ with a pair ``(lowest, highest)`` for each leaf, or one pair for all
-            leaves; ``None`` is no bound. Bounds are inclusive: for a momentum below 1 give the
+            leaves; ``None`` means unbounded. Bounds are inclusive: for a momentum below 1 give the
             largest that you would use, e.g. ``(0.0, 0.99)``.
 
     Raises:
@@ -50,7 +50,7 @@ def _is_pair(value: Any) -> bool:
 
 def _clamped(x: Tensor, pair: Any) -> Tensor:
     if not _is_pair(pair):
-        raise ValueError(f"{pair!r} is no pair (lowest, highest)")
+        raise ValueError(f"{pair!r} is not a pair (lowest, highest)")
     return x if pair == (None, None) else x.clamp(*pair)
 
 
@@ -65,6 +65,6 @@ def _check(limits: Tree) -> None:
         return
     children = limits.values() if isinstance(limits, dict) else limits if isinstance(limits, (list, tuple)) else None
     if children is None:
-        raise ValueError(f"bounded: {limits!r} is no pair (lowest, highest)")
+        raise ValueError(f"bounded: {limits!r} is not a pair (lowest, highest)")
     for child in children:
         _check(child)

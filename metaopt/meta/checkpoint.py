@@ -118,7 +118,9 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of meta-training between two inner runs; :meth:`metaopt.meta.MetaTraining.runs` goes on from it.
+    """The state of meta-training between two inner runs.
+
+    :meth:`metaopt.meta.MetaTraining.runs` goes on from it.
 
     Attributes:
         run: the last finished run.

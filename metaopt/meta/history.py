@@ -46,7 +46,7 @@ class History:
     """What a loop reported, as plain numbers: the outer loss, λ, the hypergradient's norms, time, memory.
 
     ``print`` shows a table. Tensors are not kept: of a leaf of λ with one number there is its
-    value, of a larger one its norm.
+    value, of a larger one its norm, ``|name|``.
 
     Attributes:
         rows: one dictionary of numbers per report; NaN where λ did not move.
@@ -71,7 +71,8 @@ class History:
         row = {"number": report.number, "outer loss": _number(report.outer_loss)}
         row |= {_norm_of(name): norm for name, norm in report.norms.items()}
         for name, leaf in zip(tree.dotted_names(report.lam), tree.leaves(report.lam), strict=True):
-            row[name or "lam"] = float(leaf) if leaf.numel() == 1 else float(leaf.norm())
+            name = name or "lam"
+            row[name if leaf.numel() == 1 else f"|{name}|"] = float(leaf.norm() if leaf.numel() > 1 else leaf)
         row |= {"seconds": report.seconds, "bytes": report.bytes, "skipped": report.skipped}
         self.rows.append(row)
 

@@ -73,7 +73,7 @@ class OuterOptimizer:
         if estimator.own_size and isinstance(self.optimizer, _PROPORTIONAL):
             name = type(estimator).__name__
             warnings.warn(
-                f"{name}'s hypergradient has a size of its own, and a step of {type(self.optimizer).__name__} is "
+                f"{name}'s hypergradient has another size than the gradient, and a step of {type(self.optimizer).__name__} is "
                 "proportional to it: lam may hardly "
                 f"move. Use a scale-free outer optimiser (Adam), {name}(unit_rate=True), or {name}(check_size=False) "
                 "if it is meant",
@@ -82,7 +82,7 @@ class OuterOptimizer:
             )
 
     def update(self, hypergradient: Tree) -> Tree:
-        """One outer step; returns the new λ (fresh tensors: whoever holds the old ones keeps their values)."""
+        """One outer step; returns the new λ (fresh tensors: the old ones keep their values)."""
         tree.check_like(hypergradient, self.lam, "the hypergradient", "lam")
         for parameter, gradient in zip(self._params, tree.leaves(hypergradient), strict=True):
             parameter.grad = gradient.clone() if self._clip_norm is not None else gradient
@@ -156,7 +156,7 @@ def _bind(optimizer: MakesOptimizer, originals: list[Tensor], params: list[Tenso
     for group in optimizer.param_groups:
         if any(id(p) not in ours for p in group["params"]):
             raise ValueError(
-                "the outer optimiser holds tensors that are no leaves of lam; build it over the leaves of lam, or "
+                "the outer optimiser holds tensors that are not leaves of lam; build it over the leaves of lam, or "
                 "pass a function params -> optimiser"
             )
     bound = copy.copy(optimizer)

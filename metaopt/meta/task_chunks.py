@@ -180,7 +180,7 @@ def _swapped(dots: Tree) -> Tree:
 
 
 def _parts(stacked: tuple[Tree, ...], tasks_at_once: int) -> Iterator[tuple[Tree, ...]]:
-    """The trees cut along the first axis of their tensors; leaves that are no tensors are shared."""
+    """The trees cut along the first axis of their tensors; leaves that are not tensors are shared."""
     tasks = next(leaf.shape[0] for leaf in tree.leaves(stacked) if isinstance(leaf, Tensor))
     for start in range(0, tasks, tasks_at_once):
         rows = slice(start, start + tasks_at_once)

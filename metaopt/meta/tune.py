@@ -27,7 +27,7 @@ from metaopt.meta.report import Guard, Report, Reports, peak_bytes
 from metaopt.tree import Tree
 
 Tasks: TypeAlias = Callable[[int], tuple[Batches, Any]]
-"""``run -> (batches, outer_batch)``: the data of run 1, 2, …; from random numbers of its own, seeded by ``run``."""
+"""``run -> (batches, outer_batch)``: the data of run 1, 2, …; any random numbers in it are seeded by ``run``."""
 
 
 def tune(
@@ -183,7 +183,10 @@ class _Tuning:
                 return
 
     def _run(self, at: _Progress, outer: OuterOptimizer | None, cost: Cost) -> tuple[Hypergradient | None, InnerState]:
-        """One inner run, and what λ and the initial weights learn from it; ``None`` and its start if it was passed over."""
+        """One inner run, and what λ and the initial weights learn from it.
+
+        ``None`` and its start if it was passed over.
+        """
         batches, outer_batch = self.tasks(at.run)
         lam = None if outer is None else outer.lam
         try:

@@ -46,7 +46,7 @@ class ANIL(MetaModel):
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, weights: Sequence[str] | Callable[[str], bool]) -> ANIL:
-        """ANIL on a module of your own."""
+        """ANIL on your own module."""
         return cls(functional(module), loss, weights)
 
     def init(self) -> tuple[Params, Params]:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from torch import nn
 
 Norm: TypeAlias = Callable[[int], nn.Module]
-"""``channels -> layer``: :func:`batch_norm`, :func:`group_norm`, :func:`no_norm` or one of your own."""
+"""``channels -> layer``: :func:`batch_norm`, :func:`group_norm`, :func:`no_norm` or your own."""
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -28,7 +28,10 @@ def batch_norm(channels: int) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalisation in (at most) 8 groups: each example for itself; Wu & He 2018, `arXiv 1803.08494 <https://arxiv.org/abs/1803.08494>`__."""
+    """Group normalisation in (at most) 8 groups: each example for itself.
+
+    Wu & He 2018, `arXiv 1803.08494 <https://arxiv.org/abs/1803.08494>`__.
+    """
     groups = next(g for g in range(min(8, channels), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 

@@ -73,7 +73,9 @@ class SoftmaxWeights:
 
 @dataclass(frozen=True)
 class DataWeights(MetaModel):
-    r"""All parameters of a module are weights; ``lam`` is a vector with a number for each of N training examples.
+    r"""All parameters of a module are weights.
+
+    ``lam`` is a vector with a number for each of N training examples.
 
     .. math::
         L(w, \lambda; (x, y, i)) = \frac{1}{n} \sum_{k=1}^{n} v_{i_k}(\lambda)\; \ell\big(f(x_k;
@@ -111,7 +113,7 @@ class DataWeights(MetaModel):
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, examples: int, weighting: Weighting = RawWeights()) -> DataWeights:
-        """Data weights around a module of your own."""
+        """Data weights around your own module."""
         return cls(functional(module), loss, examples, weighting)
 
     def init(self) -> tuple[Params, Tensor]:

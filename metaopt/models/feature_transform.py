@@ -55,7 +55,7 @@ class FeatureTransform(MetaModel):
     def of(
         cls, module: nn.Module, loss: Loss, *, after: Sequence[str] | None = None, gamma: float = 0.3, beta: float = 0.5
     ) -> FeatureTransform:
-        """Feature-wise transformations put into a module of your own, which stays as it is.
+        """Feature-wise transformations put into your own module, which stays as it is.
 
         Args:
             module: any module; under a stacked meta-batch its normalisation layers must not track

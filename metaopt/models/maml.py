@@ -66,7 +66,7 @@ class MAML(MetaModel):
         proximity: float = 0.0,
         weights: str | Sequence[str] | Callable[[str], bool] = "*",
     ) -> MAML:
-        """MAML on a module of your own."""
+        """MAML on your own module."""
         return cls(functional(module), loss, proximity, weights)
 
     def init(self) -> tuple[Params, Params]:

@@ -50,7 +50,7 @@ class MetaSGD(MetaModel):
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, rate: float = 0.01) -> MetaSGD:
-        """Meta-SGD on a module of your own."""
+        """Meta-SGD on your own module."""
         return cls(functional(module), loss, rate)
 
     @property

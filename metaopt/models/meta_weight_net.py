@@ -128,7 +128,7 @@ class MetaWeightNet(MetaModel):
         squash: Squash = SigmoidAbove(),
         coefficients: Coefficients = batch_normalised,
     ) -> MetaWeightNet:
-        """A weight net of one hidden ReLU layer, 1-``hidden``-1, around a module of your own.
+        """A weight net of one hidden ReLU layer, 1-``hidden``-1, around your own module.
 
         Its dtype and device are the module's.
         """

@@ -14,7 +14,9 @@ from metaopt.models.base import Loss, MetaModel
 
 @dataclass(frozen=True)
 class Rotation(MetaModel):
-    r"""All parameters of a module are weights; ``lam["angle"]`` is one angle in radians, positive anticlockwise.
+    r"""All parameters of a module are weights.
+
+    ``lam["angle"]`` is one angle in radians, positive anticlockwise.
 
     .. math::
         L(w, \lambda; (x, y)) = \ell\big(f(R_\lambda x;\, w),\, y\big), \qquad L_{val}(w; (x, y)) =
@@ -40,7 +42,7 @@ class Rotation(MetaModel):
 
     @classmethod
     def of(cls, module: nn.Module, loss: Loss, *, degrees: float = 0.0) -> Rotation:
-        """A learned rotation before a module of your own."""
+        """A learned rotation before your own module."""
         return cls(functional(module), loss, degrees)
 
     def init(self) -> tuple[Params, Params]:

@@ -45,7 +45,7 @@ class RTN(MetaModel):
     def of(
         cls, module: nn.Module, loss: Loss, *, after: Sequence[str], bottleneck: int, features: int | None = None
     ) -> RTN:
-        """Representation transformations put into a module of your own, which stays as it is.
+        """Representation transformations put into your own module, which stays as it is.
 
         Args:
             module: any module.

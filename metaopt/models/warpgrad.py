@@ -109,7 +109,7 @@ class WarpGrad(MetaModel):
     def of(
         cls, sequential: nn.Sequential, loss: Loss, *, warp: WarpFactory = Warp(), after: Sequence[str] | None = None
     ) -> WarpGrad:
-        """Warp layers put into a net of your own, which stays as it is.
+        """Warp layers put into your own net, which stays as it is.
 
         Args:
             sequential: the net; its children are the layers or blocks.

@@ -16,7 +16,9 @@ from metaopt.optim.optimizer import Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    r"""Adam, equal to ``torch.optim.Adam`` step by step. Slots: ``first``, ``second`` (and ``largest`` with AMSGrad).
+    r"""Adam, equal to ``torch.optim.Adam`` step by step.
+
+    Slots: ``first``, ``second`` (and ``largest`` with AMSGrad).
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1-\beta_1) g,\quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g^2,\quad

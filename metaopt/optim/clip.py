@@ -18,7 +18,9 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class ClipValue(Wrapper):
-    """Every entry of the gradient clamped to ``[-limit, limit]``, as ``torch.nn.utils.clip_grad_value_``; derivative 0 where it binds.
+    """Every entry of the gradient clamped to ``[-limit, limit]``, as ``torch.nn.utils.clip_grad_value_``.
+
+    Derivative 0 where it binds.
 
     Args:
         optimizer: gets the clamped gradient.

@@ -1,4 +1,7 @@
-"""Different optimisers, or the same with different rates, for named groups of weights; and weights that do not move."""
+"""Different optimisers, or the same with different rates, for named groups of weights.
+
+And weights that do not move.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class NAdam(Optimizer):
-    r"""NAdam, equal to ``torch.optim.NAdam`` step by step. Slots: ``first``, ``second``, ``product`` (of the μ so far).
+    r"""NAdam, equal to ``torch.optim.NAdam`` step by step.
+
+    Slots: ``first``, ``second``, ``product`` (of the μ so far).
 
     .. math::
         \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad

@@ -112,7 +112,7 @@ class Optimizer:
         raise NotImplementedError
 
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """One tensor's update: new tensor, new slots. ``t`` is the number of its own step, 1 … T.
+        """One tensor's update: new tensor, new slots. ``t`` is the number of this tensor's step, 1 … T.
 
         Pure, out of place, differentiable in everything.
         """
@@ -244,7 +244,9 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
 
 
 def per_layer(values: Mapping[str, Any], spec: tree.Spec, name: str) -> list[Any]:
-    """A value for each weight leaf from values by glob patterns of their names; the first that matches counts.
+    """A value for each weight leaf from values by glob patterns of their names.
+
+    The first that matches counts.
 
     Raises:
         ValueError: if a weight matches no pattern, or a pattern no weight.

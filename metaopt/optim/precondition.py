@@ -64,7 +64,9 @@ class Precondition(Wrapper):
 
 
 def meta_curvature(optimizer: Optimizer, factors: Callable[[Tree], Tree]) -> Precondition:
-    """Meta-Curvature: ``G ↦ M_o G M_i`` for matrices, ``g ↦ M_o g`` for vectors; other ranks through unchanged.
+    """Meta-Curvature: ``G ↦ M_o G M_i`` for matrices, ``g ↦ M_o g`` for vectors.
+
+    Other ranks through unchanged.
 
     Args:
         optimizer: gets the transformed gradient.

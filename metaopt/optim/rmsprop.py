@@ -17,7 +17,9 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 @dataclass(frozen=True)
 class RMSprop(Optimizer):
-    r"""RMSprop, equal to ``torch.optim.RMSprop`` step by step. Slots: ``second``, ``mean`` (centred), ``momentum``.
+    r"""RMSprop, equal to ``torch.optim.RMSprop`` step by step.
+
+    Slots: ``second``, ``mean`` (centred), ``momentum``.
 
     .. math::
         v_t = \alpha v_{t-1} + (1-\alpha) g^2,\quad d_t = \frac{g}{\sqrt{v_t - \bar g_t^2 \text{ if

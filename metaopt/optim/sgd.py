@@ -16,7 +16,9 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots, is_zero
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    r"""SGD with momentum, dampening, weight decay and Nesterov's variant; equal to ``torch.optim.SGD`` step by step.
+    r"""SGD with momentum, dampening, weight decay and Nesterov's variant.
+
+    Equal to ``torch.optim.SGD`` step by step.
 
     .. math::
         g \leftarrow g + \text{wd}\, w, \qquad

@@ -18,7 +18,9 @@ CONVERT = "take one from mo.optim, or convert torch's with mo.interop.from_torch
 
 @dataclass(frozen=True)
 class Wrapper(Optimizer):
-    """Hands everything on to ``optimizer``. A subclass changes what comes in (:meth:`incoming`) or overrides :meth:`update`.
+    """Hands everything on to ``optimizer``.
+
+    A subclass changes what comes in (:meth:`incoming`) or overrides :meth:`update`.
 
     Slots: ``inner``, those of the wrapped optimiser.
 

@@ -39,12 +39,17 @@ def cifar10(root: str | Path, part: Part = "train", *, download: bool = False) -
 
 
 def cifar100(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
-    """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 3×32×32, in ``cifar-100-python/``; as :func:`cifar10`."""
+    """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 3×32×32, in ``cifar-100-python/``.
+
+    As :func:`cifar10`.
+    """
     return _cifar(_torchvision.datasets().CIFAR100, Path(root), part, download)
 
 
 def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
-    """Fashion-MNIST: 10 classes, 60,000 training and 10,000 test images of 1×28×28; Xiao et al. 2017, `arXiv 1708.07747 <https://arxiv.org/abs/1708.07747>`__.
+    """Fashion-MNIST: 10 classes, 60,000 training and 10,000 test images of 1×28×28.
+
+    Xiao et al. 2017, `arXiv 1708.07747 <https://arxiv.org/abs/1708.07747>`__.
 
     Args:
         root: where ``FashionMNIST/raw/`` with the four unpacked idx files is.
@@ -59,7 +64,10 @@ def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = Fa
 
 
 def mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
-    """MNIST: 10 digits, 60,000 training and 10,000 test images of 1×28×28, in ``MNIST/raw/``; LeCun et al. 1998; as :func:`fashion_mnist`."""
+    """MNIST: 10 digits, 60,000 training and 10,000 test images of 1×28×28, in ``MNIST/raw/``.
+
+    LeCun et al. 1998; as :func:`fashion_mnist`.
+    """
     return _idx("MNIST", _MNIST, Path(root), part, download)
 
 
@@ -71,7 +79,7 @@ def folder(path: str | Path, size: int = 64) -> LabelledImages:
         ValueError: if an image is damaged.
     """
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is no folder; it should hold one sub-folder of images per class")
+        raise FileNotFoundError(f"{path} is not a folder; it should hold one sub-folder of images per class")
     return LabelledImages.of(_torchvision.datasets().ImageFolder(path, loader=partial(open_image, size=size)))
 
 
@@ -119,7 +127,7 @@ def _idx_part(reader: Any, place: Path, name: str, source: str) -> tuple[Tensor,
             contents.append(read(str(place / file)))
         except Exception as error:  # whatever a wrong header leads to
             raise ValueError(
-                f"{place / file} is damaged, it is no idx file of the expected kind; fetch it again"
+                f"{place / file} is damaged, it is not an idx file of the expected kind; fetch it again"
             ) from error
     images, labels = contents
     if len(images) != len(labels):

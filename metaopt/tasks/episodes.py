@@ -44,7 +44,7 @@ class Episodes:
         shots: training examples per class.
         test_shots: test examples per class; none is also a training example.
         batch_size: examples per task in a minibatch.
-        crop: training images are padded with black by so many pixels and cropped back at random; 0
+        crop: training images are padded with this many black pixels and cropped back at random; 0
             for none.
         flip: training images are mirrored with probability ½; switch it off where a mirror image is
             another class.
@@ -233,7 +233,7 @@ def _augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator
 
 
 def _generator(seed: int, number: int, *, stream: int) -> torch.Generator:
-    """A generator of its own for each ``(seed, number, stream)``.
+    """A separate generator for each ``(seed, number, stream)``.
 
     On the CPU, so that every device sees the same numbers.
     """

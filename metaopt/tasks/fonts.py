@@ -61,7 +61,9 @@ class Font:
 
 
 def fonts(files: Sequence[str | Path] | None = None) -> list[Font]:
-    """The text fonts among ``files``, default those of matplotlib and of the system; sorted, each file name once.
+    """The text fonts among ``files``, default those of matplotlib and of the system.
+
+    Sorted, each file name once.
 
     Files that FreeType cannot read are passed over, and so are symbol fonts.
 
@@ -110,7 +112,7 @@ def _read(path: Path) -> Font | None:
     characters = frozenset(font.get_charmap())
     if family.startswith("Computer Modern"):
         characters &= _TEX_TEXT
-    elif not characters.issuperset(map(ord, string.ascii_letters)):  # a script's font, with punctuation of its own kind
+    elif not characters.issuperset(map(ord, string.ascii_letters)):  # a script's font, with its own punctuation
         characters = frozenset(code for code in characters if code > _LAST_CYRILLIC)
     return Font(path, family, characters)
 

@@ -253,7 +253,10 @@ def _distinct(sheets: list[tuple[Font, Sheet]], character: str, families: tuple[
 
 
 def _spread(origin: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` image numbers in turns over the families; no image comes again before each of its family has come."""
+    """``count`` image numbers in turns over the families.
+
+    No image comes again before each of its family has come.
+    """
     queues = []
     for family in origin.unique():
         members = (origin == family).nonzero().squeeze(1)

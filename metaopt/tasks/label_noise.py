@@ -31,7 +31,10 @@ def flip2(labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
 
 
 def _corrupt(labels: Tensor, classes: int, rate: float, seed: int, *, others: int) -> Tensor:
-    """The common part; ``others`` confused classes per class, 0 for all. The global random state is not used."""
+    """The common part; ``others`` confused classes per class, 0 for all.
+
+    The global random state is not used.
+    """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels are class numbers (integers), got a tensor of {labels.dtype}")
     if not 0 <= rate <= 1:

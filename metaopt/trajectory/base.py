@@ -61,7 +61,9 @@ class Moment(NamedTuple):
     def pullback(
         self, step: Step, cotangent: InnerState, wrt: Wrt = "both", losses: list[Losses] | None = None
     ) -> tuple[InnerState | None, Tree]:
-        """``(αA, αB)`` at this step, replaying its random draws; call inside :func:`metaopt.replay.preserved`.
+        """``(αA, αB)`` at this step, replaying its random draws.
+
+        Call inside :func:`metaopt.replay.preserved`.
 
         ``losses`` gets the inner loss of the run and that of the replay, where both are known.
         """
@@ -207,4 +209,4 @@ def check_replayed(losses: list[Losses]) -> None:
 
 
 ROUNDINGS = 1e4
-"""Between two evaluations of a loss lie so many roundings at most: kernels differ with what is to be differentiated."""
+"""Two evaluations of a loss differ by at most this many roundings: kernels differ with what is to be differentiated."""

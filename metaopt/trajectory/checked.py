@@ -30,7 +30,7 @@ class Checked:
     it leads to when run again (:class:`Reversible`, whose run is in fixed point, runs its steps
     again itself; over :class:`Budgeted` some steps are run with their graph and recomputed without,
     where GroupNorm, SiLU and Mish round otherwise, and that is reported too). So it finds
-    checkpoints or reversals that went astray and steps that are no function of ``(state, lam,
+    checkpoints or reversals that went astray and steps that are not functions of ``(state, lam,
     batch)``: batches changed in place, random numbers from outside torch, buffers that move,
     another number of threads.
 

@@ -61,7 +61,9 @@ class CheckpointedTape:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """A few states, placed so that recomputing the rest costs little; the numbers are those of :class:`Full`, to the bit on a CPU.
+    """A few states, placed so that recomputing the rest costs little.
+
+    The numbers are those of :class:`Full`, to the bit on a CPU.
 
     Griewank and Walther 2000, "Algorithm 799: Revolve"; Chen et al. 2016, `arXiv 1604.06174
     <https://arxiv.org/abs/1604.06174>`__ (√T).

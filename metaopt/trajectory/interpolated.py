@@ -27,7 +27,9 @@ class InterpolatedTape(NamedTuple):
 
 @dataclass(frozen=True)
 class Interpolated:
-    r"""Both ends of the run; states between them are read off the straight line (slots too). Same batches, same order.
+    r"""Both ends of the run; states between them are read off the straight line (slots too).
+
+    Same batches, same order.
 
     .. math:: \hat s_{t-1} = \left(1 - \tfrac{t-1}{T}\right) s_0 + \tfrac{t-1}{T}\, s_T
 

@@ -17,7 +17,9 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Offloaded:
-    """States on another device or in memory-mapped files; all of them, or those that a checkpointed trajectory holds.
+    """States on another device or in memory-mapped files.
+
+    All of them, or those that a checkpointed trajectory holds.
 
     The numbers are those of :class:`Full`. Cost: copying each held state away and back. Memory
     where the run happens: one state. Files have no names, so that nothing is left behind, even if
@@ -52,7 +54,7 @@ class Offloaded:
             if getattr(self, name) is not None:
                 checks.instance(self, name, getattr(self, name), str)
         if self.of.store != ByReference():
-            raise ValueError(f"Offloaded: the trajectory to offload has a store of its own already: {self.of.store}")
+            raise ValueError(f"Offloaded: the trajectory to offload has a store already: {self.of.store}")
 
     @property
     def checkpoints(self) -> Checkpointed:

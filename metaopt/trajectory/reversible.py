@@ -158,7 +158,10 @@ def _settings(optimizer: SGD, state: InnerState, lam: Tree) -> tuple[list[Any], 
 
 
 def _push(step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[list[Tensor], Tensor | None]:
-    """What the step adds to the decayed velocity, which is the velocity it leads to from rest; and the inner loss."""
+    """What the step adds to the decayed velocity, which is the velocity it leads to from rest.
+
+    And the inner loss.
+    """
     at_rest = state._replace(slots=tree.zeros_like(state.slots))
     new, loss = step.evaluate(at_rest, lam, batch)
     pairs = zip(tree.names(state.w), tree.leaves(at_rest.w), tree.leaves(new.w), strict=True)

@@ -142,7 +142,9 @@ def momentum(
 def log_l2(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2, direct: float = 0.3
 ) -> Case:
-    r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`; the outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
+    r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`.
+
+    The outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
 
     Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T
     (w_0 - w^*)`, and by

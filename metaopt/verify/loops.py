@@ -67,7 +67,7 @@ class Loop:
     draws: int | None = None
 
     def truth(self, horizon: int, last: int | None = None) -> Truth:
-        """Autograd through the loop; with ``last``, the state before the last so many steps is a constant."""
+        """Autograd through the loop; with ``last``, the state before the last steps is a constant."""
         if self.draws is not None:
             torch.manual_seed(self.draws)
         p = self.problem
@@ -216,7 +216,7 @@ def adaptive_net() -> Loop:
 
 
 def wide(size: int) -> Loop:
-    """Many weights, each in a bowl of its own around λ that drifts from batch to batch, momentum SGD."""
+    """Many weights, each in a separate bowl around λ that drifts from batch to batch, momentum SGD."""
     normal = _normals(3)
     w0 = {"a": normal(size), "b": normal(7)}
     lam = {"a": normal(size), "b": normal(7)}
@@ -327,7 +327,7 @@ def _drawn_batch(t: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_zeros(count: int) -> Callable[[Tree], list[Parts]]:
-    """The weights, and so many lists of zeros like them."""
+    """The weights, and lists of zeros like them."""
 
     def start(w: Tree) -> list[Parts]:
         flat = tree.leaves(w)

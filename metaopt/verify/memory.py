@@ -1,7 +1,7 @@
 """Peak tensor memory of a call: what torch's operations allocate and still hold, in bytes.
 
 On a CPU nobody keeps this count: the resident set's peak (what ``benchmarks/`` measures, in a
-process of its own) cannot be reset and includes the allocator's slack, and the profiler takes
+separate process) cannot be reset and includes the allocator's slack, and the profiler takes
 seconds and writes to the terminal. Here every new storage that an operation returns is added when
 it appears and subtracted when it is freed; a kernel's scratch space inside one operation is not
 seen. On a GPU the caching allocator's own peak is used. The count slows small operations down
@@ -22,7 +22,9 @@ from metaopt import tree
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> int:
-    """The most bytes that tensors made during ``call()`` held at one time; what existed before is not counted.
+    """The most bytes that tensors made during ``call()`` held at one time.
+
+    What existed before is not counted.
 
     Args:
         call: is run once.

@@ -50,7 +50,7 @@ def _derivatives(optimizer: Optimizer) -> Iterator[Row]:
             yield row
     state = step.init(w, lam)
     for t in range(1, 5):
-        if t != 3:  # the first step is a case of its own in many optimisers, every second one in others
+        if t != 3:  # the first step is a special case in many optimisers, every second one in others
             for row in derivative_rows(step, state, lam, x, seed=t):
                 if row.case != "uses lam":  # an accumulating optimiser does not in every step
                     yield row._replace(note=f"step {t}")

@@ -1,4 +1,4 @@
-"""Formulas of the estimators that draw noise, or take the outer loss at weights of their own, written out over flattened λ.
+"""Formulas of the estimators that draw noise, or take the outer loss at other weights, written out over flattened λ.
 
 The noise is drawn here again, from the estimator's seed: one draw per inner step (and pair, or
 sketch), a leaf at a time.

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random problems and random λ to hold an estimator, or a step Φ, of your own to.
+"""Hypothesis strategies: random problems and random λ to hold an estimator, or a step Φ, to.
 
 .. code-block:: python
 
