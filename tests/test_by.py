@@ -89,6 +89,7 @@ def test_over_stacked_tasks_a_rate_is_shared():
         (mo.by("lr.head"), {"lr": number(0.1)}, "it holds a Tensor"),
         (mo.by("lr", per_step=True), {"lr": torch.full((2,), 0.1, dtype=F64)}, "step 3 needs a value, and lam holds 2"),
         (mo.by("lr", per_step=True), {"lr": number(0.1)}, "step 1 needs a value, and lam holds 1"),
+        (mo.by("lr"), {"lr": torch.full((5,), 0.1, dtype=F64)}, r"one tensor of shape \(5,\), which does not fit"),
         (mo.by("lr"), {"lr": {"c*": number(0.1)}}, r"no pattern matches the weights \['a', 'b'\]"),
         (mo.by("lr"), {"lr": {"*": number(0.1), "b": number(0.1)}}, r"the patterns \['b'\] match no weight first"),
     ],

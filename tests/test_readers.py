@@ -258,7 +258,7 @@ def test_a_folder_of_images(tmp_path):
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/nowhere is not a folder"):
         folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         folder(tmp_path)

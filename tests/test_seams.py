@@ -244,3 +244,35 @@ def test_every_name_of_ours_in_a_message_exists():
                 except AttributeError:
                     missing.append(f"{path.name}: mo.{name}")
     assert not missing
+
+
+def test_tuples_that_are_one_batch_are_not_taken_for_several():
+    step, outer, w, lam, batches = bowl()
+    pair = (torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="outer_batch is a tuple of tensors, which looks like one batch"):
+        mo.hypergradient(step, outer, w, lam, batches, pair, at=(1, 2))
+    with pytest.raises(TypeError, match="outer_batches is a tuple of tensors, which looks like one batch"):
+        mo.online(step, outer, w, lam, batches, pair, estimator=mo.OneStep(), optimizer=torch.optim.SGD)
+
+
+def test_transforms_around_a_run_are_refused():
+    step, outer, w, lam, batches = bowl()
+    with pytest.raises(RuntimeError, match=r"cannot be inside torch\.func\.grad, jacrev, jvp or vmap"):
+        torch.vmap(lambda lam: mo.hypergradient(step, outer, w, lam, batches, None).total)(torch.stack([lam, lam]))
+
+
+def test_ragged_tasks_are_not_vmapped():
+    loss = mo.vmapped(lambda w, lam, x: (w - x).square().mean())
+    with pytest.raises(TypeError, match=r"take mo\.looped\(loss\)"):
+        loss(torch.zeros(2), None, mo.meta.Ragged([torch.ones(2), torch.ones(3)]))
+
+
+def test_a_torch_optimiser_is_sent_to_interop():
+    net = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"got torch's SGD: mo\.interop\.from_torch"):
+        mo.inner_step(lambda w, lam, b: w.sum(), torch.optim.SGD(net.parameters(), 0.1))
+
+
+def bowl():
+    step = mo.inner_step(lambda w, lam, _: 0.5 * (w - lam).square().sum(), mo.optim.SGD(lr=0.1))
+    return step, lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3

@@ -61,7 +61,7 @@ def test_a_configured_optimiser_keeps_its_groups_and_state():
     outer.update([torch.zeros(1, dtype=F64)] * 2)
     assert torch.allclose(before[0] - outer.lam[0], torch.tensor([0.9], dtype=F64))
     assert torch.allclose(before[1] - outer.lam[1], torch.tensor([0.009], dtype=F64))
-    with pytest.raises(ValueError, match="no leaves of lam"):
+    with pytest.raises(ValueError, match="not leaves of lam"):
         OuterOptimizer([a.clone()], optimizer)
 
 

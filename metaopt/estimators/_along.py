@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metaopt import tree
+from metaopt.estimators._arguments import check_several
 from metaopt.estimators.base import Estimator, Response, Terms
 from metaopt.estimators.outer import OuterLoss, OuterObjective
 from metaopt.inner.contract import Step
@@ -40,6 +41,7 @@ def along(outer_loss: OuterLoss, outer_batch: Any, at: tuple[int, ...]) -> dict[
     """
     if callable(outer_batch):
         return {t: OuterObjective(outer_loss, outer_batch(t), look=t == at[0]) for t in at}
+    check_several(outer_batch, "outer_batch")
     if not isinstance(outer_batch, Sequence) or len(outer_batch) != len(at):
         raise TypeError(
             f"with at={at}, outer_batch is a sequence of {len(at)} batches, one for each step, or a function "

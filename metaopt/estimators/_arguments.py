@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
+from metaopt import tree
 from metaopt.estimators.base import Estimator
 from metaopt.inner.contract import Step
+from metaopt.tree import Tree
 
 
 def check_arguments(step: Any, w0: Any, lam: Any, batches: Any, estimator: Any, outer_loss: Any = None) -> None:
@@ -30,10 +33,25 @@ def check_arguments(step: Any, w0: Any, lam: Any, batches: Any, estimator: Any, 
     check_estimator(estimator)
     check_tree(w0, "w0", "mo.functional(module).params")
     check_tree(lam, "lam", "a tensor, or a dict of tensors")
+    check_several(batches, "batches")
+    refuse_transforms((w0, lam))
+
+
+def check_several(batches: Any, name: str) -> None:
+    """Raise a ``TypeError`` for a tuple of tensors, which is one batch and not several."""
     if isinstance(batches, tuple) and batches and all(isinstance(x, Tensor) for x in batches):
         raise TypeError(
-            "batches is a tuple of tensors, which looks like one batch: one batch for each inner step is a list, "
-            "[(x, y)] * T"
+            f"{name} is a tuple of tensors, which looks like one batch: one batch for each step is a list, [(x, y)] * n"
+        )
+
+
+def refuse_transforms(inputs: Tree) -> None:
+    """Raise a ``RuntimeError`` under ``torch.func``'s transforms, which see no node of autograd."""
+    if any(isinstance(x, Tensor) and is_functorch_wrapped_tensor(x) for x in tree.leaves(inputs)):
+        raise RuntimeError(
+            "a run is differentiated by plain autograd and cannot be inside torch.func.grad, jacrev, jvp or vmap: take "
+            "torch.autograd.grad or torch.autograd.functional.jacobian of mo.unroll, and stack runs with "
+            "mo.vmapped(loss) instead of vmap"
         )
 
 

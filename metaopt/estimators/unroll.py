@@ -12,11 +12,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
 from metaopt import tree
 from metaopt.estimators._along import as_taken, check_at, responses_along
-from metaopt.estimators._arguments import check_arguments
+from metaopt.estimators._arguments import check_arguments, refuse_transforms
 from metaopt.estimators._beginning import check_resumed, filled, speak_of_dropped
 from metaopt.estimators.base import Estimator, Response
 from metaopt.estimators.hypergradient import Batches, check_finite, check_lam, opened
@@ -119,16 +118,6 @@ def unroll(
     else:
         states = run.differentiable(w0, lam, first, stream)
     return states[0] if at is None else tuple(states)
-
-
-def refuse_transforms(inputs: Tree) -> None:
-    """Raise a ``RuntimeError`` under ``torch.func``'s transforms, which see no node of autograd."""
-    if any(isinstance(x, Tensor) and is_functorch_wrapped_tensor(x) for x in tree.leaves(inputs)):
-        raise RuntimeError(
-            "unroll is a node of plain autograd and cannot be inside torch.func.grad, jacrev, jvp or vmap: take "
-            "torch.autograd.grad or torch.autograd.functional.jacobian of it, and stack runs with mo.vmapped(loss) "
-            "instead of vmap"
-        )
 
 
 @dataclass

@@ -62,8 +62,10 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be a function (w, lam, batch) -> scalar, got {type(inner_loss).__name__}")
     if not isinstance(optimizer, Optimizer):
+        kind = f"{type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}"
         raise TypeError(
-            f"optimizer must come from metaopt.optim, e.g. mo.optim.SGD(lr=0.1); got {type(optimizer).__name__}"
+            f"optimizer must come from metaopt.optim, e.g. mo.optim.SGD(lr=0.1); got {kind}: "
+            "mo.interop.from_torch(optimizer, module) converts one of torch.optim"
         )
     if isinstance(inner_loss, TaskLoss) and inner_loss.reduction != "sum":
         raise ValueError(

@@ -166,6 +166,8 @@ class Vmapped(TaskLoss):
 
     @override
     def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+        if isinstance(batch, Ragged):
+            raise TypeError("tasks of different sizes cannot be computed in one call: take mo.looped(loss)")
         flat, spec = tree.flatten((w, batch))
         axes = tuple([0 if isinstance(leaf, Tensor) else None for leaf in flat])
 

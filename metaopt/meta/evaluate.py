@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt.estimators._arguments import check_tree
 from metaopt.estimators.hypergradient import Batches, opened
-from metaopt.inner.contract import Step
+from metaopt.inner.contract import Step, checked_scalar
 from metaopt.inner.state import InnerState
 from metaopt.inner.tasks import TaskLoss, Vmapped, for_all_tasks, is_stacked
 from metaopt.tree import Tree
@@ -54,7 +54,7 @@ def evaluate(
         for batch in stream:
             state = step(state, lam, batch)
         if not is_stacked(step):
-            return metric(state.w, lam, test_batch)
+            return checked_scalar(metric(state.w, lam, test_batch), "the metric")
         loss = getattr(step, "inner_loss", None)
         over = replace(loss, loss=metric) if isinstance(loss, TaskLoss) else Vmapped(metric)
         return over.each(state.w, lam, test_batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def progress(reports: Reports, history: History | None = None) -> Iterator[Report]:
+def progress(reports: Iterable[Report], history: History | None = None) -> Iterator[Report]:
     """The reports of :func:`metaopt.tune` or :func:`metaopt.online`, behind a progress bar.
 
     The bar shows the outer loss and the norm of the hypergradient, in a terminal or a notebook. A
@@ -29,7 +29,8 @@ def progress(reports: Reports, history: History | None = None) -> Iterator[Repor
         reports: what the loop yields.
         history: keeps the numbers of each report.
     """
-    with tqdm(total=reports.total, unit=reports.unit) as bar:
+    total, unit = (reports.total, reports.unit) if isinstance(reports, Reports) else (None, "report")
+    with tqdm(total=total, unit=unit) as bar:
         for report in reports:
             if history is not None:
                 history.add(report)
@@ -68,6 +69,8 @@ class History:
 
     def add(self, report: Report) -> None:
         """Keep the numbers of a report."""
+        if not isinstance(report, Report):
+            raise TypeError(f"a history keeps the reports of mo.tune and mo.online, got {type(report).__name__}")
         row = {"number": report.number, "outer loss": _number(report.outer_loss)}
         row |= {_norm_of(name): norm for name, norm in report.norms.items()}
         for name, leaf in zip(tree.dotted_names(report.lam), tree.leaves(report.lam), strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import checks, replay, tree
-from metaopt.estimators._arguments import check_arguments
+from metaopt.estimators._arguments import check_arguments, check_several
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.cost import Cost, CountedStep
 from metaopt.estimators.hypergradient import Batches, Hypergradient, each, evaluate
@@ -86,6 +86,7 @@ def online(
             outer optimiser not scale-free.
     """
     check_arguments(step, w0, lam, batches, estimator, outer_loss)
+    check_several(outer_batches, "outer_batches")
     checks.one_of("online", "guard", guard, ("raise", "skip", "stop"))
     checks.count("online", "checkpoint_every", checkpoint_every)
     if step.steps_at_once is not None:

@@ -233,6 +233,8 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
     if pair:
         first, second = (per_leaf(entry, lam, t, spec, name) for entry in value)
         return list(zip(first, second, strict=True))
+    if isinstance(value, Tensor) and value.ndim:
+        _check_fits(value, spec, name)
     if value is None or isinstance(value, (int, float, Tensor)):
         return [value] * spec.num_leaves
     try:
@@ -241,6 +243,18 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
         if isinstance(value, Mapping) and all([isinstance(key, str) for key in value]):
             return per_layer(value, spec, name)
         raise ValueError(f"{name} is a pytree, but not like the weights: {error}") from None
+
+
+def _check_fits(value: Tensor, spec: tree.Spec, name: str) -> None:
+    """One tensor for all weights must broadcast to each of them."""
+    for i, leaf in enumerate(tree.leaves(spec.like)):
+        own = leaf.shape[leaf.ndim - value.ndim :] if value.ndim <= leaf.ndim else ()
+        if len(own) != value.ndim or any([n not in (1, m) for n, m in zip(value.shape, own, strict=True)]):
+            raise ValueError(
+                f"{name} is one tensor of shape {tuple(value.shape)}, which does not fit the weight "
+                f"{tree.names(spec.like)[i]} of shape {tuple(leaf.shape)}: give one number, a pytree like the weights, "
+                "patterns of their names, or a value per step with mo.by(..., per_step=True)"
+            )
 
 
 def per_layer(values: Mapping[str, Any], spec: tree.Spec, name: str) -> list[Any]:
