@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 from cases import OPTIMIZERS, TRAJECTORIES
-from problems import noise_like
-from test_compiled import close, problem
+from problems import close, noise_like
+from test_compiled import problem
 
 import metaopt as mo
 from metaopt import tree

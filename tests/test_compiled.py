@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from problems import close
 from torch import nn
 
 import metaopt as mo
@@ -36,12 +37,6 @@ def hypergradient(estimator, *args, **kwargs):
         hg = mo.hypergradient(step, loss, w, lam, batches, batches[0], estimator=estimator)
     assert not any("compiled" in str(w.message) for w in caught)
     return step, hg
-
-
-def close(a, b, tolerance):
-    return all(
-        torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
-    )
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it traces

@@ -8,6 +8,7 @@ import torch
 from cases import PLAIN_OPTIMIZERS, ids
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import close
 
 import metaopt as mo
 from metaopt import tree
@@ -46,13 +47,6 @@ class Problem:
         return mo.hypergradient(
             self.step, self.loss, self.w0, lam or self.lam, self.batches, self.outer_batch, estimator=estimator
         )
-
-
-def close(a, b, tolerance=1e-12):
-    return all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
-    )
 
 
 # -- the estimator -------------------------------------------------------------------------------

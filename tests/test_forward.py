@@ -5,6 +5,7 @@ import torch
 from cases import OPTIMIZERS, OnceDifferentiable, ids
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import close
 from torch import nn
 
 import metaopt as mo
@@ -53,13 +54,6 @@ class Problem:
             state = self.step(state, lam, batch)
         gradients = torch.autograd.grad(outer(state.w, lam, None), tree.leaves(lam), allow_unused=True)
         return tree.filled(tree.unflatten(gradients, tree.flatten(lam)[1]), self.lam)
-
-
-def close(a, b, tolerance=EXACT):
-    return all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
-    )
 
 
 def scheduled(rates=T):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import close
 
 import metaopt as mo
 from metaopt import tree
@@ -54,13 +55,6 @@ class Problem:
         loss = self.outer_loss(state.w, lam, self.outer_batch)
         flat = torch.autograd.grad(loss, tree.leaves(lam) + tree.leaves(w))
         return tree.unflatten(flat[:2], tree.flatten(lam)[1]), tree.unflatten(flat[2:], tree.flatten(w)[1])
-
-
-def close(a, b, tolerance=1e-10):
-    return all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
-    )
 
 
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["plain", "momentum", "schedule"])

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_compiled import close
+from problems import close
 from torch import nn
 from torch._inductor import config as inductor
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -350,7 +350,7 @@ def test_evograd_settings():
     )
     assert torch.equal(carry.w["a"], new.w["a"])
     assert float(estimator.perturbations(carry)["b"].abs().max()) == 0
-    with pytest.raises(ValueError, match="matches no weight"):
+    with pytest.raises(ValueError, match="matches no weight to perturb"):
         gradient(problem, mo.EvoGrad(perturb=["head.*"]))
     for bad in (
         {"copies": 1},

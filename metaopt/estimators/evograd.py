@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -169,9 +168,11 @@ class EvoGrad(Estimator):
         if carry.rng is None:
             raise ValueError("EvoGrad has seen no inner step yet: it needs the batch of one")
         noise, _ = _noise.draw(carry.w, self.noise, carry.generator, copies=self.copies)
-        chosen = self._chosen(tree.names(carry.w))
+        names = tree.dotted_names(carry.w)
+        chosen = names if self.perturb is None else tree.matching(names, self.perturb, "weight to perturb")
         flat, spec = tree.flatten(noise)
-        epsilon = [self.sigma * e if keep else torch.zeros_like(e) for e, keep in zip(flat, chosen, strict=True)]
+        pairs = zip(flat, names, strict=True)
+        epsilon = [self.sigma * e if name in chosen else torch.zeros_like(e) for e, name in pairs]
         if all(bool((e == e[:1]).all()) for e in epsilon):
             warnings.warn(
                 f"EvoGrad: all {self.copies} perturbed copies of the weights are identical, so this hypergradient is "
@@ -181,15 +182,6 @@ class EvoGrad(Estimator):
                 stacklevel=3,
             )
         return tree.unflatten(epsilon, spec)
-
-    def _chosen(self, names: list[str]) -> list[bool]:
-        if self.perturb is None:
-            return [True] * len(names)
-        plain = [name.replace("']['", ".").removeprefix("['").removesuffix("']") for name in names]
-        for pattern in self.perturb:
-            if not any(fnmatchcase(name, pattern) for name in plain):
-                raise ValueError(f"EvoGrad: the pattern {pattern!r} in perturb matches no weight; names are {plain}")
-        return [any(fnmatchcase(name, pattern) for pattern in self.perturb) for name in plain]
 
     def _losses(self, step: Step, population: Tree, lam: Tree, carry: EvoGradCarry) -> Tensor:
         assert carry.rng is not None  # perturbations() has checked it

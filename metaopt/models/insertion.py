@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from metaopt import tree
 from metaopt.functional import FunctionalModel, Params, functional, partition
 
 NAME = "inserted"
@@ -53,8 +53,8 @@ def choose(
         kinds = " or ".join(kind.__name__ for kind in (default if isinstance(default, tuple) else (default,)))
         missing = [] if found else [f"a {kinds}"]
     else:
-        found = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in after)]
-        missing = [pattern for pattern in after if not any(fnmatchcase(name, pattern) for name in layers)]
+        found = [name for name in layers if tree.matches(name, after)]
+        missing = [pattern for pattern in after if not any(tree.matches(name, [pattern]) for name in layers)]
     if missing or not found:
         raise ValueError(
             f"the module has no layer {', '.join(missing) or 'chosen'}: name some in after=, of {list(layers)}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -119,7 +118,7 @@ class Groups(Optimizer):
         members: list[list[int]] = [[] for _ in self.groups]
         for j, name in enumerate(tree.dotted_names(w)):
             for i, (patterns, _) in enumerate(self.groups):
-                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                if tree.matches(name, patterns):
                     members[i].append(j)
                     break
             else:
