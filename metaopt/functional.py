@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -109,6 +110,19 @@ class FunctionalModel:
         moved = moving(self._template)
         other = self._in_mode(False, moved if statistics == "batch" else [])
         other._stale = moved if statistics is None else []
+        return other
+
+    def to(self, where: torch.device | torch.dtype | str) -> FunctionalModel:
+        """The same function on another device, or with floating-point tensors of another dtype; this one stays as it is.
+
+        Weights, λ and batches follow with :func:`metaopt.tree.to`.
+        """
+        template = copy.deepcopy(self._template).to(where)
+        found = {name: p.detach() for name, p in template.named_parameters()}
+        params = {name: found[name] for name in self.params}
+        frozen = {name: found[name] for name in self.frozen}
+        other = FunctionalModel(template, params, frozen, dict(template.named_buffers()))
+        other._stale = self._stale
         return other
 
     def _in_mode(self, mode: bool, in_training: Sequence[str]) -> FunctionalModel:

@@ -226,6 +226,17 @@ def clone(tree: Tree) -> Tree:
     return map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
+def to(tree: Tree, where: torch.device | torch.dtype | str) -> Tree:
+    """Weights, λ or a batch on another device, or with floating-point tensors in another dtype.
+
+    >>> to({"x": torch.zeros(2), "n": torch.tensor(3)}, torch.float64)
+    {'x': tensor([0., 0.], dtype=torch.float64), 'n': tensor(3)}
+    """
+    if isinstance(where, torch.dtype):
+        return map(lambda x: x.to(where) if is_float(x) else x, tree)
+    return map(lambda x: x.to(where) if isinstance(x, Tensor) else x, tree)
+
+
 def attach(tree: Tree) -> Tree:
     """The same values as fresh autograd leaves, so that a derivative with respect to them can be asked for."""
     return attached(tree)[0]
@@ -369,15 +380,9 @@ def check_like(tree: Tree, reference: Tree, what: str, reference_what: str) -> N
             got = getattr(x, attribute, None)
             want = getattr(y, attribute, None)
             if got != want:
-                shown = (
-                    (tuple(got), tuple(want))
-                    if attribute == "shape" and got is not None and want is not None
-                    else (got, want)
-                )
+                got, want = [tuple(x) if isinstance(x, torch.Size) else x for x in (got, want)]
                 name = names(reference)[number]
-                raise ValueError(
-                    f"{what} does not match {reference_what} at {name}: {attribute} {shown[0]} against {shown[1]}"
-                )
+                raise ValueError(f"{what} does not match {reference_what} at {name}: {attribute} {got} against {want}")
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

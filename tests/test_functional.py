@@ -1,5 +1,7 @@
 """Modules as functions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,24 @@ def test_a_linear_layer_under_vmap(bias, shape):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = torch.vmap(model, in_dims=(None, 0))({name: p.detach() for name, p in model.params.items()}, x.float())
     assert y.dtype == torch.bfloat16
+
+
+def test_models_weights_and_batches_move_in_one_way():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    model = mo.functional(net)
+    double = model.to(torch.float64)
+    batch = {"x": torch.randn(5, 3), "y": torch.arange(5), "name": "five"}
+    moved = mo.tree.to(batch, torch.float64)
+    assert (moved["x"].dtype, moved["y"].dtype, moved["name"]) == (torch.float64, torch.int64, "five")
+    expected = copy.deepcopy(net).double()(moved["x"])
+    torch.testing.assert_close(double(double.params, moved["x"]), expected, rtol=1e-12, atol=1e-12)
+    assert {p.dtype for p in [*double.params.values(), *double.frozen.values()]} == {torch.float64}
+    assert {p.dtype for p in model.params.values()} == {torch.float32}
+    assert net[0].weight.dtype == torch.float32
+    away = model.to("meta")
+    out = away(mo.tree.to(model.params, "meta"), mo.tree.to(batch["x"], "meta"))
+    assert out.device.type == "meta"
+    assert out.shape == (5, 2)
+    with pytest.raises(ValueError, match="has not moved them"):
+        model.eval().to(torch.float64)(double.params, moved["x"])
