@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -117,7 +116,8 @@ class FunctionalModel:
 
         Weights, λ and batches follow with :func:`metaopt.tree.to`.
         """
-        template = copy.deepcopy(self._template).to(where)
+        held = [*self._template.parameters(), *self._template.buffers()]
+        template = sharing_copy(self._template, {id(x): tree.to(x, where) for x in held})
         found = {name: p.detach() for name, p in template.named_parameters()}
         params = {name: found[name] for name in self.params}
         frozen = {name: found[name] for name in self.frozen}

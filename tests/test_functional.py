@@ -167,8 +167,12 @@ def test_models_weights_and_batches_move_in_one_way():
     assert {p.dtype for p in model.params.values()} == {torch.float32}
     assert net[0].weight.dtype == torch.float32
     away = model.to("meta")
-    out = away(mo.tree.to(model.params, "meta"), mo.tree.to(batch["x"], "meta"))
-    assert out.device.type == "meta"
-    assert out.shape == (5, 2)
+    everything = [
+        *away.params.values(),
+        *away.frozen.values(),
+        *away.buffers.values(),
+        *mo.tree.to([net[0].bias], "meta"),
+    ]
+    assert {x.device.type for x in everything} == {"meta"}
     with pytest.raises(ValueError, match="has not moved them"):
         model.eval().to(torch.float64)(double.params, moved["x"])
