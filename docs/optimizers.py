@@ -1,26 +1,23 @@
 """Writes ``docs/optimizers.md``.
 
-What holds for each inner optimiser, found out by trying it on the rows of ``tests/cases.py``.
+What holds for each inner optimiser, found out by trying it on the rows of ``metaopt/verify/tables.py``.
 
 python docs/optimizers.py
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
+import metaopt as mo
+from metaopt import tree
+from metaopt.verify.tables import OPTIMIZERS, OptimizerCase
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from cases import OPTIMIZERS, OptimizerCase  # noqa: E402
-
-import metaopt as mo  # noqa: E402
-from metaopt import tree  # noqa: E402
 
 TARGET = ROOT / "docs" / "optimizers.md"
 

@@ -112,7 +112,7 @@ class FunctionalModel:
         return other
 
     def to(self, where: torch.device | torch.dtype | str) -> FunctionalModel:
-        """The same function on another device, or with floating-point tensors of another dtype; this one stays as it is.
+        """The same function on another device or in another dtype; this one stays as it is.
 
         Weights, λ and batches follow with :func:`metaopt.tree.to`.
         """

@@ -1,4 +1,4 @@
-"""Exact replay: what a step drew is drawn again when it is recomputed, and what it read has not been written into since.
+"""Exact replay: a recomputed step draws what it drew, and reads what it read.
 
 What comes from torch's global random generators is drawn again.
 

@@ -1,4 +1,4 @@
-r"""How close estimators come to the exact hypergradient along one inner run (figure 3 of the HyperDistill paper, `arXiv 2110.02508 <https://arxiv.org/abs/2110.02508>`__)."""
+"""How close estimators come to the exact hypergradient along one inner run."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def alignment(
 
 
 def answers(estimator: Estimator, problem: Problem, at: Sequence[int], *, shared_run: bool) -> Iterator[Hypergradients]:
-    """The estimator's hypergradients after each number of steps in ``at`` (ascending), along one run or along a run for each."""
+    """The hypergradients after each number of steps in ``at``, ascending; along one run, or a run for each."""
     rng = replay.snapshot(problem.w0)
     for group in [at] if shared_run else [[t] for t in at]:
         with replay.preserved(problem.w0):

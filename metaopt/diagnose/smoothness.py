@@ -1,4 +1,4 @@
-"""Metasmoothness: whether training responds to its hyperparameters smoothly enough for their gradient to mean anything."""
+"""Metasmoothness: whether training responds smoothly enough to its hyperparameters."""
 
 from __future__ import annotations
 

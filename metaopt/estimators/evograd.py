@@ -21,7 +21,7 @@ from metaopt.tree import Tree
 
 
 class EvoGradCarry(NamedTuple):
-    """The weights to perturb, their batch, the random state before that step, and the noise generator's state for it and after it."""
+    """The weights to perturb, their batch, the random state before that step, and the states of the noise."""
 
     w: Tree
     batch: Any

@@ -1,4 +1,4 @@
-"""FDS: forward mode with hyperparameters that contiguous steps share, averaged over the window of steps that share them."""
+"""FDS: forward mode with hyperparameters that windows of steps share."""
 
 from __future__ import annotations
 

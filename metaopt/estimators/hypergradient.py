@@ -34,7 +34,7 @@ class UnusedHyperparameterWarning(UserWarning):
 
 
 class ZeroHypergradientWarning(UserWarning):
-    """The estimator drops the indirect term and the outer loss does not see λ, so the hypergradient is zero by construction."""
+    """The estimator drops the indirect term and the outer loss does not see λ: the result is zero."""
 
 
 class Hypergradient(NamedTuple):

@@ -1,4 +1,4 @@
-"""SAMA: implicit differentiation with the identity for the Hessian, preconditioned by the optimiser's own derivative."""
+"""SAMA: implicit differentiation with the optimiser's own derivative for the inverse Hessian."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ METHODS = (
     Method("evograd", "EvoGrad, K = 2", EvoGrad(around="after", unit_rate=True), paper="98.11"),
     Method("told", "angle given", settings={"told": True}),
 )
-"""EvoGrad at its published σ and τ, perturbing the weights after the ordinary step, as published for this experiment."""
+"""EvoGrad as published for this experiment: its σ and τ, and weights perturbed after the step."""
 
 
 @dataclass(frozen=True)

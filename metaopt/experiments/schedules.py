@@ -256,7 +256,7 @@ def random_search(problem: Problem) -> list[float]:
 
 
 def greedy(problem: Problem, rate: float) -> float:
-    """Accuracy after one run in which λ (one rate, momentum, weight decay, from 0) follows the 1-step hypergradient of a validation minibatch."""
+    """Accuracy after one run in which λ follows the 1-step hypergradient of a validation minibatch."""
     config = problem.config
     dtype = problem.data.train.x.dtype
     validation = problem.data.validation

@@ -99,11 +99,12 @@ def note(graph: Graph) -> None:
 
 
 def recompute(graph: Graph) -> None:
-    """What a convolution makes of far fewer numbers, as the first one of a net does, is computed again for those who wait for a gradient meanwhile.
+    """Rematerialise convolutions that make many numbers out of few, as the first one of a net does.
 
-    Element-wise functions of it are, too. Its images then take a zero that is made of that
-    gradient, without which a scheduler would compute it early, and hold it as before. A graph with
-    an operation that mutates is left as it is.
+    Nodes that wait for a gradient then get a second copy of the convolution, and of the element-wise
+    functions of it, instead of holding its images meanwhile. The copy's input takes a zero that is
+    made of that gradient, so that no scheduler computes it early. A graph with an operation that
+    mutates is left as it is.
     """
     if _mutates(graph):
         return

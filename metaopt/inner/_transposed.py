@@ -96,7 +96,7 @@ def _at_once(outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor]) -
 
 
 def columns_per_batch(outputs: list[Tensor]) -> int:
-    """How many columns of products of this graph make a batch of about :data:`NUMBERS_IN_A_BATCH` numbers (at least 1)."""
+    """How many columns of products of this graph make a batch of :data:`NUMBERS_IN_A_BATCH` numbers."""
     return columns_of_numbers(numbers_saved(outputs))
 
 

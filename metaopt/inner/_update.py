@@ -108,7 +108,7 @@ def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, dots: Tre
 def update_of_floats(
     optimizer: Optimizer, g: Tree, state: Any, lam: Tree, tangent: Tree
 ) -> tuple[Callable[..., list[Tensor]], list[Tensor], list[Tensor]]:
-    """The update as a function of its floating-point leaves alone, these leaves, and those of a tangent of ``(g, w, slots, λ)``."""
+    """The update as a function of its floating-point leaves, those leaves, and the leaves of a tangent."""
     flat, spec = tree.flatten((g, state.w, state.slots, lam))
     where = [i for i, leaf in enumerate(flat) if tree.is_float(leaf)]
     flat_tangent = tree.leaves(tangent)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class AsymmetricUpdateError(RuntimeError):
-    """A second-order product was taken by the symmetry of second derivatives, which only an update that is a gradient has."""
+    """A product relied on symmetric second derivatives, which only an update that is a gradient has."""
 
 
 def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ _NUMBERS: dict[type, Callable[[dict[str, Any], int], dict[str, float]]] = {
 
 
 class Place(NamedTuple):
-    """One parameter: where `higher` keeps it, what its state consists of, and what the state is before the first step."""
+    """One parameter: where ``higher`` keeps it, what its state consists of, and how it begins."""
 
     group: int
     position: int
@@ -111,7 +111,7 @@ class FromHigher(Optimizer):
         return tree.unflatten(new_w, spec), {name: tree.unflatten(leaves, spec) for name, leaves in after.items()}
 
     def _state(self, place: Place, slots: dict[str, Tensor], taken: int) -> dict[str, Any]:
-        """One parameter's state; at the start an empty one, which `higher` fills, unless the optimiser came with more."""
+        """One parameter's state; before the first step an empty one, which ``higher`` fills."""
         if taken == 0 and not place.initial:
             return {}
         group = self.prototype.param_groups[place.group]

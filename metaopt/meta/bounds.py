@@ -12,7 +12,7 @@ from metaopt.tree import Tree
 
 
 def bounded(limits: Tree) -> Callable[[Tree], Tree]:
-    """``lam -> lam`` with every entry clamped to its bounds: the ``project`` of :class:`metaopt.meta.OuterOptimizer` and :func:`metaopt.online`.
+    """``lam -> lam`` with every entry clamped to its bounds; for ``project=`` of the loops.
 
     Args:
         limits: a pytree like λ with a pair ``(lowest, highest)`` for each leaf, or one pair for all

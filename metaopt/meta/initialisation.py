@@ -12,7 +12,7 @@ from metaopt.tree import Tree
 
 
 class Initialisation(Protocol):
-    """A rule ``(phi, w_T, alpha_T) -> phi``, with the tasks of a meta-batch on the leading axis of ``w_T`` and ``alpha_T``.
+    """A rule ``(phi, w_T, alpha_T) -> phi``; ``w_T`` and ``alpha_T`` have the task axis first.
 
     ``needs_alpha`` tells whether the outer gradient at ``w_T`` is needed; where it is not,
     ``alpha`` is ``None``.

@@ -19,7 +19,7 @@ Norm: TypeAlias = Callable[[int], nn.Module]
 
 
 def batch_norm(channels: int) -> nn.Module:
-    """Batch normalisation by the statistics of the batch at hand, in training and at test time ("transductive", as in the public ANIL codes).
+    """Batch normalisation by the statistics of the batch at hand, also at test time ("transductive").
 
     There are no running statistics: under a stacked meta-batch they could not be written to, and
     they would mix tasks.

@@ -16,7 +16,7 @@ from metaopt.models.insertion import channels_of, choose, insert, split
 
 @dataclass(frozen=True)
 class RTN(MetaModel):
-    r"""A module with representation transformations behind chosen layers, whose outputs have their features last: ``[..., features]``.
+    r"""A module with representation transformations behind chosen layers; features are the last axis.
 
     A learned, gated residual on the hidden representation of source examples.
 

@@ -84,7 +84,7 @@ class Optimizer:
 
     @property
     def loss_decay(self) -> Hyper:
-        """Weight decay that acts as ``½ · decay · ‖w‖²`` in the loss would, so that implicit differentiation can take it in.
+        """Weight decay that acts as ``½ · decay · ‖w‖²`` in the loss, for implicit differentiation.
 
         Raises:
             ValueError: for decoupled weight decay, which shifts the fixed points to those of no loss.
@@ -191,7 +191,7 @@ class Optimizer:
 
     @property
     def elementwise(self) -> bool:
-        """Whether each number's update depends on its own gradient alone, so that a stacked meta-batch needs no ``PerTask``."""
+        """Whether each number's update depends on its own gradient alone; if not, tasks need ``PerTask``."""
         return True
 
     @property

@@ -1,4 +1,4 @@
-r"""Glyphs: characters rendered from the machine's fonts, a class per character, so that image experiments run anywhere with no download.
+r"""Glyphs: characters rendered from the machine's fonts, a class per character; nothing is downloaded.
 
 Every glyph is scaled to the same box, centred, white on black; then each image gets a random
 rotation, shear, scale and shift, about what different hands would do. Scaling makes some characters
@@ -215,7 +215,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _without_homoglyphs(sheets: list[Sheet], characters: str) -> str:
-    """The characters less those that look like an earlier one (correlation above 0.9) in more than 30 % of the fonts that have both."""
+    """The characters less those that look like an earlier one: correlation > 0.9 in > 30 % of the fonts."""
     known = [c for c in characters if any(c in sheet for sheet in sheets)]
     number = {character: i for i, character in enumerate(known)}
     alike, both = torch.zeros(2, len(known), len(known))

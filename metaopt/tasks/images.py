@@ -1,4 +1,4 @@
-"""Images with class labels, held as one tensor, and their split into classes for meta-training, -validation and -test."""
+"""Images with class labels in one tensor, and their split into classes for meta-training and -test."""
 
 from __future__ import annotations
 

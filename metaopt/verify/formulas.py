@@ -70,7 +70,7 @@ class Formula(NamedTuple):
 
 
 class WholeFormula(NamedTuple):
-    """One estimator's own hypergradient, where it takes the outer loss elsewhere than at the last weights, or does not tell its terms apart.
+    """One estimator's own hypergradient as a whole, where its two terms cannot be told apart.
 
     Attributes:
         make: problem and horizon to the estimator as it is verified.

@@ -245,7 +245,7 @@ def wide(size: int) -> Loop:
 
 
 def delay_line(size: int) -> Loop:
-    """A custom step that hands tensors on: ``a' = b, b' = c, c' = tanh(a) + λ c`` with a slot that trades places, too."""
+    """A custom step that hands tensors on: ``a' = b, b' = c, c' = tanh(a) + λ c``, and a slot likewise."""
     normal = _normals(4)
     w0 = {"a": normal(size), "b": normal(size), "c": normal(size)}
     lam = {"gain": 0.2 * normal(size), "drift": normal(())}

@@ -1,4 +1,4 @@
-"""Optimisers and linear solvers on their own: updates against torch.optim, derivatives against dense ones, solutions."""
+"""Optimisers and linear solvers: updates against torch.optim, derivatives and solutions against dense ones."""
 
 from __future__ import annotations
 

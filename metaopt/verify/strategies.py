@@ -77,7 +77,7 @@ def closed_forms(
 
 
 def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
-    """Nested dicts, lists and tuples of float64 tensors (scalars, vectors, matrices) with entries of order 1; at least one leaf.
+    """Nested dicts, lists and tuples of float64 tensors with entries of order 1; at least one leaf.
 
     Args:
         max_leaves: largest number of tensors, about.

@@ -40,7 +40,7 @@ class TrajectoryCase(NamedTuple):
 
 
 class SolverCase(NamedTuple):
-    """A linear solver; ``tolerance`` is what it reaches on a well-conditioned system of size ≤ 8 with eigenvalues in [0.5, 1.5]."""
+    """A linear solver, and the ``tolerance`` it reaches at size ≤ 8 with eigenvalues in [0.5, 1.5]."""
 
     name: str
     make: Callable[[], Solver]
