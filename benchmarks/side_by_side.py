@@ -32,7 +32,6 @@ SIZES = {
 AT_LENGTH = ("naive", "ours: RMD, Full", "ours: RMD, Checkpointed (17 slots)", "ours: DrMAD")
 
 CONTROLS = {
-    "DrMAD, graph by graph",
     "RMD, Full, once more",
 }  # no engines of their own: timed only where they are asked for
 

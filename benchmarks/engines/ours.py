@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from benchmarks.problem import Problem
-from metaopt.trajectory.base import Moment
-from metaopt.trajectory.interpolated import straight_line
 
 WRAPPED: WeakKeyDictionary[nn.Module, mo.FunctionalModel] = WeakKeyDictionary()  # once, as a user would
 
@@ -41,22 +39,6 @@ def gradient(
     )
 
 
-class GraphByGraph(mo.trajectory.Interpolated):
-    """No graphs made together: what that wins can be seen beside it."""
-
-    def moments(self, tape, step, last):
-        for state, (batch, rng) in zip(
-            straight_line(tape.first, last, len(tape.batches)), reversed(tape.batches), strict=True
-        ):
-            yield Moment(state, tape.lam, batch, rng)
-
-
-class DrMADGraphByGraph(mo.DrMAD):
-    @property
-    def remembered(self):
-        return GraphByGraph()
-
-
 TRAJECTORIES = {
     "Full": mo.trajectory.Full(),
     "Graphs": mo.trajectory.Graphs(),
@@ -71,6 +53,5 @@ ENGINES = {
     },
     "ours: RMD, Full, mixed mode": partial(gradient, estimator=mo.RMD(), adjoint=mo.inner.ForwardOverReverse()),
     "ours: DrMAD": partial(gradient, estimator=mo.DrMAD()),
-    "DrMAD, graph by graph": partial(gradient, estimator=DrMADGraphByGraph()),
     "RMD, Full, once more": partial(gradient, estimator=mo.RMD()),  # what the same differs from itself by
 }
