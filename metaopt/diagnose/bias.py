@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt.diagnose.alignment import answers
 from metaopt.diagnose.results import Estimators, Result, named
@@ -67,12 +68,12 @@ class Bias(Result):
     estimates: tuple[BiasRow, ...]
 
     @property
+    @override
     def title(self) -> str:
-        """What was averaged."""
         return f"{self.problem}: bias and scatter over {self.draws} draws of the batches, T = {self.horizon}, in units of |E g*|"
 
+    @override
     def rows(self) -> list[dict[str, Any]]:
-        """One line per estimator."""
         return [row._asdict() for row in self.estimates]
 
     def draw(self, axes: Any) -> None:

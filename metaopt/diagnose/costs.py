@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.diagnose.results import Estimators, Result, named
@@ -53,12 +54,12 @@ class Costs(Result):
     expenses: tuple[Expense, ...]
 
     @property
+    @override
     def title(self) -> str:
-        """Of what."""
         return f"{self.problem}: cost of one hypergradient, T = {self.horizon}"
 
+    @override
     def rows(self) -> list[dict[str, Any]]:
-        """One line per estimator."""
         return [
             {
                 "estimator": e.estimator,

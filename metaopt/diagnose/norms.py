@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import replay, tree
 from metaopt.diagnose.alignment import closeness
@@ -76,17 +77,17 @@ class Norms(Result):
         return min(max(needed, default=1), len(self.lags))
 
     @property
+    @override
     def title(self) -> str:
-        """The verdict."""
         needed = f"cosine .99 needs K = {self.horizon_for()} of {len(self.lags)}"
         return f"{self.problem}: the cotangent changes by a factor {self.rate:.3g} per step back; {needed}"
 
+    @override
     def rows(self) -> list[dict[str, Any]]:
-        """One line per lag."""
         return [lag._asdict() for lag in self.lags]
 
+    @override
     def draw(self, axes: Any) -> None:
-        """The three norms, logarithmic."""
         for name in ("cotangent", "contribution", "partial"):
             axes.semilogy([lag.k for lag in self.lags], [getattr(lag, name) for lag in self.lags], ".-", label=name)
         axes.set(xlabel="steps before the last, k", ylabel="norm")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import replay, tree
 from metaopt.diagnose.results import Result
@@ -69,16 +70,16 @@ class Smoothness(Result):
         return sum(values) / len(values) if values else math.nan
 
     @property
+    @override
     def title(self) -> str:
-        """The mean."""
         return f"{self.problem}: metasmoothness {self.mean:.3f} at h = {self.h:g}"
 
+    @override
     def rows(self) -> list[dict[str, Any]]:
-        """One line per direction."""
         return [row._asdict() for row in self.directions]
 
+    @override
     def draw(self, axes: Any) -> None:
-        """One bar per direction."""
         axes.bar([row.direction for row in self.directions], [row.metasmoothness for row in self.directions])
         axes.set(xlabel="direction", ylabel="metasmoothness", ylim=(-1.05, 1.05))
 

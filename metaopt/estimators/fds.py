@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from metaopt import tree
 from metaopt.estimators.base import Pullback, Response, Terms, Traits
 from metaopt.estimators.forward import ForwardCarry, ForwardMode, check_columns
@@ -73,12 +75,12 @@ class FDS(ForwardMode):
             raise ValueError(f"FDS: bound must be positive, got {self.bound}")
 
     @property
+    @override
     def bound_on_products(self) -> float | None:
-        """As given."""
         return self.bound
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardCarry:
-        """``Z_0 = 0``."""
         if not isinstance(self.window, int) and tree.flatten(self.window)[1] != tree.flatten(lam)[1]:
             raise ValueError(
                 f"FDS: window has leaves {tree.names(self.window)}, lam {tree.names(lam)}; give one number, or a "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from metaopt import tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
 from metaopt.inner.contract import Step
@@ -33,8 +35,8 @@ class FirstOrder(Estimator):
     def init(self, step: Step, state: InnerState, lam: Tree) -> None:
         """Nothing."""
 
+    @override
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, None]:
-        """A plain step."""
         return step(state, lam, batch), None
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:

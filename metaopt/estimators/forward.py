@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
@@ -46,8 +47,8 @@ class ForwardMode(Estimator):
         """Elementwise bound on the tangents of the inner gradient."""
         return None
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardCarry:
-        """``Z_0 = 0``."""
         columns = sum(leaf.numel() for leaf in tree.floats(lam))
         Z = tree.map(lambda x: x.new_zeros(columns, *x.shape) if tree.is_float(x) else x, state)
         return ForwardCarry(Z, basis_of(lam), (False,) * len(tree.leaves(lam)), self.columns_at_once)

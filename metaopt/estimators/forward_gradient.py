@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from typing_extensions import override
+
 from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
@@ -65,8 +67,8 @@ class ForwardGradient(Estimator):
         checks.count(self, "directions", self.directions)
         checks.one_of(self, "noise", self.noise, ("gaussian", "sign"))
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> ForwardGradientCarry:
-        """Directions, and zero tangents."""
         generator = _noise.start(self.seed)
         directions = []
         for _ in range(self.directions):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator, FinishedRun, Pullback, Response, Traits
@@ -102,8 +102,8 @@ class HyperDistill(Estimator):
         return self.pi == "theta" and self.theta == 1.0
 
     @property
+    @override
     def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Unless ``pi="unit"``."""
         return self.pi != "unit"
 
     def memory(self, step: Step) -> Distilled:
@@ -111,8 +111,8 @@ class HyperDistill(Estimator):
         axis = int(step.stacked) if self.example_axis is None else self.example_axis
         return Distilled(self.gamma, axis, self.stochastic_rounding, self.seed)
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> HyperDistillCarry:
-        """Nothing yet."""
         return HyperDistillCarry()
 
     def advance(

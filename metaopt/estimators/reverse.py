@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, replay, tree
 from metaopt.estimators.base import Estimator, Pullback, Response, Traits
@@ -35,12 +36,12 @@ class ReverseMode(Estimator):
         """Where the trajectory is bounded."""
         return self.remembered.bounded
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
-        """An empty tape."""
         return self.remembered.start(state, lam)
 
+    @override
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, Any]:
-        """A step, taped."""
         return self.remembered.record(carry, step, state, lam, batch)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:
@@ -186,8 +187,8 @@ class RMD(ReverseMode):
         return self.trajectory.exact and not self.trajectory.bounded
 
     @property
+    @override
     def remembered(self) -> Trajectory:
-        """As given."""
         return self.trajectory
 
 
@@ -225,8 +226,8 @@ class TruncatedRMD(ReverseMode):
         return self.steps == 0
 
     @property
+    @override
     def remembered(self) -> Trajectory:
-        """The last K states."""
         return Last(self.steps)
 
 
@@ -277,6 +278,6 @@ class DrMAD(ReverseMode):
     )
 
     @property
+    @override
     def remembered(self) -> Trajectory:
-        """Both ends."""
         return Interpolated()

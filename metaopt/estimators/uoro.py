@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, replay, tree
 from metaopt.estimators import _noise
@@ -59,8 +60,8 @@ class UORO(Estimator):
         """Check the settings."""
         checks.count(self, "sketches", self.sketches)
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> UOROCarry:
-        """Zero factors."""
         return UOROCarry([(tree.zeros_like(state), tree.zeros_like(lam))] * self.sketches, _noise.start(self.seed))
 
     def advance(

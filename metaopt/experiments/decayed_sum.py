@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from metaopt import replay, tree
 from metaopt.estimators import Estimator, Response
 from metaopt.estimators.base import Pullback
@@ -34,12 +36,12 @@ class DecayedSum(Estimator):
 
     online = False  # the states belong to one λ
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> Any:
-        """An empty tape."""
         return Full().start(state, lam)
 
+    @override
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, Any]:
-        """A step, taped."""
         return Full().record(carry, step, state, lam, batch)
 
     def respond(self, step: Step, state: InnerState, lam: Tree, carry: Any) -> tuple[Tree, Pullback]:

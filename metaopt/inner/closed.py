@@ -72,12 +72,12 @@ class OfFirst(Optimizer):
 
     of: Optimizer
 
+    @override
     def init(self, w: Tree) -> Tree:
-        """As ``of``."""
         return self.of.init(w)
 
+    @override
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
-        """As ``of``."""
         return self.of.update(g, w, slots, lam[0], t)
 
     @property
@@ -101,6 +101,6 @@ class OfFirst(Optimizer):
         return self.of.steps_taken
 
     @property
+    @override
     def reads_lam(self) -> bool:
-        """As ``of``."""
         return self.of.reads_lam

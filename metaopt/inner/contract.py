@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import tree
 from metaopt.inner.state import InnerState
@@ -223,8 +224,8 @@ class WrappedStep(Step):
         """What was seen of other tensors that require grad."""
         return self.step.undeclared
 
+    @override
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """The inner loss."""
         return self.step.loss(w, lam, batch)
 
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.linsolve.base import Operator, Solution, Solver, damped, relative_residual
@@ -42,8 +43,8 @@ class SciPySolver(Solver):
     def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:
         """SciPy's ``(x, info)`` for ``A x = b``."""
 
+    @override
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """From zero."""
         return _solve(self.run, damped(operator, self.damping), alpha)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import scipy
+from typing_extensions import override
 
 from metaopt.linsolve._scipy import SciPySolver
 
@@ -34,6 +35,6 @@ class GMRES(SciPySolver):
     tensor([1.])
     """
 
+    @override
     def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:
-        """SciPy's ``gmres``."""
         return scipy.sparse.linalg.gmres(A, b, rtol=self.tolerance, restart=self.iterations, maxiter=1)

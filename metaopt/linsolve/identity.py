@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from metaopt import checks
 from metaopt.linsolve.base import Operator, Solution, Solver, relative_residual
 from metaopt.tree import Tree
@@ -40,10 +42,10 @@ class Identity(Solver):
             checks.positive(self, "rate", self.rate)
 
     @property
+    @override
     def descent_rate(self) -> float | None:
-        """The rate given."""
         return self.rate
 
+    @override
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """``alpha``."""
         return Solution(alpha, relative_residual(operator, alpha, alpha), 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import scipy
+from typing_extensions import override
 
 from metaopt.linsolve._scipy import SciPySolver
 
@@ -33,6 +34,6 @@ class MINRES(SciPySolver):
     tensor([1.])
     """
 
+    @override
     def run(self, A: scipy.sparse.linalg.LinearOperator, b: Any) -> Any:
-        """SciPy's ``minres``."""
         return scipy.sparse.linalg.minres(A, b, rtol=self.tolerance, maxiter=self.iterations)

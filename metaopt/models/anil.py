@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from metaopt.functional import Params, functional, merge, partition
 from metaopt.models.base import Loss, MetaModel
@@ -53,8 +54,8 @@ class ANIL(MetaModel):
         """``(w, lam)`` at the module's own initial values."""
         return partition(self.model.params, self.weights)
 
+    @override
     def predict(self, w: Params, lam: Params, x: Any) -> Any:
-        """The network's output."""
         return self.model(merge(w, lam), x)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.functional import Params, functional
@@ -78,8 +79,8 @@ class MAML(MetaModel):
         """The module's parameters ``φ + δ``; ``module.load_state_dict(…, strict=False)`` takes them."""
         return {name: phi + w[name] if name in w else phi for name, phi in lam.items()}
 
+    @override
     def predict(self, w: Params, lam: Params, x: Any) -> Any:
-        """The network's output."""
         return self.model(self.adapted(w, lam), x)
 
     def inner_loss(self, w: Params, lam: Params, batch: tuple[Any, Tensor]) -> Tensor:

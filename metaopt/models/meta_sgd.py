@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.functional import Params, functional
@@ -68,6 +69,6 @@ class MetaSGD(MetaModel):
         """The module's parameters ``φ + w``; ``module.load_state_dict(…, strict=False)`` takes them."""
         return {name: phi + w[name] for name, phi in lam["initial"].items()}
 
+    @override
     def predict(self, w: Params, lam: InitialAndRates, x: Any) -> Any:
-        """The network's output."""
         return self.model(self.adapted(w, lam), x)

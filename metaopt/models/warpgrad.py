@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.functional import Params, functional, merge, partition
@@ -155,8 +156,8 @@ class WarpGrad(MetaModel):
         """``(w, lam)`` at the module's own initial values."""
         return partition(self.model.params, lambda name: not name.startswith(_PREFIX))
 
+    @override
     def predict(self, w: Params, lam: Params, x: Any) -> Any:
-        """The network's output."""
         return self.model(merge(w, lam), x)
 
 

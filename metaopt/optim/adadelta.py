@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -41,12 +42,12 @@ class Adadelta(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ("lr", "rho", "eps", "weight_decay")
     ranges: ClassVar[Mapping[str, Check]] = {"rho": checks.unit_interval}
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         return {"second": torch.zeros_like(w), "delta": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         rho = hyper["rho"]
         eps = hyper["eps"]
         g, w = decayed(g, w, hyper, decoupled=False)

@@ -65,8 +65,8 @@ class Adafactor(Optimizer):
     pairs: ClassVar[tuple[str, ...]] = ("eps",)
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """No."""
         return False
 
     @property
@@ -81,8 +81,8 @@ class Adafactor(Optimizer):
             return {"row": torch.zeros_like(w[..., :1]), "column": torch.zeros_like(w[..., :1, :]), "second": empty}
         return {"row": empty, "column": empty, "second": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         eps1, eps2 = hyper["eps"]
         eps1 = torch.finfo(w.dtype).eps if eps1 is None else eps1
         share = t ** hyper["beta2_decay"]

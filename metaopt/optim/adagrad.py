@@ -60,8 +60,8 @@ class Adagrad(Optimizer):
         """The first value of the sum."""
         return {"sum": torch.full_like(w, self.initial_accumulator_value)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         g, w = decayed(g, w, hyper, decoupled=False)
         total = slots["sum"] + g * g
         rate = hyper["lr"] / (1 + (t - 1) * hyper["lr_decay"])

@@ -56,12 +56,12 @@ class Adam(Optimizer):
     def counts_steps(self) -> bool:
         return True
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         return {**zeros(w), "largest": torch.zeros_like(w)} if self.amsgrad else zeros(w)
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=self.decoupled)
         first, second = moments(g, slots, beta1, beta2)

@@ -48,12 +48,12 @@ class Adamax(Optimizer):
     def counts_steps(self) -> bool:
         return True
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         return {"first": torch.zeros_like(w), "largest": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=False)
         first = slots["first"] + (1 - beta1) * (g - slots["first"])

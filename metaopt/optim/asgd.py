@@ -56,12 +56,12 @@ class ASGD(Optimizer):
     def counts_steps(self) -> bool:
         return True
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         return {"average": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         g, w = decayed(g, w, hyper, decoupled=False)
         rate = hyper["lr"] / (1 + hyper["lambd"] * hyper["lr"] * (t - 1)) ** hyper["alpha"]
         w = w * (1 - hyper["lambd"] * rate) - rate * g

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from metaopt import checks, tree
 from metaopt.optim.optimizer import Check, Hyper, per_leaf
 from metaopt.optim.wrapper import Wrapper
@@ -42,8 +44,8 @@ class EMA(Wrapper):
         """The weights, and the wrapped optimiser's slots."""
         return {"average": w, "inner": self.optimizer.init(w)}
 
+    @override
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
-        """Update, then average."""
         w, inner = self.optimizer.update(g, w, slots["inner"], lam, t)
         flat, spec = tree.flatten(w)
         decays = per_leaf(self.decay, lam, t, spec, "decay")

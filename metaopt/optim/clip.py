@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.optim import safe
@@ -32,8 +33,8 @@ class ClipValue(Wrapper):
     hypers: ClassVar[tuple[str, ...]] = ("limit",)
     ranges: ClassVar[Mapping[str, Check]] = {"limit": checks.positive}
 
+    @override
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
-        """Clamped."""
         limit = value(self.limit, lam, t)
 
         def clamped(x: Tensor) -> Tensor:
@@ -65,12 +66,12 @@ class ClipNorm(Wrapper):
     ranges: ClassVar[Mapping[str, Check]] = {"max_norm": checks.positive}
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """No."""
         return False
 
+    @override
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
-        """Scaled."""
         norm = safe.sqrt(tree.dot(g, g))
         factor = torch.clamp(value(self.max_norm, lam, t) / (norm + 1e-6), max=1.0)
         return present(lambda x: factor.to(x.dtype) * x, g)

@@ -24,12 +24,12 @@ class Frozen(Optimizer):
 
     hypers: ClassVar[tuple[str, ...]] = ()
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """None."""
         return {}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """The same."""
         return w, slots
 
 
@@ -77,8 +77,8 @@ class Groups(Optimizer):
             checks.instance(self, "the patterns in groups", patterns, (list, tuple), 'for instance ["head.*"]')
             checks.instance(self, "the optimiser in groups", optimizer, Optimizer, CONVERT)
 
+    @override
     def init(self, w: Tree) -> Tree:
-        """The groups' slots."""
         flat = tree.leaves(w)
         members = self._members(w)
         return {str(i): optimizer.init([flat[j] for j in members[i]]) for i, (_, optimizer) in enumerate(self.groups)}
@@ -99,18 +99,18 @@ class Groups(Optimizer):
         return tree.unflatten(flat, spec), new_slots
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """Whether all groups are."""
         return all(optimizer.elementwise for _, optimizer in self.groups)
 
     @property
+    @override
     def reads_lam(self) -> bool:
-        """Whether any group does."""
         return any(optimizer.reads_lam for _, optimizer in self.groups)
 
     @property
+    @override
     def steps_taken(self) -> int:
-        """As the first group."""
         return self.groups[0][1].steps_taken
 
     def _members(self, w: Tree) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt.optim.moments import decayed
 from metaopt.optim.optimizer import Hyper, Optimizer, Slots
@@ -44,12 +45,12 @@ class Lion(Optimizer):
     decoupled: ClassVar[bool] = True
     hypers: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         return {"first": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=True)
         first = slots["first"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from metaopt import tree
 from metaopt.optim.wrapper import Wrapper
 from metaopt.tree import Tree
@@ -19,6 +21,6 @@ class Maximise(Wrapper):
     tensor([0.2000])
     """
 
+    @override
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
-        """Negated."""
         return tree.scale(-1.0, g)

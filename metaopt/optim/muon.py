@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -65,12 +66,12 @@ class Muon(Optimizer):
     }
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """No."""
         return False
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         if w.ndim != 2:
             raise ValueError(
                 f"Muon updates matrices, got a weight of shape {tuple(w.shape)}: give it to another optimiser with "
@@ -78,8 +79,8 @@ class Muon(Optimizer):
             )
         return {"momentum": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         mu = hyper["momentum"]
         momentum = slots["momentum"] + (1 - mu) * (g - slots["momentum"])
         direction = g + mu * (momentum - g) if self.nesterov else momentum

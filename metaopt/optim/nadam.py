@@ -57,8 +57,8 @@ class NAdam(Optimizer):
         """Zeros, and ones for the product."""
         return {**zeros(w), "product": torch.ones_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=self.decoupled_weight_decay)
         first, second = moments(g, slots, beta1, beta2)

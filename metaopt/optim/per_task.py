@@ -50,9 +50,8 @@ class PerTask(Wrapper):
             raise ValueError(f"PerTask: all weights need the same leading task axis, their shapes are {shapes}")
         return {"inner": _over_tasks(self.optimizer.init, w)}
 
+    @override
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
-        """One update per task."""
-
         def update_one(g: Tree, w: Tree, inner: Tree) -> tuple[Tree, Tree]:
             return self.optimizer.update(g, w, inner, lam, t)
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, tree
 from metaopt.optim.optimizer import Check, Optimizer
@@ -38,8 +39,8 @@ class Precondition(Wrapper):
     ranges: ClassVar[Mapping[str, Check]] = {"transform": partial(checks.function, signature="(g, lam, t) -> g")}
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """Not in general."""
         return False
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
@@ -58,8 +59,8 @@ class Precondition(Wrapper):
         return tree.unflatten(kept, spec)
 
     @property
+    @override
     def reads_lam(self) -> bool:
-        """Yes."""
         return True
 
 

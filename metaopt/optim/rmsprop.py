@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.optim import safe
@@ -52,8 +53,8 @@ class RMSprop(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ("lr", "alpha", "eps", "weight_decay", "momentum")
     ranges: ClassVar[Mapping[str, Check]] = {"alpha": checks.unit_interval, "centered": checks.flag}
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """Zeros."""
         slots = {"second": torch.zeros_like(w)}
         if self.centered:
             slots["mean"] = torch.zeros_like(w)
@@ -61,8 +62,8 @@ class RMSprop(Optimizer):
             slots["momentum"] = torch.zeros_like(w)
         return slots
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         alpha = hyper["alpha"]
         g, w = decayed(g, w, hyper, decoupled=False)
         new = {"second": alpha * slots["second"] + (1 - alpha) * g * g}

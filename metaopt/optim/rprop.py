@@ -65,8 +65,8 @@ class Rprop(Optimizer):
         """Zeros; the first step size is set at t = 1."""
         return {"previous": torch.zeros_like(w), "size": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         minus, plus = (safe.like(eta, w) for eta in hyper["etas"])
         smallest, largest = (safe.like(size, w) for size in hyper["step_sizes"])
         size = slots["size"] + hyper["lr"] if t == 1 else slots["size"]

@@ -65,12 +65,12 @@ class SGD(Optimizer):
     def counts_steps(self) -> bool:
         return not is_zero(self.dampening)
 
+    @override
     def init_leaf(self, w: Tensor) -> Slots:
-        """``momentum``: zeros."""
         return {} if is_zero(self.momentum) else {"momentum": torch.zeros_like(w)}
 
+    @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
-        """See the module's equation."""
         if not is_zero(self.weight_decay):
             g = g + hyper["weight_decay"] * w
         if "momentum" not in slots:

@@ -41,8 +41,8 @@ class Wrapper(Optimizer):
         """The gradient that the wrapped optimiser gets. Default: the same."""
         return g
 
+    @override
     def init(self, w: Tree) -> Tree:
-        """The wrapped optimiser's slots."""
         return {"inner": self.optimizer.init(w)}
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
@@ -56,8 +56,8 @@ class Wrapper(Optimizer):
         return super().reads_lam or self.optimizer.reads_lam
 
     @property
+    @override
     def elementwise(self) -> bool:
-        """As the wrapped optimiser."""
         return self.optimizer.elementwise
 
     @property
@@ -71,8 +71,8 @@ class Wrapper(Optimizer):
         return self.optimizer.loss_decay
 
     @property
+    @override
     def steps_taken(self) -> int:
-        """As the wrapped optimiser."""
         return self.optimizer.steps_taken
 
 

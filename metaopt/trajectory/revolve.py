@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import comb
 
+from typing_extensions import override
+
 
 def reach(slots: int, repetitions: int) -> int:
     """Longest run that ``slots`` checkpoints reverse with every step run forward at most ``repetitions`` times.
@@ -69,8 +71,8 @@ class Binomial(Placement):
     horizon: int | None = None
     levels: dict[int, int] = field(default_factory=dict)
 
+    @override
     def visit(self, index: int) -> tuple[bool, int | None]:
-        """See the class."""
         if self.horizon is not None and index < self.horizon:
             newest = self.kept[-1]
             if len(self.kept) == self.slots:
@@ -106,8 +108,8 @@ class Periodic(Placement):
 
     every: int = 1
 
+    @override
     def visit(self, index: int) -> tuple[bool, int | None]:
-        """See the class."""
         keep = index % self.every == 0
         if keep:
             self.kept.append(index)
