@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
+from metaopt.interop._quiet import Patched
+from metaopt.interop._quiet import optim as differentiable
+from metaopt.interop.higher_model import HigherModel
 from metaopt.interop.torch_optim import in_order, steps_of
 from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # compiling it warns about `is 1`
-    from higher import optim as differentiable
-    from higher.patch import _MonkeyPatchBase
-
-    from metaopt.interop.higher_model import HigherModel
 
 # numbers that an optimiser keeps in its state, all of them known from its settings and the steps
 # taken so far
@@ -159,7 +155,7 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
     >>> mo.hypergradient(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None, estimator=mo.RMD()).total
     tensor([0.7500])
     """
-    if isinstance(what, _MonkeyPatchBase):
+    if isinstance(what, Patched):
         return HigherModel(what)
     if isinstance(what, differentiable.DifferentiableOptimizer):
         return _of_differentiable(what)

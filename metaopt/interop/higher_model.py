@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from higher.patch import _MonkeyPatchBase
-
 from metaopt.functional import Params
+from metaopt.interop._quiet import Patched
 
 
 class HigherModel:
@@ -19,7 +18,7 @@ class HigherModel:
         params: name to fast weight, as the module has it now (detached clones).
     """
 
-    def __init__(self, patched: _MonkeyPatchBase) -> None:
+    def __init__(self, patched: Patched) -> None:
         """Hold the module, and read the names of its fast weights."""
         if patched.fast_params is None:
             raise ValueError(
@@ -56,12 +55,12 @@ class HigherModel:
         return f"from_higher({type(self._patched).__name__}, {count:,} parameters)"
 
 
-def _names(patched: _MonkeyPatchBase) -> list[str]:
+def _names(patched: Patched) -> list[str]:
     """Dotted names of the fast weights, in their order; a tied one has its first name."""
     every = [
         f"{path}.{name}" if path else name
         for path, module in patched.named_modules()
-        for name in cast(_MonkeyPatchBase, module)._param_names  # pyright: ignore[reportGeneralTypeIssues]
+        for name in cast(Patched, module)._param_names  # pyright: ignore[reportGeneralTypeIssues]
     ]
     names: dict[int, str] = {}
     for name, position in zip(every, patched._param_mapping, strict=True):

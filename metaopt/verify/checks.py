@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from metaopt.estimators import Estimator, NotConvergedWarning, ZeroHypergradientWarning, hypergradient
+from metaopt.estimators import Estimator, NotConvergedWarning, ZeroHypergradientWarning
 from metaopt.estimators.hypergradient import opened
 from metaopt.inner.contract import Step
 from metaopt.problem import Problem
@@ -161,14 +162,5 @@ def _total(problem: Case, horizon: int, estimator: Estimator) -> Tree:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZeroHypergradientWarning)
         warnings.simplefilter("ignore", NotConvergedWarning)  # formulas hold wherever they are evaluated
-        result = hypergradient(
-            problem.step,
-            problem.outer_loss,
-            problem.w0,
-            problem.lam,
-            problem.batches,
-            problem.outer_batch,
-            estimator=estimator,
-            horizon=horizon,
-        )
+        result = replace(problem, horizon=horizon).hypergradient(estimator)
     return result.total
