@@ -233,7 +233,7 @@ def test_the_other_rooms(given):
     assert "is an approximation here" in repr(nothing)
     for measure in (mo.diagnose.alignment, mo.diagnose.costs):
         assert measure([mo.OneStep()], problem).rows()
-    for measure in (mo.diagnose.norms, mo.diagnose.smoothness):
+    for measure in (mo.diagnose.norms, mo.diagnose.smoothness, mo.diagnose.preflight):
         assert measure(problem).rows()
     assert mo.diagnose.bias([mo.OneStep()], lambda draw: problem, 2).rows()
     assert mo.diagnose.suggest_estimator(problem).estimator is not None

@@ -336,3 +336,52 @@ def test_names():
     with pytest.raises(ValueError, match="no estimator"):
         results.named([])
     assert list(itertools.islice(results.named({"mine": mo.RMD()}), 1)) == ["mine"]
+
+
+# -- before a run --------------------------------------------------------------------------------
+def small(loss, horizon=40):
+    torch.manual_seed(0)
+    model = mo.functional(torch.nn.Linear(3, 2).double())
+    step = mo.inner_step(lambda w, lam, b: loss(model, w, lam, b), mo.optim.SGD(lr=0.1, momentum=0.9))
+    x = torch.randn(6, 3, dtype=F64)
+    outer = lambda w, lam, b: model(w, b).square().mean() + w["bias"].sum()  # noqa: E731
+    return mo.Problem(step, outer, model.params, torch.tensor([0.5, 0.2], dtype=F64), [x] * horizon, x)
+
+
+def look(found, what):
+    (one,) = [look for look in found.looks if look.what.startswith(what)]
+    return one
+
+
+def test_preflight_of_a_healthy_problem():
+    found = mo.diagnose.preflight(small(lambda model, w, lam, b: (model(w, b) * lam).square().mean()))
+    assert found.good, found
+    assert [f.trajectory for f in found.forecasts] == ["Full", "Graphs", "Checkpointed(17)"]
+    assert [f.seconds > 0 for f in found.forecasts] == [True] * 3
+    assert "nothing to mend" in repr(found)
+
+
+def test_forecast_bytes_are_those_of_the_whole_run():
+    problem = small(lambda model, w, lam, b: (model(w, b) * lam).square().mean())
+    found = mo.diagnose.preflight(problem).forecasts
+    for forecast, trajectory in zip(found[:2], (mo.trajectory.Full(), mo.trajectory.Graphs()), strict=True):
+        actual = mo.diagnose.costs(mo.RMD(trajectory), problem, repeats=0).expenses[0].peak_bytes
+        assert forecast.bytes == pytest.approx(actual, rel=0.2), forecast
+
+
+def test_preflight_names_what_is_wrong():
+    count = [0]
+
+    def counting(model, w, lam, b):
+        count[0] += 1
+        return (model(w, b) * lam).square().mean() * (1 + 0.1 * count[0])
+
+    found = mo.diagnose.preflight(small(counting))
+    assert not look(found, "a replay is the same").good
+    headless = mo.diagnose.preflight(small(lambda model, w, lam, b: (w["weight"] @ b.T * lam[0]).square().mean()))
+    assert "bias" in look(headless, "every weight").found
+    once = mo.diagnose.preflight(
+        small(lambda model, w, lam, b: torch.cdist(model(w, b), b[:, :2] * lam).square().mean())
+    )
+    assert not look(once, "exact reverse mode").good
+    assert "no second derivative" in look(once, "exact reverse mode").found

@@ -6,6 +6,7 @@ from metaopt.diagnose.bias import Bias, bias
 from metaopt.diagnose.compare import Comparison, calibrated, compare, finished_run
 from metaopt.diagnose.costs import Costs, costs
 from metaopt.diagnose.norms import Norms, norms
+from metaopt.diagnose.preflight import Preflight, preflight
 from metaopt.diagnose.results import Result
 from metaopt.diagnose.smoothness import Smoothness, smoothness
 from metaopt.diagnose.suggest import Sizes, Suggestion, suggest_estimator
@@ -16,6 +17,7 @@ __all__ = [
     "Comparison",
     "Costs",
     "Norms",
+    "Preflight",
     "Result",
     "Sizes",
     "Smoothness",
@@ -27,6 +29,7 @@ __all__ = [
     "costs",
     "finished_run",
     "norms",
+    "preflight",
     "results",
     "smoothness",
     "suggest_estimator",
