@@ -81,7 +81,7 @@ def count(owner: object, name: str, value: Any, *, at_least: int = 1) -> None:
 
 
 def flag(owner: object, name: str, value: Any) -> None:
-    """``True`` or ``False``."""
+    """Something that is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{_place(owner, name)} must be True or False, got {value!r}")
 
@@ -145,6 +145,5 @@ def _is_number(owner: object, name: str, value: Any) -> bool:
 
 
 def _place(owner: object, name: str) -> str:
-    """``Class: field``."""
     label = owner if isinstance(owner, str) else type(owner).__name__
     return f"{label}: {name}"

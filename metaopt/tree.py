@@ -37,11 +37,9 @@ class Spec:
         )
 
     def __hash__(self) -> int:
-        """By number of leaves."""
         return hash(self.num_leaves)
 
     def __repr__(self) -> str:
-        """As torch prints it."""
         return repr(pytree.tree_structure(self.like))
 
 
@@ -52,7 +50,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Spec]:
 
 
 def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
-    """Inverse of :func:`flatten`."""
+    """The tree of a structure with these leaves: the inverse of :func:`flatten`."""
     supply = iter(leaves_)
     return map(lambda _: next(supply), spec.like)
 
@@ -95,7 +93,7 @@ def _kind(cls: type) -> int:
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """All leaves, in order."""
+    """The leaves of a tree, in the order in which its containers hold them."""
     out: list[Any] = []
     _collect(tree, out)
     return out
@@ -222,7 +220,7 @@ def detach(tree: Tree) -> Tree:
 
 
 def clone(tree: Tree) -> Tree:
-    """An independent, detached copy."""
+    """A copy with its own memory, cut off from any autograd graph."""
     return map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
@@ -305,7 +303,7 @@ def _accumulated(x: Any, y: Any) -> Any:
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """``a - b``."""
+    """``a - b``, leaf by leaf; leaves that are not real numbers come from ``a``."""
     return map(lambda x, y: x - y if is_float(x) else x, a, b)
 
 

@@ -43,7 +43,6 @@ class FirstLook:
     __slots__ = ("_said", "fused_attention", "reached", "twice", "undeclared", "unreached", "written")
 
     def __init__(self) -> None:
-        """Nothing has been looked at."""
         self.written = self.reached = self.twice = False
         self.fused_attention = self._said = False
         self.unreached: list[int] = []
@@ -163,7 +162,7 @@ def said_of_undeclared(behind: Iterable[Any], known: Tree, what: str) -> list[st
 
 
 def warn_of(undeclared: list[str]) -> None:
-    """Warn of what was noted."""
+    """Warn of each tensor that requires grad and is neither a weight nor λ."""
     for what in undeclared:
         warnings.warn(what, UndeclaredTensorWarning, stacklevel=4)
 

@@ -22,7 +22,6 @@ class LinearizedInnerStep(Linearized):
     __slots__ = ("_at", "_gradient", "_lam", "_optimizer", "_state", "_tangents")
 
     def __init__(self, optimizer: Optimizer, gradient: Gradient, state: InnerState, lam: Tree) -> None:
-        """Keep the point and the gradient there."""
         self._optimizer = optimizer
         self._gradient = gradient
         self._at = state

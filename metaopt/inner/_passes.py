@@ -130,7 +130,7 @@ def recompute(graph: Graph) -> None:
 
 
 def _again(convolution: Node, gradient: dict[Node, Node]) -> None:
-    """:func:`recompute` of one."""
+    """Give the nodes that wait for a gradient a copy of this convolution."""
     graph = convolution.graph
     held = {convolution}
     copies = {}
@@ -184,7 +184,7 @@ def _call(target: Any, *args: Any) -> Node:
 
 
 def passes(*functions: Callable[[Graph], None]) -> Any:
-    """As inductor's ``joint_custom_pre_pass``."""
+    """Some of these functions in the form that inductor's option ``joint_custom_pre_pass`` takes."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # here: its import takes seconds
 
     class Passes(CustomGraphPass):

@@ -55,7 +55,7 @@ class InnerTangents:
 
     @property
     def columns_at_once(self) -> int:
-        """By what the graph of the gradient has saved."""
+        """How many columns to take at once, by what the graph of the gradient has saved."""
         return columns_per_batch([g for g in self._gradients if g is not None and g.requires_grad])
 
     def push(

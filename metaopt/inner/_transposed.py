@@ -37,7 +37,7 @@ class Transposed:
 
     @property
     def columns_at_once(self) -> int:
-        """By what the graph has saved."""
+        """How many columns to take at once, by what the graph has saved."""
         return columns_per_batch([bar for bar in self._bars if bar is not None and bar.requires_grad])
 
     def push(self, dots: list[Tensor], columns_at_once: int) -> list[Tensor]:

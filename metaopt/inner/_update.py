@@ -1,4 +1,4 @@
-"""Derivatives of an optimiser's update: its pullback and its pushforward, written once for all of them."""
+"""Derivatives of an optimiser's update, written once for all optimisers: its pullback and its pushforward."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _among_zeros(g_bars: list[Tensor], g: Tree, w: Tree) -> list[Tensor]:
 def _pull_back_linear(
     optimizer: Optimizer, state: Any, lam: Tree, cotangent: Any, wrt: str
 ) -> tuple[list[Tensor], list[Tensor | None], Tree, None]:
-    """:func:`pull_back` from :meth:`Optimizer.transpose_leaf`."""
+    """:func:`pull_back` by the transpose that the optimiser has written out."""
     w_bars, spec = tree.flatten(cotangent.w)
     slots_bars = None if cotangent.slots is None else {name: tree.leaves(bar) for name, bar in cotangent.slots.items()}
     u: list[Tensor] = []

@@ -34,7 +34,7 @@ class Gradient(Protocol):
 
     @property
     def value(self) -> Tensor:
-        """The loss, detached."""
+        """The value of the inner loss there, detached."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Gradient(Protocol):
         ...
 
     def graph(self) -> GradientWithGraph:
-        """The same with the gradient's graph."""
+        """The same gradient, with its graph at hand."""
         ...
 
 

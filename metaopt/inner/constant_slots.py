@@ -50,7 +50,6 @@ class LinearizedConstantSlots(Linearized):
     __slots__ = ("_inner",)
 
     def __init__(self, inner: Linearized) -> None:
-        """Wrap a linearised step."""
         self._inner = inner
 
     @property

@@ -35,7 +35,7 @@ class Linearized(ABC):
     @property
     @abstractmethod
     def state(self) -> InnerState:
-        """Φ(state, λ; batch), detached."""
+        """The state after the step, detached."""
 
     @property
     def loss(self) -> Tensor | None:
@@ -109,7 +109,7 @@ class Step(ABC):
 
     @abstractmethod
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ."""
+        """Φ(state, λ; batch): one inner step."""
 
     @abstractmethod
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> Linearized:
@@ -193,47 +193,47 @@ class WrappedStep(Step):
     def around(self, step: Step) -> Step:
         """The same around another step."""
 
+    @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
-        """The state before the first step."""
         return self.step.init(w, lam)
 
+    @override
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ."""
         return self.step(state, lam, batch)
 
+    @override
     def evaluate(self, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Tensor | None]:
-        """Φ and the inner loss."""
         return self.step.evaluate(state, lam, batch)
 
+    @override
     def steps_in(self, batch: Any) -> int:
-        """How many inner steps Φ takes on this batch."""
         return self.step.steps_in(batch)
 
     @property
+    @override
     def steps_at_once(self) -> int | None:
-        """How many batches a run hands over at a time."""
         return self.step.steps_at_once
 
     @property
+    @override
     def stacked(self) -> bool:
-        """Whether every weight has a task axis first."""
         return self.step.stacked
 
     @property
+    @override
     def undeclared(self) -> list[str]:
-        """What was seen of other tensors that require grad."""
         return self.step.undeclared
 
     @override
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         return self.step.loss(w, lam, batch)
 
+    @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """The optimiser's half of the adjoint."""
         return self.step.adapt(state, lam, batch, alpha)
 
+    @override
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        """A step whose fixed points solve the inner problem."""
         found = self.step.stationary(state, rate)
         return found._replace(step=self.around(found.step))
 

@@ -87,7 +87,6 @@ class LinearizedCustomStep(Linearized):
     __slots__ = ("_lam", "_new", "_products", "_state", "_transposed")
 
     def __init__(self, state: InnerState, lam: Tree, new: InnerState) -> None:
-        """Keep the inputs and the outputs of ``fn``."""
         self._state = state
         self._lam = lam
         self._new = new

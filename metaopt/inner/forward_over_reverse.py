@@ -53,12 +53,11 @@ class MixedGradients:
     __slots__ = ("loss", "refused")
 
     def __init__(self, loss: Loss) -> None:
-        """Forward mode is tried first."""
         self.loss = loss
         self.refused: str | None = None
 
     def gradient(self, w: Tree, lam: Tree, batch: Any) -> Gradient:
-        """Cost: one gradient, without its graph."""
+        """The gradient at a point, without its graph. Cost: one gradient."""
         if self.refused is not None:
             return GradientGraph(self.loss, w, lam, batch)
         return GradientPoint(self, w, lam, batch)
@@ -79,7 +78,6 @@ class GradientPoint:
     __slots__ = ("_at", "_mode", "_rng", "g", "value")
 
     def __init__(self, mode: MixedGradients, w: Tree, lam: Tree, batch: Any) -> None:
-        """Cost: one gradient, without its graph."""
         self._mode = mode
         self._at = (w, lam, batch)
         self._rng = replay.snapshot(w)
@@ -106,7 +104,7 @@ class GradientPoint:
         return self.graph().contract(u, with_w=with_w, with_lam=with_lam, last=True)
 
     def graph(self) -> GradientGraph:
-        """Computed again, with its graph. Cost: one gradient."""
+        """The gradient computed again, with its graph. Cost: one gradient."""
         with replay.repeated(self._rng):
             graph = GradientGraph(self._mode.loss, *self._at)
         check_twice_differentiable(tree.leaves(graph.g))

@@ -41,11 +41,10 @@ class GraphGradients:
     __slots__ = ("_loss",)
 
     def __init__(self, loss: Loss) -> None:
-        """Nothing is learned of the loss."""
         self._loss = loss
 
     def gradient(self, w: Tree, lam: Tree, batch: Any) -> GradientGraph:
-        """Cost: one gradient."""
+        """The inner loss at a point; its gradient comes when it is first asked for."""
         return GradientGraph(self._loss, w, lam, batch)
 
 
@@ -59,7 +58,6 @@ class GradientGraph:
     __slots__ = ("_batch", "_lam", "_loss", "_of_lam", "_of_w", "_root", "_w", "inputs", "value")
 
     def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> None:
-        """Take fresh autograd leaves, and evaluate the loss."""
         self._w, w_leaves = tree.attached(w)
         self._lam, lam_leaves = tree.attached(lam)
         self._loss = loss
@@ -73,11 +71,11 @@ class GradientGraph:
 
     @property
     def g(self) -> Tree:
-        """With its graph."""
+        """The gradient ``∇_w L`` with its graph."""
         return like(self._w, self._gradient())
 
     def joint(self) -> list[Tensor | None]:
-        """Cost: one gradient, or where that with respect to w is there already, the other part."""
+        """``(∇_w L, ∇_λ L)``. Cost: one gradient, or only the part that has not been taken yet."""
         w, lam = self.inputs
         if self._of_w is None:
             found = self._derivative([*w, *lam])
@@ -107,7 +105,7 @@ class GradientGraph:
         return list(products[: len(w)]), list(products[len(w) :])
 
     def graph(self) -> GradientGraph:
-        """This is it."""
+        """The gradient itself, which has its graph already."""
         return self
 
     # -- parts -----------------------------------------------------------------------------------

@@ -101,12 +101,11 @@ class InnerStep(Step):
     _look: FirstLook = field(default_factory=FirstLook, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Set the mode to work on this loss."""
         object.__setattr__(self, "_gradients", self.adjoint.of(self._value_for_two))
 
     @property
+    @override
     def stacked(self) -> bool:
-        """Whether every weight has a task axis first (:func:`metaopt.vmapped`, :func:`metaopt.looped`)."""
         return is_stacked(self.inner_loss)
 
     @property
@@ -125,8 +124,8 @@ class InnerStep(Step):
         check_weights(w)
         return InnerState(w, self.optimizer.init(w), self.optimizer.steps_taken)
 
+    @override
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ. Cost: one gradient."""
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
             return self._differentiable(state, lam, batch)
         return self.evaluate(state, lam, batch)[0]
@@ -178,7 +177,6 @@ class InnerStep(Step):
 
     @override
     def loss(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """The inner loss."""
         return checked_scalar(self.inner_loss(w, lam, batch), "inner_loss")
 
     @override

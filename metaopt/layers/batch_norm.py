@@ -82,7 +82,7 @@ def _lean(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 class _Normalised(torch.autograd.Function):
-    """``(x, γ, β) -> y``."""
+    """The forward pass ``(x, γ, β) -> y``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -100,9 +100,9 @@ class _Normalised(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """``(g, x, γ) -> (x̄, γ̄, β̄)``.
+    """The backward pass ``(g, x, γ) -> (x̄, γ̄, β̄)``.
 
-    Μ and s come along as numbers, and are differentiated as the functions of x that they are.
+    The mean and the scale are given as numbers, and differentiated as functions of x.
     """
 
     @staticmethod

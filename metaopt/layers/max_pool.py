@@ -37,7 +37,7 @@ def _lean(x: Tensor) -> bool:
 
 
 class _Pool(torch.autograd.Function):
-    """``x -> y``."""
+    """Max pooling with the indices that torch would have noted."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

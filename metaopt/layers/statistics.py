@@ -28,11 +28,9 @@ class Absent:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse every operation."""
         raise RuntimeError(cls.message)
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse every method."""
         raise AttributeError(name) if name.startswith("__") else RuntimeError(self.message)
 
 

@@ -34,7 +34,6 @@ class SciPySolver(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "iterations", self.iterations)
         checks.non_negative(self, "tolerance", self.tolerance)
         checks.non_negative(self, "damping", self.damping)

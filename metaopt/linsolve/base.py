@@ -33,7 +33,7 @@ class Solution(NamedTuple):
 
 
 class Solver(Protocol):
-    """A (possibly approximate) solver."""
+    """Solves ``x K = alpha`` for x, exactly or approximately."""
 
     @property
     def descent_rate(self) -> float | None:

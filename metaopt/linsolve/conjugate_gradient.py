@@ -1,4 +1,4 @@
-"""Conjugate gradients."""
+"""Conjugate gradients, for a symmetric positive definite K."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class ConjugateGradient(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "iterations", self.iterations)
         checks.non_negative(self, "tolerance", self.tolerance)
         checks.non_negative(self, "damping", self.damping)

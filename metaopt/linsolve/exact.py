@@ -1,4 +1,4 @@
-"""A dense solve."""
+"""A dense solve, for small problems."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ class Exact(Solver):
     limit: int = 5_000
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "limit", self.limit)
         checks.non_negative(self, "damping", self.damping)
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """The solution.
+        """Build K row by row, and solve.
 
         Raises:
             ValueError: if there are more than ``limit`` weights.

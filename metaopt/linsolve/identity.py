@@ -37,7 +37,6 @@ class Identity(Solver):
     rate: float | None = 1.0
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         if self.rate is not None:
             checks.positive(self, "rate", self.rate)
 

@@ -1,4 +1,4 @@
-"""The truncated Neumann series."""
+"""The Neumann series, cut off after some terms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Neumann(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "terms", self.terms, at_least=0)
         checks.non_negative(self, "damping", self.damping)
         if isinstance(self.rate, (int, float)):
@@ -51,7 +50,7 @@ class Neumann(Solver):
 
     @property
     def descent_rate(self) -> float | None:
-        """That of the series; an estimated one is applied to H itself."""
+        """The rate of the series; where it is estimated, 1, so that the operator is H itself."""
         return 1.0 if isinstance(self.rate, PowerIteration) else self.rate
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:

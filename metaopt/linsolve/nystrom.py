@@ -54,13 +54,12 @@ class Nystrom(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "rank", self.rank)
         checks.positive(self, "damping", self.damping)
         checks.count(self, "uses", self.uses)
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
-        """With the sketch in ``memory`` as long as it may be used."""
+        """Invert the sketch; the one in ``memory`` serves as long as ``uses`` allows."""
         known = (
             isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == tree.vector(alpha).numel()
         )
@@ -70,7 +69,7 @@ class Nystrom(Solver):
         return Solution(x, residual, 1 if known else sketch.columns.shape[1] + 1, sketch._replace(uses=sketch.uses + 1))
 
     def sketch(self, operator: Operator, like: Tree) -> Sketch:
-        """K columns of K."""
+        """Some columns of K, and the core of its inverse."""
         flat = tree.vector(like)
         n = flat.numel()
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: min(self.rank, n)].to(
@@ -85,6 +84,6 @@ class Nystrom(Solver):
         return Sketch(C, torch.linalg.pinv(self.damping * 0.5 * (W + W.T) + C.T @ C, hermitian=True))
 
     def apply(self, sketch: Sketch, alpha: Tree) -> Tree:
-        """``alpha (K_k + ρI)^{-1}``."""
+        """``alpha (K_k + ρI)^{-1}`` by Woodbury's identity."""
         flat = tree.vector(alpha)
         return tree.unvector((flat - sketch.columns @ (sketch.core @ (sketch.columns.T @ flat))) / self.damping, alpha)

@@ -21,7 +21,7 @@ class Spectrum(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """``1 / largest``."""
+        """The rate of Neumann's series, ``1 / largest``."""
         return 1.0 / self.largest
 
     def bound(self, terms: int, rate: float | None = None) -> float:
@@ -53,11 +53,10 @@ class PowerIteration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "iterations", self.iterations)
 
     def spectrum(self, operator: Operator, like: Tree) -> Spectrum:
-        """By iteration on K and on ``first · I - K``, with ``first`` the end found first.
+        """Both ends: by iteration on K, and on ``first · I - K`` with ``first`` the end found first.
 
         Raises:
             ArithmeticError: if K has no positive eigenvalue.

@@ -1,4 +1,4 @@
-"""Adadelta."""
+"""Adadelta: steps scaled by a running size of earlier steps."""
 
 from __future__ import annotations
 

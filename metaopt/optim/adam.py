@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam: running first and second moments of the gradient."""
 
 from __future__ import annotations
 

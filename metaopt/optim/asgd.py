@@ -1,4 +1,4 @@
-"""Averaged SGD."""
+"""Averaged SGD: a decaying rate, and an average of the weights."""
 
 from __future__ import annotations
 

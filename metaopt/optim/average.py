@@ -1,4 +1,4 @@
-"""Weight averaging."""
+"""An exponential moving average of the weights."""
 
 from __future__ import annotations
 

@@ -41,7 +41,6 @@ class by:  # noqa: N801  (used as a function is)
     per_step: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.instance(self, "name", self.name, str, 'for instance mo.by("lr")')
         if self.transform is not None:
             checks.function(self, "transform", self.transform, "tensor -> tensor")

@@ -69,7 +69,6 @@ class Groups(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check that each group is a list of patterns and an optimiser."""
         checks.instance(self, "groups", self.groups, (list, tuple), 'for instance [(["head.*"], optimiser), …]')
         for group in self.groups:
             checks.pair(self, "groups", group)

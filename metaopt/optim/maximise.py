@@ -1,4 +1,4 @@
-"""Ascent instead of descent."""
+"""Maximisation: ascent in place of descent."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ class Positive:
     """
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The positive number."""
+        """The positive number of a free one."""
         return x.exp()
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The free number.
+        """The free number whose image is ``value``.
 
         Raises:
             ValueError: if the value is not above 0.
@@ -52,18 +52,17 @@ class Interval:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the order."""
         checks.finite(self, "low", self.low)
         checks.finite(self, "high", self.high)
         if not self.low < self.high:
             raise ValueError(f"Interval: low must be below high, got {self.low} and {self.high}")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The number in the interval."""
+        """The number in the interval of a free one."""
         return self.low + (self.high - self.low) * torch.sigmoid(x)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The free number.
+        """The free number whose image is ``value``.
 
         Raises:
             ValueError: if the value is not inside.
@@ -82,7 +81,7 @@ class Simplex:
     """
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The shares."""
+        """The shares of free numbers, along the last axis."""
         return x.softmax(-1)
 
     def inverse(self, value: Tensor) -> Tensor:

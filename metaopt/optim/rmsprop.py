@@ -1,4 +1,4 @@
-"""RMSprop."""
+"""RMSprop: gradients divided by the root of a running second moment."""
 
 from __future__ import annotations
 

@@ -50,7 +50,6 @@ class Rprop(Optimizer):
     pairs: ClassVar[tuple[str, ...]] = ("etas", "step_sizes")
 
     def __post_init__(self) -> None:
-        """Refuse what ``torch.optim.Rprop`` refuses."""
         super().__post_init__()
         if isinstance(self.etas, tuple):
             checks.unit_interval(self, "etas[0]", self.etas[0], closed="neither")

@@ -55,7 +55,6 @@ class SGD(Optimizer):
     ranges: ClassVar[Mapping[str, Check]] = {"dampening": checks.unit_interval}
 
     def __post_init__(self) -> None:
-        """Refuse what ``torch.optim.SGD`` refuses."""
         super().__post_init__()
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise ValueError("SGD: nesterov=True needs momentum > 0 and dampening = 0")

@@ -33,7 +33,6 @@ class Wrapper(Optimizer):
     hypers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check the wrapped optimiser and the settings."""
         checks.instance(self, "optimizer", self.optimizer, Optimizer, CONVERT)
         super().__post_init__()
 

@@ -46,12 +46,10 @@ class Allocations(TorchDispatchMode):
     """Remembers the memory of every tensor that an operation gives back."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
         super().__init__()
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operation as it is."""
         out = func(*args, **(kwargs or {}))
         self._made |= {_address(x): weakref.ref(x.untyped_storage()) for x in tree.leaves(out) if isinstance(x, Tensor)}
         return out

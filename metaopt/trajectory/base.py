@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Exogenous(NamedTuple):
 
     @classmethod
     def now(cls, state: InnerState, batch: Any) -> Exogenous:
-        """As it is before the step that leaves ``state``."""
+        """What the step that leaves ``state`` will take from outside."""
         return cls(batch, replay.snapshot(state), replay.versions_of(batch))
 
     def moment(self, state: InnerState, lam: Tree, loss: Tensor | None = None) -> Moment:
@@ -113,26 +113,21 @@ class Exogenous(NamedTuple):
 
 
 class Trajectory(Protocol):
-    """How a run is remembered. A tape is used by one run only: :meth:`record` may extend it in place.
+    """How a run is remembered.
+
+    A tape is used by one run only: :meth:`record` may extend it in place.
 
     Attributes:
-        exact: whether the moments are those of the run (as far back as they go).
-        bounded: whether memory stays the same however long the run is; such a tape can also live
+        exact: whether the moments are those of the run, as far back as they go.
+        bounded: whether memory stays the same however long the run is. Such a tape can also live
             while λ moves.
     """
 
-    @property
-    def exact(self) -> bool:
-        """See the class."""
-        ...
-
-    @property
-    def bounded(self) -> bool:
-        """See the class."""
-        ...
+    exact: ClassVar[bool]
+    bounded: ClassVar[bool]
 
     def start(self, state: InnerState, lam: Tree) -> Any:
-        """An empty tape."""
+        """A tape that holds no step yet."""
         ...
 
     def record(self, tape: Any, step: Step, state: InnerState, lam: Tree, batch: Any) -> tuple[InnerState, Any]:

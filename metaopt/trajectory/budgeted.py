@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, replay, tree
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.trajectory._weighing import weighed
-from metaopt.trajectory.base import Moment
+from metaopt.trajectory.base import Moment, Trajectory
 from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
 from metaopt.trajectory.store import ByReference
 from metaopt.tree import Tree
@@ -46,7 +47,7 @@ class BudgetedTape:
 
 
 @dataclass(frozen=True)
-class Budgeted:
+class Budgeted(Trajectory):
     """Graphs of as many of the last steps as fit into ``bytes``; states for the rest.
 
     Checkpoints when even those do not fit.
@@ -67,25 +68,24 @@ class Budgeted:
     tensor([0.7500])
     """
 
-    exact = True
-    bounded = False
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     bytes: int
 
     def __post_init__(self) -> None:
-        """Check the budget."""
         checks.count(self, "bytes", self.bytes)
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> BudgetedTape:
-        """Hold the first state."""
         size = sum(x.numel() * x.element_size() for x in tree.floats(state))
         keeper = Checkpointed(slots=max(1, self.bytes // max(1, size)), store=ByReference())
         return BudgetedTape(keeper.start(state, lam), keeper, size)
 
+    @override
     def record(
         self, tape: BudgetedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, BudgetedTape]:
-        """Take a step; keep its graph, and let go of the oldest ones that no longer fit."""
         if tape.sizes and min(tape.sizes.values()) > self._room(tape):
             tape.graphs.clear()
             return tape.keeper.record(tape.states, step, state, lam, batch)[0], tape
@@ -105,13 +105,13 @@ class Budgeted:
             tape.graphs.popleft()
         return new, tape
 
+    @override
     def moments(self, tape: BudgetedTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first: those with graphs, then those without."""
         yield from (graph.moment for graph in reversed(tape.graphs))
         yield from tape.keeper.moments_until(tape.states, step, tape.states.steps - len(tape.graphs))
 
+    @override
     def complete(self, tape: BudgetedTape) -> bool:
-        """Always."""
         return True
 
     def _room(self, tape: BudgetedTape) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import override
 
 from metaopt import replay
 from metaopt.inner.contract import Step
@@ -23,7 +25,7 @@ class CheckedTape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Trajectory):
     """The same trajectory as ``of``; in the sweep every step is compared, bit for bit, with the run.
 
     Two things are compared: the state that a step is said to have started from, and the state that
@@ -50,10 +52,11 @@ class Checked:
     tensor([0.7500])
     """
 
+    exact: ClassVar[bool] = True
+
     of: Trajectory
 
     def __post_init__(self) -> None:
-        """Check that there is something to check."""
         if not self.of.exact:
             raise ValueError(
                 f"{type(self.of).__name__} does not claim to give back the states of the run, so there is nothing to "
@@ -61,31 +64,26 @@ class Checked:
             )
 
     @property
-    def exact(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def bounded(self) -> bool:
-        """As ``of``."""
+    def bounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the memory of ``of`` is bounded."""
         return self.of.bounded
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> CheckedTape:
-        """An empty tape."""
         return CheckedTape(self.of.start(state, lam), [])
 
+    @override
     def record(
         self, tape: CheckedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, CheckedTape]:
-        """Take a step; keep its fingerprint."""
         if not tape.prints:
             tape.prints.append(fingerprint(state))
         new, inner = self.of.record(tape.tape, step, state, lam, batch)
         tape.prints.append(fingerprint(new))
         return new, CheckedTape(inner, tape.prints)
 
+    @override
     def moments(self, tape: CheckedTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """The remembered steps, newest first, each compared with the run."""
         t = len(tape.prints) - 1
         for moment in self.of.moments(tape.tape, step, last):
             if fingerprint(moment.state) != tape.prints[t - 1]:
@@ -98,8 +96,8 @@ class Checked:
             yield moment
             t -= 1
 
+    @override
     def complete(self, tape: CheckedTape) -> bool:
-        """As ``of``."""
         return self.of.complete(tape.tape)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import checks, replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.replay import Rng
-from metaopt.trajectory.base import Moment, check_during, check_fixed, check_since
+from metaopt.trajectory.base import Moment, Trajectory, check_during, check_fixed, check_since
 from metaopt.trajectory.fingerprint import fingerprint
 from metaopt.trajectory.revolve import Binomial, Periodic, Placement, SquareRoot, split
 from metaopt.trajectory.store import ByReference, Store
@@ -60,7 +61,7 @@ class CheckpointedTape:
 
 
 @dataclass(frozen=True)
-class Checkpointed:
+class Checkpointed(Trajectory):
     """A few states, placed so that recomputing the rest costs little.
 
     The numbers are those of :class:`Full`, to the bit on a CPU.
@@ -100,8 +101,8 @@ class Checkpointed:
     tensor([0.7500])
     """
 
-    exact = True
-    bounded = False
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     slots: int | Literal["sqrt"] = 17
     every: int | None = None
@@ -110,7 +111,6 @@ class Checkpointed:
     batches: Callable[[int], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if isinstance(self.slots, str):
             checks.one_of(self, "slots", self.slots, ["sqrt"])
         else:
@@ -122,15 +122,15 @@ class Checkpointed:
         if self.batches is not None:
             checks.function(self, "batches", self.batches, "t -> batch")
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> CheckpointedTape:
-        """Hold the first state."""
         first = Held(self.store.put(state), replay.snapshot(state))
         return CheckpointedTape(lam, replay.versions_of(lam), self._placement(), {0: first})
 
+    @override
     def record(
         self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, CheckpointedTape]:
-        """Take a step; hold where it started if the schedule says so."""
         self.before(tape, state, lam, batch)
         new, loss = step.evaluate(state, lam, batch)
         self.after(tape, new, batch, loss)
@@ -156,8 +156,8 @@ class Checkpointed:
         if self.batches is None:
             check_during(tape.steps, batch, tape.batch_versions[-1])
 
+    @override
     def moments(self, tape: CheckpointedTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first; recomputes what is not held."""
         return self.moments_until(tape, step, tape.steps)
 
     def moments_until(self, tape: CheckpointedTape, step: Step, newest: int) -> Iterator[Moment]:
@@ -172,8 +172,8 @@ class Checkpointed:
             state, rng = self._state(tape, step, t - 1, extra)
             yield Moment(state, tape.lam, self._batch(tape, t), rng, loss=tape.losses[t - 1])
 
+    @override
     def complete(self, tape: CheckpointedTape) -> bool:
-        """Always."""
         return True
 
     # -- parts -----------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ class Distilled:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.unit_interval(self, "gamma", self.gamma)
         checks.count(self, "example_axis", self.example_axis, at_least=0)
         checks.flag(self, "stochastic_rounding", self.stochastic_rounding)

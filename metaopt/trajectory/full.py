@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import override
 
 from metaopt import replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.trajectory._rows import Rows
-from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed
+from metaopt.trajectory.base import Exogenous, Moment, Trajectory, check_during, check_fixed
 from metaopt.tree import Tree
 
 
@@ -24,7 +26,7 @@ class FullTape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Trajectory):
     """States ``s_0 … s_{T-1}``, batches and random states; graphs are rebuilt one at a time in the sweep.
 
     Cost: no extra work while running; one gradient per step in the sweep. Memory: ``T · |s|``,
@@ -38,17 +40,17 @@ class Full:
     tensor([0.7500])
     """
 
-    exact = True
-    bounded = False
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> FullTape:
-        """An empty tape."""
         return FullTape(lam, replay.versions_of(lam), [], Rows())
 
+    @override
     def record(
         self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, FullTape]:
-        """Take a step; keep where it started."""
         check_fixed(lam, tape.lam, tape.versions, "a full trajectory")
         given = Exogenous.now(state, batch)
         new, loss = step.evaluate(state, lam, batch)
@@ -56,10 +58,10 @@ class Full:
         tape.moments.append(given.moment(tape.rows.put(state), lam, loss))
         return new, tape
 
+    @override
     def moments(self, tape: FullTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first."""
         return reversed(tape.moments)
 
+    @override
     def complete(self, tape: FullTape) -> bool:
-        """Always."""
         return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from metaopt import replay
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
@@ -28,10 +30,10 @@ class Graphs(Full):
     tensor([0.7500])
     """
 
+    @override
     def record(
         self, tape: FullTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, FullTape]:
-        """Take a step; keep its graph."""
         check_fixed(lam, tape.lam, tape.versions, "a trajectory of graphs")
         rng = replay.snapshot(state)
         linearized = step.linearize(state, lam, batch)

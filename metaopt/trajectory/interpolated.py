@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import replay, tree
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed
+from metaopt.trajectory.base import Exogenous, Moment, Trajectory, check_during, check_fixed
 from metaopt.tree import Tree
 
 
@@ -26,7 +27,7 @@ class InterpolatedTape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Interpolated:
+class Interpolated(Trajectory):
     r"""Both ends of the run; states between them are read off the straight line (slots too).
 
     Same batches, same order.
@@ -45,17 +46,17 @@ class Interpolated:
     tensor([0.7500])
     """
 
-    exact = False
-    bounded = False
+    exact: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> InterpolatedTape:
-        """Keep the first state."""
         return InterpolatedTape(state, lam, replay.versions_of(lam), [])
 
+    @override
     def record(
         self, tape: InterpolatedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, InterpolatedTape]:
-        """Take a step; keep its batch."""
         check_fixed(lam, tape.lam, tape.versions, "an interpolated trajectory (DrMAD)")
         given = Exogenous.now(state, batch)
         tape.given.append(given)
@@ -63,15 +64,15 @@ class Interpolated:
         check_during(new.t, batch, given.versions)
         return new, tape
 
+    @override
     def moments(self, tape: InterpolatedTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first, at the interpolated states."""
         states = straight_line(tape.first, last, len(tape.given))
         for state, given in zip(states, reversed(tape.given), strict=True):
             yield given.moment(state, tape.lam)
 
+    @override
     def complete(self, tape: InterpolatedTape) -> bool:
-        """No: the sweep ends at ``s_0``, but what it carries is not the cotangent of ``s_0``."""
-        return False
+        return False  # the sweep ends at s_0, but what it carries is not the cotangent of s_0
 
 
 def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory.base import Exogenous, Moment, check_during
+from metaopt.trajectory.base import Exogenous, Moment, Trajectory, check_during
 from metaopt.tree import Tree
 
 
@@ -21,7 +23,7 @@ class LastTape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Last:
+class Last(Trajectory):
     """The last ``steps`` states; each with the λ it used, so λ may move between steps.
 
     Memory: ``steps · |s|``, however long the run is.
@@ -39,25 +41,24 @@ class Last:
     tensor([0.5000])
     """
 
-    exact = True
-    bounded = True
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
     steps: int
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "steps", self.steps, at_least=0)
         checks.flag(self, "graphs", self.graphs)
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> LastTape:
-        """An empty tape."""
         return LastTape()
 
+    @override
     def record(
         self, tape: LastTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, LastTape]:
-        """Take a step; forget the oldest."""
         if self.steps == 0:
             return step(state, lam, batch), LastTape((), tape.steps + 1)
         given = Exogenous.now(state, batch)
@@ -71,10 +72,10 @@ class Last:
             moment = given.moment(state, lam, loss)
         return new, LastTape((*tape.moments, moment)[-self.steps :], tape.steps + 1)
 
+    @override
     def moments(self, tape: LastTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """The remembered steps, newest first."""
         return reversed(tape.moments)
 
+    @override
     def complete(self, tape: LastTape) -> bool:
-        """Whether the run has been no longer than that."""
         return len(tape.moments) == tape.steps

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
-from metaopt.trajectory.base import Moment
+from metaopt.trajectory.base import Moment, Trajectory
 from metaopt.trajectory.checkpointed import Checkpointed, CheckpointedTape
 from metaopt.trajectory.store import ByReference, OnDevice, OnDisk, Store
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class Offloaded(Trajectory):
     """States on another device or in memory-mapped files.
 
     All of them, or those that a checkpointed trajectory holds.
@@ -37,15 +39,14 @@ class Offloaded:
         ValueError: unless exactly one of ``device`` and ``directory`` is given.
     """
 
-    exact = True
-    bounded = False
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     device: str | None = None
     directory: str | None = None
     of: Checkpointed = Checkpointed(every=1)
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if (self.device is None) == (self.directory is None):
             raise ValueError(
                 f"Offloaded: give either device or directory, got device={self.device!r}, directory={self.directory!r}"
@@ -62,20 +63,20 @@ class Offloaded:
         store: Store = OnDisk(self.directory) if self.directory is not None else OnDevice(str(self.device))
         return replace(self.of, store=store)
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> CheckpointedTape:
-        """Put the first state away."""
         return self.checkpoints.start(state, lam)
 
+    @override
     def record(
         self, tape: CheckpointedTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, CheckpointedTape]:
-        """Take a step; put away where it started."""
         return self.checkpoints.record(tape, step, state, lam, batch)
 
+    @override
     def moments(self, tape: CheckpointedTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first."""
         return self.checkpoints.moments(tape, step, last)
 
+    @override
     def complete(self, tape: CheckpointedTape) -> bool:
-        """Always."""
         return True

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metaopt import replay, tree
 from metaopt.inner.contract import Step
@@ -17,7 +18,7 @@ from metaopt.inner.step import inner_of
 from metaopt.optim.optimizer import per_leaf
 from metaopt.optim.sgd import SGD
 from metaopt.trajectory._fixed_point import Remainders, ratio, to_fixed, to_float
-from metaopt.trajectory.base import Exogenous, Moment, check_during, check_fixed, check_since
+from metaopt.trajectory.base import Exogenous, Moment, Trajectory, check_during, check_fixed, check_since
 from metaopt.tree import Tree
 
 
@@ -52,7 +53,7 @@ class ReversibleTape:
 
 
 @dataclass(frozen=True)
-class Reversible:
+class Reversible(Trajectory):
     """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
 
     Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
@@ -72,11 +73,11 @@ class Reversible:
         OverflowError: if a weight or velocity reaches 512.
     """
 
-    exact = True
-    bounded = False
+    exact: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
+    @override
     def start(self, state: InnerState, lam: Tree) -> ReversibleTape:
-        """The first state as integers."""
         x = [to_fixed(leaf, "a weight") for leaf in tree.leaves(state.w)]
         if not isinstance(state.slots, dict) or not {"momentum"} <= set(state.slots) <= {"momentum", "missed"}:
             raise TypeError("a reversible trajectory needs momentum SGD: mo.optim.SGD(lr=..., momentum=...)")
@@ -85,10 +86,10 @@ class Reversible:
             lam, replay.versions_of(lam), state, x, v, [Remainders(torch.zeros_like(leaf)) for leaf in x]
         )
 
+    @override
     def record(
         self, tape: ReversibleTape, step: Step, state: InnerState, lam: Tree, batch: Any
     ) -> tuple[InnerState, ReversibleTape]:
-        """Take a step in fixed point."""
         check_fixed(lam, tape.lam, tape.versions, "a reversible trajectory")
         optimizer = _momentum_sgd(step)
         if state is not tape.newest:
@@ -113,8 +114,8 @@ class Reversible:
             )
         return tape.newest, tape
 
+    @override
     def moments(self, tape: ReversibleTape, step: Step, last: InnerState) -> Iterator[Moment]:
-        """All steps, newest first, undoing them (on a copy of the bits, so that there can be another sweep)."""
         check_fixed(tape.lam, tape.lam, tape.versions, "a reversible trajectory")
         optimizer = _momentum_sgd(step)
         x = list(tape.x)
@@ -132,8 +133,8 @@ class Reversible:
             state = _floats(x, v, state, before.t)
             yield given.moment(state, tape.lam, loss)
 
+    @override
     def complete(self, tape: ReversibleTape) -> bool:
-        """Always."""
         return True
 
 
