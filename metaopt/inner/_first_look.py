@@ -1,4 +1,4 @@
-"""What is looked at once per step object, since it costs as much as an operation or more."""
+"""Checks that a step makes once, since each costs as much as an operation or more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MathAttentionWarning(UserWarning):
 
 
 class FirstLook:
-    """Whether the inner loss keeps its side of the contract, found out at the first steps.
+    """Whether the inner loss keeps its side of the contract, as its first evaluations show.
 
     Attributes:
         written: whether it has been seen to leave the weights alone.
@@ -49,9 +49,10 @@ class FirstLook:
         self.undeclared: list[str] = []
 
     def value(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        """The loss, beside a copy of the weights: what it wrote into them is undone.
+        """The loss; if it has written into the weights, that is undone, and an error says so.
 
-        Later evaluations look at version counters alone, which ``.data`` goes around.
+        Later evaluations look at version counters alone, which a write through ``.data`` leaves as
+        they are.
         """
         leaves = tree.leaves(w)
         before = [x.detach().clone() for x in leaves]
@@ -155,9 +156,9 @@ def said_of_undeclared(behind: Iterable[Any], known: Tree, what: str) -> list[st
         return []
     shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:4])
     return [
-        f"{what} depends on {len(found)} tensor(s) that require grad and are neither weights nor lam (shapes {shapes}): "
-        "they get no gradient. Call model(w, x), not net(x); put them into lam, declare them to mo.unroll with "
-        "closed_over=[...], or detach them"
+        f"{what} depends on {len(found)} tensor(s) that require grad and are neither weights nor lam "
+        f"(shapes {shapes}): they get no gradient. Call model(w, x), not net(x); put them into lam, declare them to "
+        "mo.unroll with closed_over=[...], or detach them"
     ]
 
 

@@ -16,15 +16,23 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class ConstantSlots(WrappedStep):
-    r"""The same Φ as ``step``, with a derivative that treats the slots as constants. Biased.
+    r"""The same Φ as ``step``, with a derivative that treats the slots as constants.
 
-    With momentum SGD, :math:`w_t = w_{t-1} - \eta(\mu v_{t-1} + g)`, reading :math:`v_{t-1}` as a
-    constant gives :math:`A_t = I - \eta H_t` in place of the true Jacobian of :math:`(w, v)`. That
-    drops how λ acts through the momentum, and is **not** the exact gradient (norm ratio 0.51 on a
-    quadratic), but it damps the growth of the sweep; published code often does it.
+    .. math:: A_t = \frac{\partial w_t}{\partial w_{t-1}}\Big|_{v_{t-1}}
+        \qquad (\text{momentum SGD: } I - \eta H_t)
+
+    It takes the place of the Jacobian of :math:`(w, v)`. Published code often does this, since it
+    damps the growth of the sweep.
+
+    Cost and memory: those of ``step``. Bias: what λ does through the slots is dropped. The result
+    is **not** the exact gradient (norm ratio 0.51 on a quadratic with momentum).
+
+    Args:
+        step: a step with slots.
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9)))
+    >>> momentum = mo.optim.SGD(lr=0.1, momentum=0.9)
+    >>> step = mo.inner.ConstantSlots(mo.inner_step(lambda w, lam, _: ((w - lam) ** 2).sum(), momentum))
     >>> step(step.init(torch.zeros(1), torch.ones(1)), torch.ones(1), None).w
     tensor([0.2000])
     """

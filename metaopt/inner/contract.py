@@ -26,8 +26,8 @@ What is not asked for is not computed.
 class Linearized(ABC):
     """Φ at one point, with its derivatives at hand.
 
-    The point is evaluated when it is made or when it is first asked for something, whatever is
-    cheaper; ask for :attr:`state` where it matters when that happens.
+    Φ is evaluated when the object is made, or when it is first asked for something, whichever is
+    cheaper. Where the moment matters, ask for :attr:`state`.
     """
 
     __slots__ = ()
@@ -99,8 +99,8 @@ class Stationary(NamedTuple):
 class Step(ABC):
     """What estimators see of Φ: :meth:`init`, a call, and :meth:`linearize`. The rest follows from these.
 
-    Only a step that is an optimiser on an inner loss can do what comes after them; it refuses by
-    name otherwise.
+    :meth:`loss`, :meth:`adapt` and :meth:`stationary` are for steps that apply an optimiser to an
+    inner loss. Any other step refuses them by name.
     """
 
     @abstractmethod
@@ -181,7 +181,7 @@ class Step(ABC):
 
 
 class WrappedStep(Step):
-    """A step around another one, which it is but for what the subclass says.
+    """A step around another one: it does the same, except for what the subclass changes.
 
     Attributes:
         step: the step inside.
@@ -263,6 +263,6 @@ def check_weights(w: Tree) -> None:
         if not tree.is_float(leaf):
             kind = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"the weight {tree.names(w)[i]} is {kind}; weights are floating-point tensors (pass anything else through the "
-                "batch)"
+                f"the weight {tree.names(w)[i]} is {kind}; weights are floating-point tensors (pass anything else "
+                "through the batch)"
             )

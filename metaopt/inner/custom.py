@@ -30,6 +30,12 @@ def custom_step(
         init: ``(w, lam) -> InnerState``; default: no slots.
 
     :func:`metaopt.verify.check` tests whether a function keeps this contract.
+
+    >>> import metaopt as mo
+    >>> step = custom_step(lambda state, lam, batch: state._replace(w=0.5 * (state.w + lam)))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD()).total  # exact: 1 - (1 - 0.5)²
+    tensor([0.7500])
     """
     if not callable(fn):
         raise TypeError(f"custom_step needs a function (state, lam, batch) -> state, got {type(fn).__name__}")

@@ -5,11 +5,12 @@ and update with
 
 .. math::
     g(w, \lambda) = \sum_i v_i(\ell(w); \lambda)\, \nabla_w \ell_i(w), \qquad
-    \frac{\partial g}{\partial w} = \sum_i v_i \nabla^2 \ell_i + \sum_{ij} \nabla \ell_i\, \frac{\partial v_i}{\partial \ell_j}\, \nabla \ell_j^\top
+    \frac{\partial g}{\partial w} = \sum_i v_i \nabla^2 \ell_i
+        + \sum_{ij} \nabla \ell_i\, \frac{\partial v_i}{\partial \ell_j}\, \nabla \ell_j^\top
 
-:math:`g` is not the gradient of :math:`\sum_i v_i \ell_i`: that would have further terms. Detaching :math:`v` gives the right g, but loses the
-second sum from every hypergradient through the update, without any error. Here g is right and so is
-its derivative.
+:math:`g` is not the gradient of :math:`\sum_i v_i \ell_i`, which has further terms. With a detached
+:math:`v`, g is right, but every hypergradient through the update loses the second sum, without any
+error. Here g is right and so is its derivative.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ class AsymmetricUpdateError(RuntimeError):
 
 
 def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
-    """``weigh(losses) * losses``, to be summed, with weights that are constants in the update and exact in its derivatives.
+    """``weigh(losses) * losses``, to be summed: constant weights in the update, exact ones in its derivatives.
 
-    The gradient with respect to what ``weigh`` holds besides (λ) is that of the products at the
-    given losses. Cost: ``weigh`` twice.
+    The gradient with respect to anything else that ``weigh`` holds (λ) is that of the products at
+    the given losses. Cost: ``weigh`` twice.
 
-    Reverse products of the update (every estimator but the following) are exact. ``InnerStep.jvp``
-    takes its slower form; forward over reverse is refused. Methods that difference ``∂L/∂λ``
-    between two points (``DARTS``, ``SAMA``) rely on symmetry, and see one term more. The Jacobian
-    is symmetric where ``v_i`` depends on its own loss only; where weights are normalised over the
-    batch it is not, so that implicit differentiation needs a solver that does without symmetry: not
-    conjugate gradients.
+    Reverse products of the update are exact. ``InnerStep.jvp`` takes its slower form, and forward
+    over reverse is refused. Methods that difference ``∂L/∂λ`` between two points (``DARTS``,
+    ``SAMA``) rely on symmetry, and see one term more.
+
+    The Jacobian is symmetric where ``v_i`` depends on its own loss only. It is not where weights
+    are normalised over the batch; implicit differentiation then needs a solver for matrices that
+    are not symmetric, such as GMRES.
 
     Args:
         losses: one per example, ``[n]``.
@@ -51,10 +53,10 @@ def reweighted(losses: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class _Reweighted(torch.autograd.Function):
-    """``held * losses``. First derivatives.
+    """``held * losses``, and its first derivatives.
 
-    ``held`` for the losses, none for ``held``, the losses for ``weights``; ``held`` keeps its
-    graph.
+    The derivative is ``held`` with respect to the losses, and the losses with respect to
+    ``weights``. With respect to ``held`` there is none, but ``held`` keeps its graph.
     """
 
     generate_vmap_rule = True
@@ -91,6 +93,6 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise AsymmetricUpdateError(
             "the gradient with respect to lam of a reweighted loss was differentiated again: its derivative is not "
-            "transpose of the update's. "
-            "Take products with the update's own derivative, as InnerStep.vjp and InnerStep.jvp do"
+            "the transpose of the update's. Take products with the update's own derivative, as InnerStep.vjp and "
+            "InnerStep.jvp do"
         )

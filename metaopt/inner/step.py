@@ -155,7 +155,9 @@ class InnerStep(Step):
 
     @override
     def stationary(self, state: InnerState, rate: float | None) -> Stationary:
-        r"""Gradient descent of the given rate on the same loss: :math:`I - A = a H`, :math:`B = -a\, \partial^2 L/\partial w \partial\lambda`.
+        r"""Gradient descent of rate a on the same loss.
+
+        .. math:: I - A = a H, \qquad B = -a\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
 
         The fixed points of every optimiser here are those of gradient descent, and its :math:`A` is
         symmetric. Weight decay that the optimiser adds to the gradient is taken over.
@@ -181,9 +183,9 @@ class InnerStep(Step):
 
     @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """``alpha · ∂w'/∂g``, element-wise (gradient descent: ``-lr · alpha``), and ``alpha · ∂w'/∂λ`` at fixed g.
+        """``alpha · ∂w'/∂g``, element-wise, and ``alpha · ∂w'/∂λ`` at fixed g. Cost: one gradient.
 
-        Cost: one gradient.
+        For gradient descent the first is ``-lr · alpha``.
         """
         _, g = self._value_and_gradient(state, lam, batch)
         cotangent = InnerState(alpha, None, state.t)
@@ -287,7 +289,7 @@ class InnerStep(Step):
 
 
 def inner_of(step: Step, what: str) -> InnerStep:
-    """The inner step inside whatever is around it.
+    """The inner step inside its wrappers.
 
     Raises:
         TypeError: for a step that is not made by :func:`inner_step`; ``what`` is what asks for it.

@@ -1,4 +1,4 @@
-r"""Batch normalisation with batch statistics, whose second derivative costs two buffers and a dozen passes over the data.
+r"""Batch normalisation with batch statistics, and a second derivative of two buffers and a dozen passes.
 
 .. math::
     y = \gamma \hat x + \beta, \qquad \hat x = s\,(x - \mu), \qquad s = (\mathrm{var}(x) +
@@ -8,12 +8,13 @@ With :math:`E` the mean over all examples and places of a channel and g the cota
 first derivative is
 
 .. math::
-    \bar x = \gamma s\,(g - E g - \hat x\, E[g \hat x]), \qquad \bar\gamma = M\, E[g \hat x], \qquad \bar\beta = M\, E g.
+    \bar x = \gamma s\,(g - E g - \hat x\, E[g \hat x]), \qquad \bar\gamma = M\, E[g \hat x],
+    \qquad \bar\beta = M\, E g.
 
-Each cotangent of that map is again g, x and its own cotangent u of :math:`\bar x`, each times one
-number per channel; torch's own formula takes some fifty passes and seven buffers for it, more than
-everything else in the second derivative of a small conv net, and its third derivative is wrong: it
-takes μ and s for constants. Here the third and all further ones come from plain operations.
+The second derivative takes a cotangent u of :math:`\bar x`, and is a sum of g, x and u, each times
+one number per channel. Torch's own formula for it takes some fifty passes and seven buffers, more
+than everything else in the second derivative of a small conv net. Its third derivative is wrong,
+since it takes μ and s for constants. Here the third and all further ones come from plain operations.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class ConjugateGradient(Solver):
-    r"""For a symmetric positive definite K; after n steps exact, with rounding.
+    r"""Conjugate gradients for a symmetric positive definite K: exact after n steps, up to rounding.
 
     .. math:: x_k = \arg\min_{x \in \mathcal{K}_k(K, \alpha)} \tfrac12 x K x - \alpha x
 
@@ -21,7 +21,8 @@ class ConjugateGradient(Solver):
     <https://arxiv.org/abs/1909.04630>`__.
 
     Cost: ``iterations`` products and one for the residual. Memory: four vectors. Error: at most
-    :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k` after k steps, in the norm of K. Not linear in ``alpha`` before it has converged.
+    :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k` after k steps, in the norm of K. Not linear in
+    ``alpha`` before it has converged.
 
     Args:
         iterations: the most that are taken.
@@ -64,8 +65,8 @@ class ConjugateGradient(Solver):
             if not bool(curvature > 0):
                 raise ArithmeticError(
                     f"ConjugateGradient: the curvature p·Kp is {float(curvature):.3g} in iteration {products}: the "
-                    "inner loss has no minimum here. "
-                    "Train longer, add damping, or use MINRES (indefinite) or GMRES (not symmetric)"
+                    "inner loss has no minimum here. Train longer, add damping, or use MINRES (indefinite) or GMRES "
+                    "(not symmetric)"
                 )
             length = squared / curvature
             x = tree.add(x, tree.scale(length, p))

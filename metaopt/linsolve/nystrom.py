@@ -25,14 +25,16 @@ class Sketch(NamedTuple):
 class Nystrom(Solver):
     r"""``x = alpha (K_k + ρI)^{-1}`` with ``K_k`` the rank-k Nyström approximation of a symmetric K.
 
-    .. math:: (C W^{-1} C^\top + \rho I)^{-1} = \tfrac1\rho I - \tfrac1\rho C\, (\rho W + C^\top C)^{-1} C^\top, \qquad C = K_{:,S},\; W = K_{S,S}
+    .. math::
+        (C W^{-1} C^\top + \rho I)^{-1} = \tfrac1\rho I - \tfrac1\rho C\, (\rho W + C^\top C)^{-1} C^\top,
+        \qquad C = K_{:,S},\; W = K_{S,S}
 
     with S a random set of k coordinates. Hataya & Yamada 2023, "Nyström method for accurate and
     scalable implicit differentiation", `arXiv 2302.09726 <https://arxiv.org/abs/2302.09726>`__.
 
     Cost: ``rank`` products for the sketch (none where one is reused) and one for the residual.
-    Memory: rank vectors. Bias: ρ, and what the sketch does not see is inverted as ``1/ρ``. Linear
-    in ``alpha``; no learning rate that could make it diverge.
+    Memory: ``rank`` vectors. Bias: ρ; what the sketch does not see is inverted as ``1/ρ``. Linear in
+    ``alpha``. It has no learning rate, and cannot diverge.
 
     Args:
         rank: k; a rank of n gives ``(K + ρI)^{-1}``.

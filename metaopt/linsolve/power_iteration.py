@@ -47,6 +47,10 @@ class PowerIteration:
     Args:
         iterations: of the power method, for each end of the spectrum.
         seed: of its first vector.
+
+    >>> found = PowerIteration().spectrum(lambda v: torch.tensor([1.0, 3.0]) * v, torch.zeros(2))
+    >>> round(found.smallest, 3), round(found.largest, 3)
+    (1.0, 3.0)
     """
 
     iterations: int = 20
@@ -68,8 +72,7 @@ class PowerIteration:
         if not largest > 0:
             raise ArithmeticError(
                 f"PowerIteration: the largest eigenvalue of K seems to be {largest:.3g}, so that no rate makes a "
-                "Neumann series converge: this is "
-                "no minimum of the inner loss (train longer, or add damping)"
+                "Neumann series converge: this is not a minimum of the inner loss (train longer, or add damping)"
             )
         return Spectrum(smallest, largest)
 

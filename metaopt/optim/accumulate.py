@@ -14,7 +14,9 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Accumulate(Wrapper):
-    """The mean gradient of ``every`` steps makes one update; in between the weights stay.
+    r"""The mean gradient of several steps makes one update; in between the weights stay.
+
+    .. math:: \bar g = \frac1k \sum_{i=t-k+1}^{t} g_i \qquad \text{at every } t \text{ that k divides}
 
     Slots: ``sum`` of the gradients since the last update, ``terms`` (how many there were), and
     ``inner``. The wrapped optimiser counts its own updates. A weight that had no gradient since the
@@ -22,7 +24,13 @@ class Accumulate(Wrapper):
 
     Args:
         optimizer: gets the mean gradient.
-        every: steps per update.
+        every: k, the steps per update.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Accumulate(mo.optim.SGD(lr=0.1), every=2))
+    >>> first = step(step.init(torch.zeros(1), None), None, None)
+    >>> first.w, step(first, None, None).w  # nothing, then -lr · g
+    (tensor([0.]), tensor([-0.2000]))
     """
 
     every: int = 1

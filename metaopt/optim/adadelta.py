@@ -32,6 +32,11 @@ class Adadelta(Optimizer):
         rho: decay ρ.
         eps: ε.
         weight_decay: L2 coefficient.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Adadelta())
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # -√ε / √((1 - ρ) g² + ε) · g
+    tensor([-0.0032])
     """
 
     lr: Hyper = 1.0

@@ -25,7 +25,9 @@ def _non_negative_or_none(owner: object, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Adafactor(Optimizer):
-    r"""Adafactor, equal to ``torch.optim.Adafactor`` step by step. Slots.
+    r"""Adafactor, equal to ``torch.optim.Adafactor`` step by step.
+
+    Slots: ``row`` and ``column`` (used by matrices), ``second`` (used by vectors).
 
     .. math::
         R_t \leftarrow \beta R + (1-\beta)\, \text{mean}_{-1}(g^2),\; C_t \leftarrow \beta C +
@@ -36,8 +38,6 @@ class Adafactor(Optimizer):
     with :math:`\beta = 1 - t^{\text{beta2\_decay}}` and :math:`\rho_t = \min(\eta, 1/\sqrt t)`.
     Shazeer and Stern 2018, `arXiv 1804.04235 <https://arxiv.org/abs/1804.04235>`__.
 
-    ``row``, ``column`` (matrices), ``second`` (vectors).
-
     It looks at whole tensors (root mean squares): in a stacked meta-batch wrap it in
     :class:`metaopt.optim.PerTask`.
 
@@ -47,6 +47,11 @@ class Adafactor(Optimizer):
         eps: ``(ε1, ε2)``; ε1 ``None`` is the dtype's machine epsilon.
         d: bound on the update's root mean square.
         weight_decay: decoupled weight decay.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.Adafactor(lr=0.1))
+    >>> step(step.init(torch.ones(1), None), None, None).w  # the first step is -lr · rms(w) · sign(g)
+    tensor([0.9000])
     """
 
     lr: Hyper = 1e-2

@@ -17,10 +17,13 @@ from metaopt.optim.optimizer import Check, Hyper, Optimizer, Slots
 
 @dataclass(frozen=True)
 class ASGD(Optimizer):
-    r"""Averaged SGD, equal to ``torch.optim.ASGD`` step by step. Slot: ``average`` (a, the averaged weights).
+    r"""Averaged SGD, equal to ``torch.optim.ASGD`` step by step.
+
+    Slot: ``average`` (a, the averaged weights).
 
     .. math::
-        \eta_t = \frac{\eta}{(1 + \lambda\eta\,(t-1))^{\alpha}},\quad w_t = (1 - \lambda\eta_t)\, w_{t-1} - \eta_t\, g,\quad
+        \eta_t = \frac{\eta}{(1 + \lambda\eta\,(t-1))^{\alpha}},\quad
+        w_t = (1 - \lambda\eta_t)\, w_{t-1} - \eta_t\, g,\quad
         a_t = a_{t-1} + \frac{w_t - a_{t-1}}{\max(1,\, t - 1 - t_0)}
 
     Polyak and Juditsky 1992, SIAM J. Control Optim. 30.

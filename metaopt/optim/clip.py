@@ -19,13 +19,20 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class ClipValue(Wrapper):
-    """Every entry of the gradient clamped to ``[-limit, limit]``, as ``torch.nn.utils.clip_grad_value_``.
+    r"""Every entry of the gradient clamped to a range, as ``torch.nn.utils.clip_grad_value_`` does.
 
-    Derivative 0 where it binds.
+    .. math:: g \leftarrow \max(-c,\, \min(c,\, g))
+
+    The derivative is 0 where an entry is clamped.
 
     Args:
         optimizer: gets the clamped gradient.
-        limit: the bound, one number (or a callable that gives one).
+        limit: c, one number (or a callable that gives one).
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), mo.optim.ClipValue(mo.optim.SGD(lr=0.1), limit=1.0))
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # -lr · limit, since g = 2
+    tensor([-0.1000])
     """
 
     limit: Hyper = 1.0
@@ -46,7 +53,9 @@ class ClipValue(Wrapper):
 
 @dataclass(frozen=True)
 class ClipNorm(Wrapper):
-    r"""The gradient scaled down to a global norm: :math:`g \min(1, c / (\|g\| + 10^{-6}))`, as ``torch.nn.utils.clip_grad_norm_``.
+    r"""The gradient scaled down to a global norm, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+    .. math:: g \leftarrow g\, \min\left(1,\; \frac{c}{\|g\| + 10^{-6}}\right)
 
     It couples all weights: in a stacked meta-batch wrap it in :class:`metaopt.optim.PerTask`.
 

@@ -1,7 +1,4 @@
-"""Different optimisers, or the same with different rates, for named groups of weights.
-
-And weights that do not move.
-"""
+"""Named groups of weights, each with its optimiser, and weights that do not move."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Frozen(Optimizer):
-    """The weights stay: for a group of :class:`Groups`."""
+    """An optimiser that leaves the weights where they are, for a group of :class:`Groups`."""
 
     hypers: ClassVar[tuple[str, ...]] = ()
 
@@ -46,6 +43,13 @@ class Groups(Optimizer):
 
     Raises:
         ValueError: if a weight matches no group, or a group (other than ``["*"]``) no weight.
+
+    >>> import metaopt as mo, torch
+    >>> rule = mo.optim.Groups([(["head.*"], mo.optim.SGD(lr=0.1)), (["*"], mo.optim.Frozen())])
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * (w["head.bias"] + w["body.bias"]), rule)
+    >>> w = {"head.bias": torch.tensor(0.0), "body.bias": torch.tensor(0.0)}
+    >>> step(step.init(w, None), None, None).w
+    {'head.bias': tensor(-0.2000), 'body.bias': tensor(0.)}
     """
 
     groups: Sequence[tuple[Sequence[str], Optimizer]]

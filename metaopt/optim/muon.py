@@ -44,6 +44,12 @@ class Muon(Optimizer):
             ``"match_rms_adamw"`` (``0.2 √max(rows, columns)``).
         dtype: of the iteration. torch's bfloat16 gives torch's numbers, with derivatives good to
             two digits; ``None``, the weights' own dtype, gives exact derivatives.
+
+    >>> import metaopt as mo, torch
+    >>> rule = mo.optim.Muon(lr=0.1, ns_coefficients=(1.5, -0.5, 0.0))
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), rule)
+    >>> step(step.init(torch.zeros(1, 1), None), None, None).w  # a 1 × 1 matrix is orthogonal when it is ±1
+    tensor([[-0.1000]])
     """
 
     lr: Hyper = 1e-3

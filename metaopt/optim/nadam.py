@@ -25,7 +25,8 @@ class NAdam(Optimizer):
     .. math::
         \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad
         w_t = w_{t-1} - \frac{\eta}{\sqrt{\hat v_t} + \epsilon}
-          \left( \frac{(1-\mu_t)\, g}{1 - \prod_{i \le t} \mu_i} + \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} \right)
+          \left( \frac{(1-\mu_t)\, g}{1 - \prod_{i \le t} \mu_i}
+          + \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} \right)
 
     Dozat 2016, "Incorporating Nesterov momentum into Adam".
 
@@ -36,6 +37,12 @@ class NAdam(Optimizer):
         weight_decay: coefficient of weight decay.
         momentum_decay: ψ.
         decoupled_weight_decay: decay the weights, as AdamW does, instead of adding to the gradient.
+
+    >>> import metaopt as mo, torch
+    >>> rule = mo.optim.NAdam(lr=0.1, betas=(0.0, 0.999))
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), rule)
+    >>> step(step.init(torch.zeros(1), None), None, None).w  # without momentum the first step is -lr · sign(g)
+    tensor([-0.1000])
     """
 
     lr: Hyper = 2e-3

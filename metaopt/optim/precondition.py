@@ -32,6 +32,13 @@ class Precondition(Wrapper):
 
     Raises:
         ValueError: if the transform changes structure or shapes.
+
+    >>> import metaopt as mo, torch
+    >>> rule = mo.optim.Precondition(mo.optim.SGD(lr=0.1), lambda g, lam, t: lam * g)
+    >>> step = mo.inner_step(lambda w, lam, _: 2 * w.sum(), rule)
+    >>> lam = torch.tensor(3.0)
+    >>> step(step.init(torch.zeros(1), lam), lam, None).w  # -lr · λ · g
+    tensor([-0.6000])
     """
 
     transform: Callable[[Tree, Tree, int], Tree] = lambda g, lam, t: g
@@ -44,7 +51,7 @@ class Precondition(Wrapper):
         return False
 
     def incoming(self, g: Tree, w: Tree, lam: Tree, t: int) -> Tree:
-        """Transformed. A missing gradient is zero to the transform, and missing again after it."""
+        """The transformed gradient. A missing one is zero to the transform, and missing again after it."""
         flat_g, spec = tree.flatten(g)
         out = self.transform(tree.filled(g, w), lam, t)
         try:
@@ -67,7 +74,7 @@ class Precondition(Wrapper):
 def meta_curvature(optimizer: Optimizer, factors: Callable[[Tree], Tree]) -> Precondition:
     """Meta-Curvature: ``G ↦ M_o G M_i`` for matrices, ``g ↦ M_o g`` for vectors.
 
-    Other ranks through unchanged.
+    Gradients of other ranks pass unchanged.
 
     Args:
         optimizer: gets the transformed gradient.

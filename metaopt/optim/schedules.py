@@ -16,7 +16,7 @@ Schedule: TypeAlias = Callable[[Tree, int], Any]
 
 
 def constant(peak: Any) -> Schedule:
-    """The same at every step."""
+    """``peak``, the same at every step."""
     return lambda lam, t: _of(peak, lam)
 
 
@@ -52,7 +52,12 @@ def warm_up(schedule: Any, steps: int) -> Schedule:
 
 
 def piecewise(values: Any, horizon: int) -> Schedule:
-    r"""Piecewise constant over equal windows: entry :math:`\lfloor n (t-1)/T \rfloor` of ``values`` (a tensor or a function of λ)."""
+    r"""Entry :math:`\lfloor n (t-1)/T \rfloor` of n values: piecewise constant over equal windows.
+
+    Args:
+        values: a tensor, or a function of λ that gives one.
+        horizon: T.
+    """
     _positive(horizon, "horizon")
 
     def schedule(lam: Tree, t: int) -> Any:

@@ -82,7 +82,10 @@ class SGD(Optimizer):
     def transpose_leaf(
         self, w_bar: Tensor, slots_bar: Slots | None, hyper: dict[str, Any], t: int
     ) -> tuple[Tensor, Tensor, Slots]:
-        r"""With :math:`\bar d = -\eta \bar w`: :math:`\bar v = \bar v + \bar d`, :math:`\bar g = (1-\text{damp})\,\bar v`, and so on, backwards."""
+        r"""The update's transpose, with :math:`\bar d = -\eta \bar w` the cotangent of the direction.
+
+        .. math:: \bar v \leftarrow \bar v + \bar d, \qquad \bar g = (1 - \text{damp})\, \bar v
+        """
         slots: Slots = {}
         if is_zero(self.momentum):
             g_bar = w_bar * -hyper["lr"]

@@ -1,10 +1,12 @@
 r"""Momentum SGD in exact arithmetic: a run that can be undone to the bit.
 
-Weights x and velocities v are integers (units of :math:`2^{-52}`). The updates :math:`v \leftarrow
-\beta v + g` and
-:math:`x \leftarrow x - \text{round}(\eta v)` are undone exactly, but for the bits that multiplying by :math:`\beta < 1` destroys; those go into a
-buffer: with :math:`\beta = n/d`, the remainder of :math:`v / d` is pushed in base d, and a
-remainder in base n is popped. A full buffer is put away as 48-bit numbers.
+Weights x and velocities v are integers, in units of :math:`2^{-52}`.
+
+.. math:: v \leftarrow \beta v + g, \qquad x \leftarrow x - \text{round}(\eta v)
+
+These updates can be undone exactly, except for the bits that multiplying by :math:`\beta < 1`
+destroys. Those go into a buffer: with :math:`\beta = n/d`, the remainder of :math:`v / d` is pushed
+in base d, and a remainder in base n is popped. A full buffer is put away as 48-bit numbers.
 
 Maclaurin, Duvenaud and Adams 2015, `arXiv 1502.03492 <https://arxiv.org/abs/1502.03492>`__.
 """
@@ -49,7 +51,7 @@ def to_fixed(x: Tensor, what: str) -> Tensor:
 
 
 def to_float(fixed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Back; a function of the integers alone."""
+    """The number that an integer stands for: a function of the integer alone."""
     return (fixed.double() / SCALE).to(dtype)
 
 
@@ -86,7 +88,7 @@ class Remainders:
         return result
 
     def divide(self, v: Tensor, numerator: int, denominator: int) -> Tensor:
-        """Undoes :meth:`multiply`."""
+        """``v · d / n``: the inverse of :meth:`multiply`, to the bit."""
         if self.pushed == 0:
             low, high = self.below.pop()
             self.buffer = (high.long() << 32) + (low.long() + (1 << 31))

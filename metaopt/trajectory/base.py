@@ -197,11 +197,14 @@ def check_replayed(losses: list[Losses]) -> None:
     first = off[0]
     raise RuntimeError(
         f"step {losses[first].t} had the inner loss {run[first]:.6g} in the run and {again[first]:.6g} when it was "
-        "replayed: the hypergradient would be that of another run. Something in the loss changes from call to call and is not drawn "
-        "from torch's global generator (numpy, a torch.Generator, a counter, an environment): draw it outside and "
-        "pass it with the batch. RMD(mo.trajectory.Graphs()) replays nothing"
+        "replayed: the hypergradient would be that of another run. Something in the loss changes from call to call "
+        "and is not drawn from torch's global generator (numpy, a torch.Generator, a counter, an environment): draw "
+        "it outside and pass it with the batch. RMD(mo.trajectory.Graphs()) replays nothing"
     )
 
 
 ROUNDINGS = 1e4
-"""Two evaluations of a loss differ by at most this many roundings: kernels differ with what is to be differentiated."""
+"""Two evaluations of a loss differ by at most this many roundings.
+
+Torch picks kernels by what is to be differentiated, so that a replay may round otherwise.
+"""

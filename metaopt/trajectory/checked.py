@@ -28,13 +28,14 @@ class CheckedTape(NamedTuple):
 class Checked(Trajectory):
     """The same trajectory as ``of``; in the sweep every step is compared, bit for bit, with the run.
 
-    Two things are compared: the state that a step is said to have started from, and the state that
-    it leads to when run again (:class:`Reversible`, whose run is in fixed point, runs its steps
-    again itself; over :class:`Budgeted` some steps are run with their graph and recomputed without,
-    where GroupNorm, SiLU and Mish round otherwise, and that is reported too). So it finds
-    checkpoints or reversals that went astray and steps that are not functions of ``(state, lam,
-    batch)``: batches changed in place, random numbers from outside torch, buffers that move,
-    another number of threads.
+    Two states are compared: the one that a step is said to have started from, and the one that it
+    leads to when run again. So it finds checkpoints and reversals that went astray, and steps that
+    are not functions of ``(state, lam, batch)``: batches changed in place, random numbers from
+    outside torch, buffers that move, another number of threads.
+
+    :class:`Reversible` runs its steps in fixed point, and only the first of the two is compared.
+    Over :class:`Budgeted`, some steps run with their graph and are recomputed without. GroupNorm,
+    SiLU and Mish round otherwise then, and that is reported too.
 
     Cost: one gradient and two checksums per step. Memory: ``of``'s, and eight bytes per step.
 
@@ -48,7 +49,8 @@ class Checked(Trajectory):
     >>> import metaopt as mo, torch
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
     >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
-    >>> problem.hypergradient(mo.RMD(mo.trajectory.Checked(mo.trajectory.Full()))).total  # exact, and every replay was compared
+    >>> checked = mo.trajectory.Checked(mo.trajectory.Full())
+    >>> problem.hypergradient(mo.RMD(checked)).total  # exact, and every replay was compared
     tensor([0.7500])
     """
 

@@ -28,16 +28,17 @@ class InterpolatedTape(NamedTuple):
 
 @dataclass(frozen=True)
 class Interpolated(Trajectory):
-    r"""Both ends of the run; states between them are read off the straight line (slots too).
-
-    Same batches, same order.
+    r"""Both ends of the run; the states between them, slots included, are read off a straight line.
 
     .. math:: \hat s_{t-1} = \left(1 - \tfrac{t-1}{T}\right) s_0 + \tfrac{t-1}{T}\, s_T
 
     Fu et al. 2016, `arXiv 1601.00917 <https://arxiv.org/abs/1601.00917>`__; algorithm 2 of the
     HyperDistill paper.
 
-    Memory: ``2 |s|``. Bias: exact only where A and B do not depend on the state.
+    Batches and random draws are those of the run, in the same order.
+
+    Cost: one gradient per step in the sweep. Memory: ``2 |s|``. Bias: exact only where A and B do
+    not depend on the state.
 
     >>> import metaopt as mo, torch
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
@@ -76,12 +77,11 @@ class Interpolated(Trajectory):
 
 
 def straight_line(first: InnerState, last: InnerState, horizon: int) -> Iterator[InnerState]:
-    r"""The interpolated states :math:`\hat s_{T-1}, \dots, \hat s_0`, from which the steps of a run start, newest first."""
+    r"""The states :math:`\hat s_{T-1}, \dots, \hat s_0` from which the steps start, newest first."""
     flat, spec = tree.flatten((last.w, last.slots))
     places = [i for i, x in enumerate(flat) if tree.is_float(x)]
-    for t, between in zip(
-        range(horizon - 1, -1, -1), _between(tree.floats(first), tree.floats(last), horizon), strict=True
-    ):
+    backwards = range(horizon - 1, -1, -1)
+    for t, between in zip(backwards, _between(tree.floats(first), tree.floats(last), horizon), strict=True):
         for i, x in zip(places, between, strict=True):
             flat[i] = x
         w, slots = tree.unflatten(flat, spec)

@@ -54,23 +54,34 @@ class ReversibleTape:
 
 @dataclass(frozen=True)
 class Reversible(Trajectory):
-    """Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
+    r"""Momentum SGD in fixed-point numbers, run backwards in the sweep; the reversal is exact to the bit.
+
+    .. math:: x_{t-1} = x_t + \text{round}(\eta v_t), \qquad v_{t-1} = \frac{v_t - g_t}{\mu}
 
     Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
     reversible learning", `arXiv 1502.03492 <https://arxiv.org/abs/1502.03492>`__.
 
-    The moments are those of the run, which is itself done in fixed point (units of 2^-52; the
-    momentum as a fraction with a denominator of at most 2^16), so its numbers are not those of
-    :class:`Full` to the bit (the start is rounded too). Cost: two gradients per step in the sweep.
-    Memory: one state and ``T · log2(1/momentum)`` bits per weight (30 at T = 200 for 0.9; a state
-    of floats per step would take 64). SGD with momentum only, as :class:`metaopt.optim.SGD` does
-    it, without Nesterov; weight decay, dampening, schedules and learned learning rates are fine.
+    The moments are those of the run, and the run itself is done in fixed point: in units of 2^-52,
+    with the momentum as a fraction whose denominator is at most 2^16. The start is rounded too. So
+    the numbers are not those of :class:`Full` to the bit.
+
+    Cost: two gradients per step in the sweep. Memory: one state and ``T · log2(1/momentum)`` bits
+    per weight (30 at T = 200 for 0.9; a state of floats per step would take 64).
+
+    It is for SGD with momentum, as :class:`metaopt.optim.SGD` does it, without Nesterov. Weight
+    decay, dampening, schedules and learned learning rates are fine.
 
     Raises:
         TypeError: for any other step.
         ValueError: if the momentum is not in (0, 1].
         RuntimeError: if the run is continued from a state that is not its own.
         OverflowError: if a weight or velocity reaches 512.
+
+    >>> import metaopt as mo, torch
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5, momentum=0.5))
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2)
+    >>> problem.hypergradient(mo.RMD(mo.trajectory.Reversible())).total  # exact, since w_2 = λ
+    tensor([1.])
     """
 
     exact: ClassVar[bool] = True

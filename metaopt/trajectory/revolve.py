@@ -1,9 +1,12 @@
 r"""Where to put checkpoints: binomial schedules.
 
-With :math:`c` slots (the start counts as one) and every step run forward at most :math:`r` times, a
-run of
-:math:`T \le \binom{c + r}{c}` steps can be reversed. Griewank and Walther 2000 ("Revolve"), for a known T; Wang, Moin and Iaccarino 2009
-for a run whose length is not known while it goes (at most one more repetition).
+With c slots (the start counts as one) and every step run forward at most r times, the longest run
+that can be reversed has
+
+.. math:: T = \binom{c + r}{c}
+
+steps. Griewank and Walther 2000 ("Revolve") place checkpoints for a known T; Wang, Moin and
+Iaccarino 2009 for a T that is not known while the run goes, with at most one more repetition.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ def reach(slots: int, repetitions: int) -> int:
 
 
 def split(length: int, slots: int) -> int:
-    """How far behind the newest checkpoint the next one goes, to reverse ``length`` steps with ``slots`` (the newest is one of them).
+    """How far behind the newest checkpoint the next one goes.
+
+    ``length`` steps are to be reversed with ``slots`` checkpoints, of which the newest is one.
 
     Returns:
         A distance in ``1 … length - 1``, or ``length`` where no further checkpoint helps.
@@ -104,7 +109,7 @@ class Binomial(Placement):
 
 @dataclass
 class Periodic(Placement):
-    """Every ``every``-th state."""
+    """States 0, k, 2k, … with k = ``every``."""
 
     every: int = 1
 
