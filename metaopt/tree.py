@@ -74,9 +74,8 @@ def leaves_like(tree: Tree, spec: Spec) -> list[Any]:
     return found
 
 
-# Trees are walked millions of times in a small problem, where torch's general walk costs a third of
-# the run: hence one of our own, for the containers torch knows. The kind of every type is looked up
-# once.
+# Trees are walked millions of times, and torch's general walk would cost a small run a third of its
+# time. So the walk is written here. The kind of every type is looked up once.
 _LEAF, _DICT, _SEQUENCE, _NAMEDTUPLE, _OTHER = range(5)
 _KINDS: dict[type, int] = {Tensor: _LEAF, dict: _DICT, list: _SEQUENCE, tuple: _SEQUENCE, int: _LEAF, type(None): _LEAF}
 
@@ -118,10 +117,10 @@ def _collect(tree: Tree, out: list[Any]) -> None:
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``fn`` applied leaf by leaf.
 
-    The trees must have one structure (a leaf of the first may stand for a subtree of the others).
+    The trees must have one structure; a leaf of the first may stand for a subtree of the others.
 
     Raises:
-        ValueError: if they have not.
+        ValueError: if their structures differ.
     """
     return _mapped_with(fn, tree, rest) if rest else _mapped(fn, tree)
 
@@ -149,9 +148,13 @@ def _mapped_with(fn: Callable[..., Any], tree: Tree, rest: Sequence[Tree]) -> Tr
         if kind == _OTHER or type(other) is not cls or len(other) != len(tree):
             return pytree.tree_map(fn, tree, *rest)
         if kind == _DICT and other.keys() != tree.keys():
-            raise ValueError(f"the trees have different keys: {[list(other) for other in (tree, *rest)]}")
+            keys = [list(other) for other in (tree, *rest)]
+            raise ValueError(f"the trees have different keys: {keys}")
     if kind == _DICT:
-        return {key: _mapped_with(fn, child, [other[key] for other in rest]) for key, child in tree.items()}
+        mapped = {}
+        for key, child in tree.items():
+            mapped[key] = _mapped_with(fn, child, [other[key] for other in rest])
+        return mapped
     children = [_mapped_with(fn, child, others) for child, *others in zip(tree, *rest, strict=True)]
     return cls(*children) if kind == _NAMEDTUPLE else cls(children)
 
@@ -167,11 +170,15 @@ def dotted_names(tree: Tree) -> list[str]:
     >>> dotted_names({"0.weight": 1, "head": [2, 3]})
     ['0.weight', 'head.0', 'head.1']
     """
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [
-        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-        for path in paths
-    ]
+    return [".".join(_entries(path)) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _entries(path: Iterable[Any]) -> list[str]:
+    entries: list[str] = []
+    for key in path:
+        index_or_name = getattr(key, "idx", getattr(key, "name", key))
+        entries.append(str(getattr(key, "key", index_or_name)))
+    return entries
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -196,8 +203,7 @@ def matching(names: Iterable[str], patterns: str | Sequence[str] | Callable[[str
     names = list(names)
     if callable(patterns):
         return [name for name in names if patterns(name)]
-    if isinstance(patterns, str):
-        patterns = [patterns]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"the pattern {pattern!r} matches no {what}; names are {names}")
@@ -278,8 +284,7 @@ def _plus(x: Any, y: Any) -> Any:
 def accumulate(total: Tree, b: Tree) -> Tree:
     """``total + b``, written into ``total``'s own tensors.
 
-    A missing leaf (``None``) counts as zero, and is copied from ``b`` at first. Half precision is
-    summed in float32.
+    A missing leaf (``None``) becomes a copy of that of ``b``. Half precision is summed in float32.
     """
     sums: list[Tensor] = []
     terms: list[Tensor] = []
@@ -378,8 +383,9 @@ def check_like(tree: Tree, reference: Tree, what: str, reference_what: str) -> N
             got = getattr(x, attribute, None)
             want = getattr(y, attribute, None)
             if got != want:
-                got, want = [tuple(x) if isinstance(x, torch.Size) else x for x in (got, want)]
                 name = names(reference)[number]
+                got = tuple(got) if isinstance(got, torch.Size) else got
+                want = tuple(want) if isinstance(want, torch.Size) else want
                 raise ValueError(f"{what} does not match {reference_what} at {name}: {attribute} {got} against {want}")
 
 

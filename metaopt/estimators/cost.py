@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from metaopt.inner.contract import Linearized, Step, WrappedStep, Wrt
+from metaopt.inner.contract import Linearized, Step, WrappedLinearized, WrappedStep, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
@@ -105,26 +105,16 @@ def _products(wrt: Wrt, steps: int) -> int:
     return steps if wrt == "state" else 2 * steps - (wrt == "lam")
 
 
-class CountedLinearized(Linearized):
+class CountedLinearized(WrappedLinearized):
     """A linearised step that counts its products."""
 
-    __slots__ = ("_cost", "_inner", "_steps")
+    __slots__ = ("_cost", "_steps")
 
     def __init__(self, inner: Linearized, cost: Cost, steps: int) -> None:
         """Wrap ``inner``, a group of ``steps`` steps; ``cost`` is added to."""
         self._inner = inner
         self._cost = cost
         self._steps = steps
-
-    @property
-    @override
-    def state(self) -> InnerState:
-        return self._inner.state
-
-    @property
-    @override
-    def loss(self) -> Tensor | None:
-        return self._inner.loss
 
     @override
     def pullback(
@@ -141,13 +131,3 @@ class CountedLinearized(Linearized):
         dots = self._inner.pushforward(state_dots, lam_dots, columns_at_once=columns_at_once, bound=bound)
         self._cost.tangents += self._inner.products - before
         return dots
-
-    @property
-    @override
-    def columns_at_once(self) -> int:
-        return self._inner.columns_at_once
-
-    @property
-    @override
-    def products(self) -> int:
-        return self._inner.products

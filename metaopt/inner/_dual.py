@@ -18,7 +18,7 @@ _MISSING = ("not implemented", "not been implemented", "double backward", "forwa
 
 
 def lacks_derivative(error: RuntimeError) -> bool:
-    """Whether torch lacks a formula; anything else (out of memory, the loss's own error) is the caller's."""
+    """Whether torch lacks a formula. Other errors, such as out of memory, belong to the caller."""
     return isinstance(error, AsymmetricUpdateError) or any(text in str(error) for text in _MISSING)
 
 
@@ -27,8 +27,8 @@ def tangent_of_gradient(
 ) -> tuple[Products, Products]:
     """The derivative of ``(∇_w L, ∇_λ L)`` along ``(u, 0)``.
 
-    Batches get a zero tangent: with none, torch's in-place formulas for some losses (``mse_loss``)
-    meet an immutable zero and fail.
+    Batches get a zero tangent. Without one, torch's in-place formulas for some losses (``mse_loss``)
+    meet an immutable zero, and fail.
     """
     with torch.enable_grad(), forward_ad.dual_level():
         w_, w_leaves = tree.attached(w)

@@ -1,7 +1,7 @@
 """Backward passes without what ``torch.autograd.grad`` does around them in Python.
 
-On a tiny net that is a fifth of a pass. Left out are its checks of the seeds, which the engine
-repeats, and the hand-over to classes that override ``torch`` functions. Where torch has moved its
+On a tiny net that is a fifth of a pass. Two things are left out: its checks of the seeds, which the
+engine repeats, and the dispatch to classes that override ``torch`` functions. If torch has moved its
 inner call elsewhere, ``torch.autograd.grad`` itself is used.
 """
 

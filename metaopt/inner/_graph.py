@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Iterator[Any]:
-    """Every node behind ``outputs``, once each, without those that made ``until`` and what is behind them."""
+    """Every node behind ``outputs``, once each; the walk stops at the nodes that made ``until``."""
     seen: set[Any] = {x.grad_fn for x in until}
     waiting: list[Any] = [x.grad_fn for x in outputs if x is not None]
     while waiting:
@@ -41,9 +41,9 @@ def numbers_saved(outputs: Iterable[Tensor]) -> int:
 def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> None:
     """Walk the graph from gradients to the inputs.
 
-    An operation whose backward is marked ``once_differentiable`` leaves a node there that is an
-    error, and on no way to any input: autograd would leave it out, and whatever passes through it
-    would be missing from every second-order product.
+    An operation whose backward is marked ``once_differentiable`` leaves an error node there, from
+    which no path leads to an input. Autograd would leave it out without a word, and every
+    second-order product would miss what passes through it.
 
     Raises:
         RuntimeError: if there is such a node.
@@ -53,7 +53,9 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None], inputs: Itera
 
 
 def can_be_batched(gradients: Iterable[Tensor | None]) -> bool:
-    """The same walk; whether torch takes many products of these gradients at once, and takes them rightly.
+    """Whether torch takes many products of these gradients at once, and takes them rightly.
+
+    It is found on the same walk.
 
     Raises:
         RuntimeError: if an operation is differentiable once only.

@@ -1,4 +1,4 @@
-"""What is done to the graph of a compiled step before inductor takes it: less is computed, and less of it is held."""
+"""Rewrites of a compiled step's graph before inductor takes it: less to compute, and less to hold."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ prims = torch.ops.prims
 def join(graph: Graph) -> None:
     """Common subexpression elimination, in place, which inductor leaves to its callers.
 
-    Steps of a chunk may share features of a batch, for example.
+    For example, the steps of a chunk may compute the same features of a batch.
 
-    First come first kept; users of a removed node are rewritten at once, so that equal towers fall
-    together in one walk. Random operations are never joined, and a graph with an operation that
-    mutates is left as it is: what was equal might be changed in between.
+    The first of several equal nodes is kept. Users of a removed node are rewritten at once, so one
+    walk joins whole chains of equal nodes. Random operations are never joined. A graph with an
+    operation that mutates is left as it is, since equal nodes might differ after the mutation.
     """
     operations = [(node, node.target) for node in graph.nodes if isinstance(node.target, OpOverload)]
     if _mutates(graph):
@@ -32,9 +32,8 @@ def join(graph: Graph) -> None:
     for node, target in operations:
         if torch.Tag.nondeterministic_seeded in target.tags:
             continue
-        first = kept.setdefault(
-            (target, str(node.args), str(node.kwargs)), node
-        )  # as text: 1, 1.0 and True are different arguments
+        key = (target, str(node.args), str(node.kwargs))  # as text, since 1, 1.0 and True differ as arguments
+        first = kept.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -49,19 +48,16 @@ def spell_out(graph: Graph) -> None:
         if node.target is aten.add.Tensor and node.kwargs:
             with graph.inserting_before(node):
                 a, b = node.args
-                node.args = (
-                    a,
-                    _call(aten.mul.Tensor, b, node.kwargs["alpha"])
-                    if isinstance(b, Node)
-                    else b * node.kwargs["alpha"],
-                )
+                alpha = node.kwargs["alpha"]
+                scaled = _call(aten.mul.Tensor, b, alpha) if isinstance(b, Node) else b * alpha
+                node.args = (a, scaled)
             node.kwargs = {}
 
 
 def trim(graph: Graph) -> None:
-    """A convolution's backward computes those of its three gradients that are used.
+    """A convolution's backward computes only those of its three gradients that are used.
 
-    Those by the weights cost as much as those by the images.
+    The gradient with respect to the weights costs as much as the one with respect to the images.
     """
     for node in graph.nodes:
         if node.target is aten.convolution_backward.default and all(user.target is getitem for user in node.users):
@@ -69,31 +65,28 @@ def trim(graph: Graph) -> None:
             *rest, mask = node.args
             mask = [wanted and place in used for place, wanted in enumerate(mask)]
             node.args = (*rest, mask)
-            node.meta = {
-                **node.meta,
-                "val": tuple(value if wanted else None for value, wanted in zip(node.meta["val"], mask, strict=True)),
-            }
+            pairs = zip(node.meta["val"], mask, strict=True)
+            values = tuple(value if wanted else None for value, wanted in pairs)
+            node.meta = {**node.meta, "val": values}
 
 
 def note(graph: Graph) -> None:
-    """Max pooling writes down which number of a window it took, in a byte each.
+    """Max pooling stores which number of each window it took, one byte per window.
 
-    Inductor would compute it again wherever it is needed, and hold the images for it: at 2 × 2
-    windows sixteen times as much. Left to it where shapes are symbols.
+    Inductor would recompute that wherever it is needed, and hold the images for it: sixteen times as
+    much memory for 2 × 2 windows. Where shapes are symbols, it still does.
     """
-    from torch._inductor import inductor_prims  # as below
+    from torch._inductor import inductor_prims  # here, since its import takes seconds
 
-    pooling = getattr(
-        inductor_prims, "_low_memory_max_pool_with_offsets", None
-    )  # not every version of torch calls it that
+    # not every version of torch calls it that
+    pooling = getattr(inductor_prims, "_low_memory_max_pool_with_offsets", None)
     for node in list(graph.nodes):
         if node.target is getitem and node.args[0].target is pooling and node.args[1] == 1:
             strides = list(node.meta["val"].stride())
             if all(isinstance(stride, int) for stride in strides):
                 with graph.inserting_after(node):
-                    noted = graph.call_function(
-                        inductor_prims.force_stride_order, (node, strides)
-                    )  # which needs the numbers in memory
+                    # an operation that needs the numbers in memory
+                    noted = graph.call_function(inductor_prims.force_stride_order, (node, strides))
                 noted.meta = dict(node.meta)
                 node.replace_all_uses_with(noted, delete_user_cb=lambda user, noted=noted: user is not noted)
 
@@ -101,10 +94,10 @@ def note(graph: Graph) -> None:
 def recompute(graph: Graph) -> None:
     """Rematerialise convolutions that make many numbers out of few, as the first one of a net does.
 
-    Nodes that wait for a gradient then get a second copy of the convolution, and of the element-wise
-    functions of it, instead of holding its images meanwhile. The copy's input takes a zero that is
-    made of that gradient, so that no scheduler computes it early. A graph with an operation that
-    mutates is left as it is.
+    Nodes that wait for a gradient get a second copy of the convolution, and of the element-wise
+    functions of it. So its images need not be held until then. A zero computed from that gradient is
+    added to the copy's input, so that no scheduler computes the copy early. A graph with an operation
+    that mutates is left as it is.
     """
     if _mutates(graph):
         return
@@ -119,7 +112,7 @@ def recompute(graph: Graph) -> None:
         elif waited := [gradient[x] for x in node.all_input_nodes if x in gradient]:
             gradient[node] = max(waited, key=place.__getitem__)
     convolutions = [node for node in place if node not in gradient and node.target is aten.convolution.default]
-    for node in reversed(list(place)):  # who is needed by such nodes alone may wait as well
+    for node in reversed(list(place)):  # a node whose users all wait can wait as well
         if node not in gradient and node.users and all(user in gradient for user in node.users):
             first = min((gradient[user] for user in node.users), key=place.__getitem__)
             if place[first] < place[node]:
@@ -137,9 +130,9 @@ def _again(convolution: Node, gradient: dict[Node, Node]) -> None:
 
     def copy(node: Node, late: Node) -> Node:
         if node not in copies and node is convolution:
-            copies[node] = _call(
-                node.target, _call(aten.add.Tensor, node.args[0], _zero(late, node.meta["val"].dtype)), *node.args[1:]
-            )
+            zero = _zero(late, node.meta["val"].dtype)
+            images = _call(aten.add.Tensor, node.args[0], zero)
+            copies[node] = _call(node.target, images, *node.args[1:])
         elif node not in copies:
             made = {x: copy(x, late) for x in node.all_input_nodes if x in held}
             copies[node] = graph.node_copy(node, lambda x: made.get(x, x))
@@ -160,7 +153,7 @@ def _mutates(graph: Graph) -> bool:
 
 
 def _grows(taken: Any, made: Node) -> bool:
-    """Whether there are eight numbers or more for each that is taken (not if they are counted in symbols)."""
+    """Whether eight numbers or more are made of each one; no where sizes are symbols."""
     few = taken.meta["val"].numel()
     many = made.meta["val"].numel()
     return isinstance(few, int) and isinstance(many, int) and many >= 8 * few

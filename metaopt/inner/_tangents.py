@@ -1,4 +1,4 @@
-r"""Many tangents through one step: the graph of one gradient is kept, and every column is one reverse product of it.
+r"""Many tangents through one step: every column is one reverse product of the same graph.
 
 With :math:`g = \nabla_w L(w, \lambda)`, symmetry of second derivatives makes the tangent of g along
 :math:`(\dot w, \dot\lambda)`
@@ -8,8 +8,8 @@ With :math:`g = \nabla_w L(w, \lambda)`, symmetry of second derivatives makes th
            = \nabla_w \left( \nabla_w L \cdot \dot w + \nabla_\lambda L \cdot \dot\lambda \right),
 
 a vector-Jacobian product of :math:`(\nabla_w L, \nabla_\lambda L)`, whose graph all columns share.
-Where the update is not a gradient (:func:`metaopt.inner.reweighted`), and for a step that is any
-function, the graph of the pullback is transposed instead.
+An update that is not a gradient (:func:`metaopt.inner.reweighted`) has no such symmetry; there the
+graph of the pullback is transposed instead, as for a custom step.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from metaopt.inner.state import InnerState
 from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
-# What an optimiser's graph saves, for each number that goes into it, about.
+# Roughly how many numbers an optimiser's graph saves for each number that goes into it.
 NUMBERS_PER_ENTRY = 4
 
 
 class InnerTangents:
     """The tangent map of optimiser ∘ gradient.
 
-    Columns whose product is known to be zero (no tangent in w, none in the λ of the loss) take
-    none.
+    A column with no tangent in w, and none in the λ of the loss, has a product of zero. It is not
+    computed.
     """
 
     __slots__ = ("_at", "_gradients", "_inputs", "_lam", "_optimizer", "_transposed", "_update", "products")
@@ -107,7 +107,7 @@ class InnerTangents:
     def _through_optimizer(self, g_dots: Tree, state_dots: InnerState, lam_dots: Tree) -> tuple[Tree, Tree]:
         """Tangents of ``(g, w, slots, λ)`` to those of ``(w', slots')``.
 
-        An update that is linear is its own tangent map; of one column, forward mode is the fastest.
+        A linear update is its own tangent map. For one column, forward mode is the fastest.
         """
         optimizer = self._optimizer
         at = self._at

@@ -12,9 +12,9 @@ from metaopt.inner._graph import can_be_batched, numbers_saved
 from metaopt.inner.reweighted import AsymmetricUpdateError
 from metaopt.tree import Tree
 
-# A batched product saves the cost of calls and pays in memory traffic: batches of about this many
-# numbers were fastest on a CPU, from a 20,000-weight net (all columns at once, 1.9 times as fast as
-# one by one) to convolutions on large batches (one by one).
+# A batched product saves calls and costs memory traffic. Batches of about this many numbers were the
+# fastest on a CPU: for a net of 20,000 weights that is all columns at once (1.9 times as fast as one
+# by one), for convolutions on large batches one by one.
 NUMBERS_IN_A_BATCH = 1 << 22
 
 

@@ -17,12 +17,13 @@ from metaopt.tree import Tree
 def pull_back(
     optimizer: Optimizer, g: Tree, state: Any, lam: Tree, cotangent: Any, wrt: str
 ) -> tuple[list[Tensor], list[Tensor | None], Tree, Tree]:
-    """Cotangent of ``(w', slots')`` to cotangents of ``(g, w, slots, λ)``, the first two as leaves.
+    """Cotangents of ``(g, w, slots, λ)`` from one of ``(w', slots')``; the first two as leaves.
 
-    What ``wrt`` leaves out is empty or ``None``; the cotangent of a missing gradient is zero.
+    A part that ``wrt`` leaves out is empty or ``None``. The cotangent of a missing gradient is zero.
+    ``cotangent.slots`` may be ``None``, which stands for zero. ``g`` may carry a graph, which is not
+    used.
 
-    Element-wise work only; no evaluation of the loss. ``cotangent.slots`` may be ``None`` (zero),
-    and ``g`` may carry a graph, which is left alone.
+    Cost: element-wise work, without an evaluation of the loss.
     """
     if is_linear(optimizer) and not any([x is None for x in tree.leaves(g)]):
         return _pull_back_linear(optimizer, state, lam, cotangent, wrt)
@@ -99,7 +100,7 @@ def _pull_back_linear(
 
 
 def push_forward(optimizer: Optimizer, g: Tree, state: Any, lam: Tree, dots: Tree) -> tuple[Tree, Tree]:
-    """Tangents ``dots`` of ``(g, w, slots, λ)`` to the tangent of ``(w', slots')``, in forward mode."""
+    """The tangent of ``(w', slots')`` for tangents ``dots`` of ``(g, w, slots, λ)``, in forward mode."""
     update, primals, flat_dots = update_of_floats(optimizer, g, state, lam, dots)
     primals = [x.contiguous() for x in primals]  # an expanded tensor cannot be made dual
     return split_state(torch.func.jvp(update, tuple(primals), tuple(flat_dots))[1], state)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import override
 
 from metaopt import tree
-from metaopt.inner.contract import Linearized, Stationary, Step, WrappedStep, Wrt
+from metaopt.inner.contract import Linearized, Stationary, Step, WrappedLinearized, WrappedStep, Wrt
 from metaopt.inner.state import InnerState
 from metaopt.tree import Tree
 
@@ -52,23 +51,13 @@ class ConstantSlots(WrappedStep):
         return LinearizedConstantSlots(self.step.linearize(state, lam, batch))
 
 
-class LinearizedConstantSlots(Linearized):
-    """A linearised step whose derivative ignores the slots."""
+class LinearizedConstantSlots(WrappedLinearized):
+    """A linearised step whose derivative takes the slots for constants."""
 
-    __slots__ = ("_inner",)
+    __slots__ = ()
 
     def __init__(self, inner: Linearized) -> None:
         self._inner = inner
-
-    @property
-    @override
-    def state(self) -> InnerState:
-        return self._inner.state
-
-    @property
-    @override
-    def loss(self) -> Tensor | None:
-        return self._inner.loss
 
     @override
     def pullback(
@@ -85,16 +74,6 @@ class LinearizedConstantSlots(Linearized):
         still = state_dots._replace(slots=tree.zeros_like(state_dots.slots))
         dots = self._inner.pushforward(still, lam_dots, columns_at_once=columns_at_once, bound=bound)
         return dots._replace(slots=tree.zeros_like(dots.slots))
-
-    @property
-    @override
-    def columns_at_once(self) -> int:
-        return self._inner.columns_at_once
-
-    @property
-    @override
-    def products(self) -> int:
-        return self._inner.products
 
 
 def _without_slots(products: tuple[InnerState | None, Tree]) -> tuple[InnerState | None, Tree]:

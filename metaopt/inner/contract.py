@@ -80,6 +80,34 @@ class Linearized(ABC):
         """Second-order products that :meth:`pushforward` has taken so far."""
 
 
+class WrappedLinearized(Linearized):
+    """A linearised step around another one: it does the same, except for what the subclass changes."""
+
+    __slots__ = ("_inner",)
+
+    _inner: Linearized
+
+    @property
+    @override
+    def state(self) -> InnerState:
+        return self._inner.state
+
+    @property
+    @override
+    def loss(self) -> Tensor | None:
+        return self._inner.loss
+
+    @property
+    @override
+    def columns_at_once(self) -> int:
+        return self._inner.columns_at_once
+
+    @property
+    @override
+    def products(self) -> int:
+        return self._inner.products
+
+
 class Stationary(NamedTuple):
     """What implicit differentiation sees of Φ.
 

@@ -84,7 +84,11 @@ class Groups(Optimizer):
     def init(self, w: Tree) -> Tree:
         flat = tree.leaves(w)
         members = self._members(w)
-        return {str(i): optimizer.init([flat[j] for j in members[i]]) for i, (_, optimizer) in enumerate(self.groups)}
+        slots = {}
+        for i, (_, optimizer) in enumerate(self.groups):
+            mine = [flat[j] for j in members[i]]
+            slots[str(i)] = optimizer.init(mine)
+        return slots
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
         """Each group by its own optimiser."""
@@ -94,9 +98,9 @@ class Groups(Optimizer):
         new_slots = {}
         for i, (_, optimizer) in enumerate(self.groups):
             mine = members[i]
-            moved, new_slots[str(i)] = optimizer.update(
-                [flat_g[j] for j in mine], [flat[j] for j in mine], slots[str(i)], lam, t
-            )
+            w_mine = [flat[j] for j in mine]
+            g_mine = [flat_g[j] for j in mine]
+            moved, new_slots[str(i)] = optimizer.update(g_mine, w_mine, slots[str(i)], lam, t)
             for j, x in zip(mine, moved, strict=True):
                 flat[j] = x
         return tree.unflatten(flat, spec), new_slots
@@ -130,6 +134,6 @@ class Groups(Optimizer):
                     "mo.optim.Frozen())"
                 )
         for i, mine in enumerate(members):
-            if not mine and list(self.groups[i][0]) != ["*"]:  # which is for whatever is left
+            if not mine and list(self.groups[i][0]) != ["*"]:  # that group takes what is left, if anything
                 raise ValueError(f"the group {list(self.groups[i][0])} has no weight; names are {tree.dotted_names(w)}")
         return members

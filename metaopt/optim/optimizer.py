@@ -40,10 +40,10 @@ USUAL_RANGES: Mapping[str, Check] = {
 class Optimizer:
     """Base of all inner optimisers; a subclass is a frozen dataclass.
 
-    One optimiser is one file with one frozen dataclass that says which fields are hyperparameters
-    and how *one tensor* is updated (:meth:`Optimizer.update_leaf`). Everything else is written
-    here, once for all of them: hyperparameters that are floats, tensors, pytrees or functions of λ;
-    the loop over leaves; the pullback and the pushforward.
+    A subclass says which of its fields are hyperparameters, and how *one tensor* is updated
+    (:meth:`Optimizer.update_leaf`). Everything else is written once for all of them:
+    hyperparameters that are floats, tensors, pytrees or functions of λ; the loop over leaves; the
+    pullback and the pushforward.
 
     Attributes:
         hypers: names of the fields that are hyperparameters; a field may hold a tuple of them
@@ -123,10 +123,8 @@ class Optimizer:
     ) -> tuple[Tensor, Tensor, Slots] | None:
         """Cotangents of ``(g, w, slots)`` of one tensor, where the update is linear in them.
 
-        ``None`` (the default): by autograd.
-
-        A shortcut for small problems, in which autograd's own cost shows; ``slots_bar`` may be
-        ``None`` (zero).
+        A shortcut for small problems, in which the cost of autograd itself shows. With ``None``, the
+        default, autograd is used. ``slots_bar`` may be ``None``, which stands for zero.
         """
         return None
 
@@ -191,7 +189,10 @@ class Optimizer:
 
     @property
     def elementwise(self) -> bool:
-        """Whether each number's update depends on its own gradient alone; if not, tasks need ``PerTask``."""
+        """Whether each number's update depends on the gradient of that number alone.
+
+        If not, stacked tasks need :class:`metaopt.optim.PerTask`.
+        """
         return True
 
     @property
@@ -266,7 +267,9 @@ def per_layer(values: Mapping[str, Any], spec: tree.Spec, name: str) -> list[Any
         ValueError: if a weight matches no pattern, or a pattern no weight.
     """
     weights = tree.dotted_names(spec.like)
-    found = {weight: next((p for p in values if tree.matches(weight, [p])), None) for weight in weights}
+    found: dict[str, str | None] = {}
+    for weight in weights:
+        found[weight] = next((pattern for pattern in values if tree.matches(weight, [pattern])), None)
     left = [weight for weight, pattern in found.items() if pattern is None]
     unused = [pattern for pattern in values if pattern not in found.values()]
     if left or unused:
@@ -289,5 +292,8 @@ def _is_callable(value: Any) -> bool:
 
 def by_slot(per_leaf_slots: list[Slots], spec: tree.Spec) -> Tree:
     """List of ``{slot: tensor}`` to ``{slot: pytree like w}``."""
-    slot_names = per_leaf_slots[0] if per_leaf_slots else {}
-    return {name: tree.unflatten([slots[name] for slots in per_leaf_slots], spec) for name in slot_names}
+    by_name: Tree = {}
+    for name in per_leaf_slots[0] if per_leaf_slots else ():
+        of_leaves = [slots[name] for slots in per_leaf_slots]
+        by_name[name] = tree.unflatten(of_leaves, spec)
+    return by_name
