@@ -63,7 +63,7 @@ class GradientGraph:
     ``w``, or that with respect to ``(w, λ)``, whose parts share a graph.
     """
 
-    __slots__ = ("_batch", "_lam", "_loss", "_of_lam", "_of_w", "_root", "_w", "inputs", "value")
+    __slots__ = ("_batch", "_lam", "_loss", "_of_lam", "_of_w", "_root", "_w", "inputs")
 
     def __init__(self, loss: Loss, w: Tree, lam: Tree, batch: Any) -> None:
         self._w, w_leaves = tree.attached(w)
@@ -73,9 +73,14 @@ class GradientGraph:
         self.inputs = (w_leaves, lam_leaves)
         with torch.enable_grad():
             self._root: Tensor | None = loss(self._w, self._lam, batch)
-        self.value = self._root.detach()
         self._of_w: list[Tensor | None] | None = None
         self._of_lam: list[Tensor | None] | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The inner loss, while its graph lives."""
+        assert self._root is not None
+        return self._root.detach()
 
     @property
     def g(self) -> Tree:

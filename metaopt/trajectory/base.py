@@ -73,10 +73,9 @@ class Moment(NamedTuple):
         if self.loss is None or losses is None:
             return step.vjp(self.state, self.lam, self.batch, cotangent, wrt=wrt)
         again = step.linearize(self.state, self.lam, self.batch)
-        products = again.pullback(cotangent, wrt, last=True)
-        if again.loss is not None:
-            losses.append(Losses(self.state.t + 1, self.loss, again.loss))
-        return products
+        if (loss := again.loss) is not None:
+            losses.append(Losses(self.state.t + 1, self.loss, loss))
+        return again.pullback(cotangent, wrt, last=True)
 
     def linearize(self, step: Step) -> Linearized:
         """The step's graph, with the same random draws."""
