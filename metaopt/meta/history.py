@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from metaopt import tree
 from metaopt.meta.report import Report, Reports
