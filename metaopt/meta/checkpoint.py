@@ -74,7 +74,12 @@ def read(path: Path, kind: str, settings: Any = None) -> Stored:
         found = torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:  # torch's advice is to load whatever it holds, which may run code
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint: it holds other things than tensors and numbers; "
+            "remove it to start again"
+        ) from None
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); remove it to start again") from error
     if not isinstance(found, dict) or found.get("format") != "metaopt":
