@@ -40,7 +40,7 @@ from metaopt.estimators import (
     hypergradient,
     unroll,
 )
-from metaopt.functional import FunctionalModel, functional, merge, partition
+from metaopt.functional import FunctionalModel, WithBuffers, functional, merge, partition
 from metaopt.inner import (
     InnerState,
     Stacked,
@@ -48,6 +48,7 @@ from metaopt.inner import (
     UnreachedWeightWarning,
     custom_step,
     inner_step,
+    inner_step_with_buffers,
     looped,
     replicated,
     vmapped,
@@ -111,6 +112,7 @@ __all__ = [
     "UndeclaredTensorWarning",
     "UnreachedWeightWarning",
     "UnusedHyperparameterWarning",
+    "WithBuffers",
     "ZeroHypergradientWarning",
     "by",
     "compiled",
@@ -122,6 +124,7 @@ __all__ = [
     "hypergradient",
     "inner",
     "inner_step",
+    "inner_step_with_buffers",
     "interop",
     "linsolve",
     "looped",

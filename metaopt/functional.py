@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,18 @@ Params: TypeAlias = dict[str, Tensor]
 Statistics: TypeAlias = Literal["frozen", "batch"]
 
 _IDLE: Any = Idle()
+
+
+class WithBuffers(NamedTuple):
+    """Weights, and the buffers that a forward pass moves, for :func:`metaopt.inner_step_with_buffers`.
+
+    Attributes:
+        params: name to weight.
+        buffers: name to floating-point buffer.
+    """
+
+    params: Params
+    buffers: Params
 
 
 class FunctionalModel:
@@ -74,17 +86,37 @@ class FunctionalModel:
             buffers[name] = _IDLE
         return self._run(params, buffers, args, kwargs)[0]
 
+    @property
+    def moving(self) -> WithBuffers:
+        """The weights and the buffers that can move, as a state carries them.
+
+        Raises:
+            ValueError: if a running statistic is a plain average (``momentum=None``): it needs a
+                count, which a state does not carry.
+        """
+        for name, layer in self._template.named_modules():
+            if name in moving(self._template) and getattr(layer, "momentum", 0.1) is None:
+                raise ValueError(
+                    f"the running statistics of {name!r} are plain averages (momentum=None), whose count is an "
+                    "integer that a state does not carry: give the layer a momentum"
+                )
+        buffers = {name: x for name, x in self.buffers.items() if x.is_floating_point()}
+        return WithBuffers(self.params, buffers)
+
     def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
         """Run with ``params`` and ``buffers``.
 
         Running statistics of batch and instance norm and the vectors of spectral norm are
         differentiable functions of the old ones and of the inputs, and may be mapped over tasks.
+        Integer buffers may be left out: they are then as they were when the module was wrapped.
 
         Returns:
             The output, and the buffers after the pass (running statistics, …). The given ones are
             not changed.
         """
         self._check(params)
+        counts = {name: x for name, x in self.buffers.items() if not x.is_floating_point()}
+        buffers = {**counts, **buffers}
         _check_names(buffers, self.buffers, "buffers")
         if torch.compiler.is_compiling() and self.buffers:
             raise RuntimeError("with_buffers does not run inside torch.compile: leave this step as it is")
@@ -326,5 +358,6 @@ def _stale_message(layers: list[str]) -> str:
     named = ", ".join(repr(name) for name in layers[:3]) + (", …" if len(layers) > 3 else "")
     return (
         f"evaluation mode uses running statistics of {named}, and a run by model(params, …) has not moved them. Say "
-        "which are meant: model.eval(statistics='frozen') for those of the wrapped module, 'batch' for the batch's own"
+        "which are meant: model.eval(statistics='frozen') for those of the wrapped module, 'batch' for the batch's own; "
+        "mo.inner_step_with_buffers carries them in the state"
     )

@@ -25,6 +25,7 @@ from metaopt.inner.tasks import (
     replicated,
     vmapped,
 )
+from metaopt.inner.with_buffers import StepWithBuffers, inner_step_with_buffers
 
 __all__ = [
     "Adjoint",
@@ -45,6 +46,7 @@ __all__ = [
     "Stacked",
     "Stationary",
     "Step",
+    "StepWithBuffers",
     "TaskLoss",
     "UndeclaredTensorWarning",
     "UnreachedWeightWarning",
@@ -57,6 +59,7 @@ __all__ = [
     "in_chunks",
     "inner_of",
     "inner_step",
+    "inner_step_with_buffers",
     "is_stacked",
     "looped",
     "replicated",

@@ -90,12 +90,13 @@ class CustomStep(Step):
 class LinearizedCustomStep(Linearized):
     """:class:`CustomStep` at one point: its inputs and outputs, with the graph between them."""
 
-    __slots__ = ("_lam", "_new", "_products", "_state", "_transposed")
+    __slots__ = ("_lam", "_loss", "_new", "_products", "_state", "_transposed")
 
-    def __init__(self, state: InnerState, lam: Tree, new: InnerState) -> None:
+    def __init__(self, state: InnerState, lam: Tree, new: InnerState, loss: Tensor | None = None) -> None:
         self._state = state
         self._lam = lam
         self._new = new
+        self._loss = loss
         self._transposed: Transposed | None = None
         self._products = 0
 
@@ -103,6 +104,11 @@ class LinearizedCustomStep(Linearized):
     @override
     def state(self) -> InnerState:
         return tree.detach(self._new)
+
+    @property
+    @override
+    def loss(self) -> Tensor | None:
+        return self._loss
 
     @override
     def pullback(

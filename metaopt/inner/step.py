@@ -61,6 +61,11 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
     """
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be a function (w, lam, batch) -> scalar, got {type(inner_loss).__name__}")
+    return InnerStep(inner_loss, check_optimizer(optimizer, inner_loss), adjoint)
+
+
+def check_optimizer(optimizer: Optimizer, inner_loss: Any) -> Optimizer:
+    """The optimiser of an inner loss; mapped over stacked tasks where it looks at whole tensors."""
     if not isinstance(optimizer, Optimizer):
         kind = f"{type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}"
         raise TypeError(
@@ -73,8 +78,8 @@ def inner_step(inner_loss: InnerLoss, optimizer: Optimizer, *, adjoint: Adjoint 
             'of tasks. Take reduction="sum" (the default)'
         )
     if is_stacked(inner_loss) and not optimizer.elementwise:
-        optimizer = PerTask(optimizer)
-    return InnerStep(inner_loss, optimizer, adjoint)
+        return PerTask(optimizer)
+    return optimizer
 
 
 @dataclass(frozen=True, repr=False)

@@ -101,9 +101,13 @@ class TaskLoss(ABC):
         losses = self.each(w, lam, batch)
         return losses.sum() if self.reduction == "sum" else losses.mean()
 
-    @abstractmethod
     def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The losses of all tasks, ``[tasks]``."""
+        return self.over_tasks(self.one, w, lam, batch)
+
+    @abstractmethod
+    def over_tasks(self, fn: Callable[[Tree, Tree, Any], Any], w: Tree, lam: Tree, batch: Any) -> Any:
+        """``fn(w[i], lam, batch[i])`` of every task, stacked on a new first axis."""
 
     def one(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         """The loss of one task."""
@@ -165,15 +169,15 @@ class Vmapped(TaskLoss):
             raise ValueError(f"vmapped: randomness is 'different', 'same' or 'error', got {self.randomness!r}")
 
     @override
-    def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+    def over_tasks(self, fn: Callable[[Tree, Tree, Any], Any], w: Tree, lam: Tree, batch: Any) -> Any:
         if isinstance(batch, Ragged):
             raise TypeError("tasks of different sizes cannot be computed in one call: take mo.looped(loss)")
         flat, spec = tree.flatten((w, batch))
         axes = tuple([0 if isinstance(leaf, Tensor) else None for leaf in flat])
 
-        def one(*leaves: Any) -> Tensor:
+        def one(*leaves: Any) -> Any:
             w_i, batch_i = tree.unflatten(leaves, spec)
-            return self.one(w_i, lam, batch_i)
+            return fn(w_i, lam, batch_i)
 
         mapped = torch.vmap(one, axes, chunk_size=self.tasks_at_once, randomness=self.randomness)
         try:
@@ -190,11 +194,12 @@ class Looped(TaskLoss):
     """One task after the other; see :func:`looped`."""
 
     @override
-    def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
+    def over_tasks(self, fn: Callable[[Tree, Tree, Any], Any], w: Tree, lam: Tree, batch: Any) -> Any:
         tasks = task_count(w, batch)
         weights = _rows(w, tasks)
         batches = batch.batches if isinstance(batch, Ragged) else _rows(batch, tasks)
-        return torch.stack([self.one(w_i, lam, batch_i) for w_i, batch_i in zip(weights, batches, strict=True)])
+        found = [fn(w_i, lam, batch_i) for w_i, batch_i in zip(weights, batches, strict=True)]
+        return tree.map(lambda *rows: torch.stack(rows), *found)
 
 
 def is_stacked(step_or_loss: Any) -> bool:

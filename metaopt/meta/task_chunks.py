@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,11 +69,17 @@ class LossInChunks(TaskLoss):
         """The settings were checked by :func:`in_task_chunks`."""
 
     @override
-    def each(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
-        parts = _parts((w, batch), self.tasks_at_once)
+    def one(self, w: Tree, lam: Tree, batch: Any) -> Tensor:
         assert isinstance(self.loss, TaskLoss)
-        losses = [checkpoint(self.loss.each, w_i, lam, batch_i, use_reentrant=False) for w_i, batch_i in parts]
-        return torch.cat(losses)
+        return self.loss.one(w, lam, batch)
+
+    @override
+    def over_tasks(self, fn: Callable[[Tree, Tree, Any], Any], w: Tree, lam: Tree, batch: Any) -> Any:
+        assert isinstance(self.loss, TaskLoss)
+        over = self.loss.over_tasks
+        parts = _parts((w, batch), self.tasks_at_once)
+        found = [checkpoint(over, fn, w_i, lam, batch_i, use_reentrant=False) for w_i, batch_i in parts]
+        return tree.map(lambda *rows: torch.cat(rows), *found)
 
 
 @dataclass(frozen=True)
