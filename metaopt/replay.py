@@ -77,7 +77,11 @@ def _now(devices: tuple[torch.device, ...]) -> Rng:
 
 def versions_of(value: Tree) -> tuple[int, ...]:
     """In-place version counters of the tensors: they tell when somebody wrote into one."""
-    return tuple([leaf._version for leaf in tree.leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()])
+    tensors = [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
+    try:
+        return tuple([x._version for x in tensors])
+    except RuntimeError:  # tensors made in inference mode do not count
+        return tuple([x._version for x in tensors if not x.is_inference()])
 
 
 def check_unwritten(value: Tree, versions: tuple[int, ...], what: str, remedy: str) -> None:

@@ -73,8 +73,9 @@ def outer_gradient(
 
 def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any, look: bool) -> ValueAndGradient:
     with torch.enable_grad():
-        w_ = tree.attach(w)
-        lam_ = tree.attach(lam)
+        w_, w_leaves = tree.attached(w)
+        lam_, lam_leaves = tree.attached(lam)
+        known = w_leaves + lam_leaves
         loss = checked_scalar(outer_loss(w_, lam_, batch), "outer_loss")
         if not loss.requires_grad:
             raise ValueError(
@@ -82,7 +83,7 @@ def _value_and_gradient(outer_loss: OuterLoss, w: Tree, lam: Tree, batch: Any, l
                 ".item(), argmax)"
             )
         if look:
-            warn_of(said_of_undeclared(nodes([loss]), (w_, lam_), "outer_loss"))
-        gradients = torch.autograd.grad(loss, tree.floats((w_, lam_)), allow_unused=True)
+            warn_of(said_of_undeclared(nodes([loss]), known, "outer_loss"))
+        gradients = torch.autograd.grad(loss, known, allow_unused=True)
         torch.clear_autocast_cache()  # as in the inner step
     return loss, gradients

@@ -61,7 +61,7 @@ class ReverseMode(Estimator):
         complete = self.remembered.complete(carry)
         waiting = dict(cotangents)
         last = waiting.pop(state.t, None) or InnerState(tree.zeros_like(state.w), None, state.t)
-        total = tree.zeros_like(lam)
+        total: Tree = None
         cotangent = last
         moments = self.remembered.moments(carry, step, state)
         for total, cotangent in sweep(step, moments, last, lam, to_start=complete, waiting=waiting):  # noqa: B007
@@ -71,7 +71,8 @@ class ReverseMode(Estimator):
                 f"{self!r} does not remember the run back to step {min(waiting)}, whose state has a cotangent: use "
                 "RMD over a trajectory that keeps the whole run"
             )
-        return Response(tree.map(_as_dtype_of, total, lam), cotangent if complete else None)
+        total = tree.zeros_like(lam) if total is None else tree.map(_as_dtype_of, total, lam)
+        return Response(total, cotangent if complete else None)
 
 
 def sweep(

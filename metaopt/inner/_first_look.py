@@ -69,7 +69,7 @@ class FirstLook:
         self.fused_attention = any([name.startswith("ScaledDotProduct") for name in names])
         if "CheckpointFunctionBackward" in names:
             raise reentrant("second derivatives, and weights that only its inside sees, are lost")
-        self.undeclared += said_of_undeclared(behind, (w, lam), "inner_loss")
+        self.undeclared += said_of_undeclared(behind, tree.floats((w, lam)), "inner_loss")
         return found
 
     def optimizer(self, optimizer: Optimizer, w: Tree, lam: Tree) -> None:
@@ -146,11 +146,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a != a)).all())  # NaN is not equal to itself
 
 
-def said_of_undeclared(behind: Iterable[Any], known: Tree, what: str) -> list[str]:
+def said_of_undeclared(behind: Iterable[Any], known: Iterable[Tensor], what: str) -> list[str]:
     """What to say of leaves among the nodes behind a loss that are not behind ``known``."""
     own: set[int] = set()
-    for x in tree.floats(known):
-        own.update([id(leaf) for leaf in leaves(nodes([x]))] if x.grad_fn is not None else [id(x)])
+    for x in known:
+        if x.grad_fn is None:
+            own.add(id(x))
+        else:
+            own.update([id(leaf) for leaf in leaves(nodes([x]))])
     found = [leaf for leaf in leaves(behind) if id(leaf) not in own]
     if not found:
         return []

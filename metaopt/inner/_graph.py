@@ -18,13 +18,12 @@ def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Ite
             continue
         seen.add(node)
         yield node
-        waiting.extend([parent for parent, _ in node.next_functions])
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def leaves(of: Iterable[Any]) -> list[Tensor]:
     """The autograd leaves among nodes."""
-    found = [getattr(node, "variable", None) for node in of]
-    return [leaf for leaf in found if leaf is not None]
+    return [node.variable for node in of if hasattr(node, "variable")]
 
 
 def numbers_saved(outputs: Iterable[Tensor]) -> int:
