@@ -18,9 +18,13 @@ ROOT = HERE.parent
 
 project = "metaopt"
 author = "The metaopt authors"
+copyright = "2026, the metaopt authors"
 release = version = mo.__version__
 html_title = "metaopt"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 
 extensions = [
@@ -32,7 +36,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "images"]
+exclude_patterns = ["_build", "images", "jupyter_execute"]
 templates_path: list[str] = []
 
 # notebooks are executed by the tests, and stored with what they print
@@ -83,9 +87,41 @@ def copy_tutorials(app: Sphinx) -> None:
     target.mkdir(exist_ok=True)
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
         shutil.copyfile(notebook, target / notebook.name)
+    shutil.copytree(ROOT / "tutorials" / "examples", target / "examples", dirs_exist_ok=True)
+
+
+def write_api(app: Sphinx) -> None:
+    """A page for each room, with every public name of it that no earlier page has."""
+    target = HERE / "api"
+    target.mkdir(exist_ok=True)
+    seen: set[int] = set()
+    front = {name: getattr(mo, name) for name in mo.__all__}
+    own = {name: value for name, value in front.items() if not isinstance(value, ModuleType)}
+    (target / "metaopt.md").write_text(_page("The front door: `metaopt`", mo.__doc__, "metaopt", own, seen))
+    for room in ROOMS:
+        module = getattr(mo, room)
+        names = {name: getattr(module, name) for name in module.__all__}
+        (target / f"{room}.md").write_text(_page(f"`metaopt.{room}`", module.__doc__, f"metaopt.{room}", names, seen))
+
+
+def _page(title: str, said: str | None, prefix: str, names: dict[str, Any], seen: set[int]) -> str:
+    lines = [f"# {title}", "", (said or "").strip(), ""]
+    for name, value in names.items():
+        if isinstance(value, ModuleType) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        kind = "autoclass" if isinstance(value, type) else "autofunction" if callable(value) else "autodata"
+        lines += ["```{eval-rst}", f".. {kind}:: {prefix}.{name}", *_members(value), "```", ""]
+    return "\n".join(lines)
+
+
+def _members(value: Any) -> list[str]:
+    """Public methods are shown with a class; an inherited one is shown where it is written."""
+    return ["   :members:"] if isinstance(value, type) else []
 
 
 def setup(app: Sphinx) -> None:
     """Hooks of the build."""
     app.connect("builder-inited", copy_tutorials)
+    app.connect("builder-inited", write_api)
     app.connect("env-check-consistency", check_every_public_name_has_a_page)

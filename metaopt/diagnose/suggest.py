@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         horizon: T, inner steps of a run.
-        hyperparameters: |λ|.
+        hyperparameters: ``|λ|``.
         state_bytes: bytes of one state: the weights and the slots of the optimiser.
     """
 

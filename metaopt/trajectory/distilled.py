@@ -41,7 +41,7 @@ class Distilled:
         example_axis: axis of every batch tensor that runs over examples (1 for a stacked
             meta-batch, whose axis 0 are tasks).
         stochastic_rounding: ``k = ⌊p|D|⌋`` or one more, so that its mean is ``p|D|``. With plain
-            rounding, a small ``|D|`` and γ near 1 let no new example in after a while (|D| = 10, γ
+            rounding, a small ``|D|`` and γ near 1 let no new example in after a while (``|D| = 10``, γ
             ≥ .99: from t ≈ 22).
         seed: of the subsampling; the global random state is not used.
     """

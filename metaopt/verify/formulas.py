@@ -50,7 +50,7 @@ class Formula(NamedTuple):
 
     Attributes:
         make: problem and horizon to the estimator as it is verified.
-        indirect: ``(problem, horizon, estimator, alpha) -> `` the indirect term over flattened λ,
+        indirect: ``(problem, horizon, estimator, alpha)`` to the indirect term over flattened λ,
             from dense matrices alone.
         exact_where: whether theory makes it the true hypergradient on this problem, and why;
             ``None`` where it does not.
@@ -74,7 +74,7 @@ class WholeFormula(NamedTuple):
 
     Attributes:
         make: problem and horizon to the estimator as it is verified.
-        total: ``(problem, horizon, estimator) -> `` the hypergradient over flattened λ.
+        total: ``(problem, horizon, estimator)`` to the hypergradient over flattened λ.
         exact_where: as for :class:`Formula`.
         unless: as for :class:`Formula`.
     """

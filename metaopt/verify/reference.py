@@ -25,7 +25,10 @@ from metaopt.verify.cases import Case
 
 
 class Jacobians(NamedTuple):
-    """``A = ∂Φ/∂s`` of shape [|s|, |s|] and ``B = ∂Φ/∂λ`` of shape [|s|, |λ|], over flattened weights then slots."""
+    """``A = ∂Φ/∂s`` of shape ``[|s|, |s|]`` and ``B = ∂Φ/∂λ`` of shape ``[|s|, |λ|]``.
+
+    Both are over flattened weights, then slots.
+    """
 
     A: Tensor
     B: Tensor
