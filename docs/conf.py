@@ -7,9 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from docutils.nodes import Element
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
+from sphinx.util.nodes import make_refnode
 
 import metaopt as mo
 
@@ -18,13 +20,12 @@ ROOT = HERE.parent
 
 project = "metaopt"
 author = "The metaopt authors"
-copyright = "2026, the metaopt authors"
 release = version = mo.__version__
 html_title = "metaopt"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
-html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 
 extensions = [
@@ -48,7 +49,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": False, "show-inheritance": False}
+autodoc_inherit_docstrings = False  # what a method does is said once, at the contract
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -82,7 +83,7 @@ def check_every_public_name_has_a_page(app: Sphinx, env: BuildEnvironment) -> No
 
 
 def copy_tutorials(app: Sphinx) -> None:
-    """The notebooks live at the top of the repository; the site shows copies."""
+    """The notebooks and the examples they link to live at the top of the repository; the site shows copies."""
     target = HERE / "tutorials"
     target.mkdir(exist_ok=True)
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
@@ -90,38 +91,30 @@ def copy_tutorials(app: Sphinx) -> None:
     shutil.copytree(ROOT / "tutorials" / "examples", target / "examples", dirs_exist_ok=True)
 
 
-def write_api(app: Sphinx) -> None:
-    """A page for each room, with every public name of it that no earlier page has."""
-    target = HERE / "api"
-    target.mkdir(exist_ok=True)
-    seen: set[int] = set()
-    front = {name: getattr(mo, name) for name in mo.__all__}
-    own = {name: value for name, value in front.items() if not isinstance(value, ModuleType)}
-    (target / "metaopt.md").write_text(_page("The front door: `metaopt`", mo.__doc__, "metaopt", own, seen))
-    for room in ROOMS:
-        module = getattr(mo, room)
-        names = {name: getattr(module, name) for name in module.__all__}
-        (target / f"{room}.md").write_text(_page(f"`metaopt.{room}`", module.__doc__, f"metaopt.{room}", names, seen))
+def leave_out_fields(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
+    """The fields of a NamedTuple are described in its docstring; Python's own words for them say nothing."""
+    return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
-def _page(title: str, said: str | None, prefix: str, names: dict[str, Any], seen: set[int]) -> str:
-    lines = [f"# {title}", "", (said or "").strip(), ""]
-    for name, value in names.items():
-        if isinstance(value, ModuleType) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        kind = "autoclass" if isinstance(value, type) else "autofunction" if callable(value) else "autodata"
-        lines += ["```{eval-rst}", f".. {kind}:: {prefix}.{name}", *_members(value), "```", ""]
-    return "\n".join(lines)
-
-
-def _members(value: Any) -> list[str]:
-    """Public methods are shown with a class; an inherited one is shown where it is written."""
-    return ["   :members:"] if isinstance(value, type) else []
+def find_by_last_name(app: Sphinx, env: BuildEnvironment, node: Element, contents: Element) -> Element | None:
+    """Lead a reference to the one page that documents the name, whichever of its names the docstring uses."""
+    if node.get("refdomain") != "py":
+        return None
+    parts = node["reftarget"].split(".")
+    found = []
+    for name, _, kind, page, anchor, priority in env.domains["py"].get_objects():
+        length = 2 if kind in ("method", "property", "attribute") else 1  # those go by the name of their class, too
+        if priority >= 0 and name.split(".")[-length:] == parts[-length:]:
+            found.append((page, anchor))
+    if len(found) != 1:
+        return None
+    page, anchor = found[0]
+    return make_refnode(app.builder, node["refdoc"], page, anchor, contents)
 
 
 def setup(app: Sphinx) -> None:
     """Hooks of the build."""
+    app.connect("autodoc-skip-member", leave_out_fields)
+    app.connect("missing-reference", find_by_last_name)
     app.connect("builder-inited", copy_tutorials)
-    app.connect("builder-inited", write_api)
     app.connect("env-check-consistency", check_every_public_name_has_a_page)

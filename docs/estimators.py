@@ -36,7 +36,7 @@ The HyperDistill paper (arXiv 2110.02508, table 1) asks four things of a method,
 - **large λ**: neither its cost nor its noise grows with the number of hyperparameters.
 - **online**: λ may move between inner steps.
 - **constant memory**: what it holds does not grow with the number T of inner steps (measured). Where it does grow, checkpoints bound it:
-  `mo.RMD(mo.trajectory.Checkpointed(slots))` gives the same numbers, and so do `Offloaded`, `Budgeted` and `Reversible`.
+  `mo.RMD(mo.trajectory.Checkpointed(slots))` gives the same numbers, and so do `Offloaded` and `Budgeted`; `Reversible` does up to rounding.
 - **horizon > 1**: it takes in how earlier steps depended on λ; **sees** says which part of the run.
 
 **Cost** is that of one hypergradient after T inner steps, counted: evaluations of the inner gradient (the run's own T included), vector-Jacobian

@@ -160,7 +160,7 @@ class RMD(ReverseMode):
     2016, `arXiv 1511.06727 <https://arxiv.org/abs/1511.06727>`__), over a straight line DrMAD (Fu
     et al. 2016, `arXiv 1601.00917 <https://arxiv.org/abs/1601.00917>`__).
 
-    Cost: ``2T`` products (the last gives ``init``) and, over :class:`~metaopt.trajectory.Full`,
+    Cost: ``2T`` products (the last gives ``initial``) and, over :class:`~metaopt.trajectory.Full`,
     ``T`` recomputed gradients. Memory: the trajectory's. Bias: exact. Offline: λ must not move.
 
     Args:

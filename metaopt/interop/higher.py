@@ -127,9 +127,9 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
     Three lines change an inner loop of ``higher`` into any estimator::
 
         with higher.innerloop_ctx(net, optimizer) as (fast, steps):
-            model = from_higher(fast) step = mo.inner_step(lambda w, lam, batch: loss(model(w,
-            batch), lam), from_higher(steps)) hg = mo.hypergradient(step, outer_loss, model.params,
-            lam, batches, outer_batch, estimator=...)
+            model = from_higher(fast)
+            step = mo.inner_step(lambda w, lam, batch: loss(model(w, batch), lam), from_higher(steps))
+            hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, outer_batch)
 
     λ acts through the losses. For learned rates use :func:`metaopt.interop.from_torch` or
     :mod:`metaopt.optim`. The conventions of ``higher`` are kept: its Adam adds ``eps`` before the

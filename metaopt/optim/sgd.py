@@ -21,9 +21,9 @@ class SGD(Optimizer):
     Equal to ``torch.optim.SGD`` step by step.
 
     .. math::
-        g \leftarrow g + \text{wd}\, w, \qquad
-        v_t = \mu v_{t-1} + (1 - \text{damp})\, g \;\; (v_1 = g), \qquad
-        w_t = w_{t-1} - \eta\, (g + \mu v_t \text{ if Nesterov else } v_t)
+        g &\leftarrow g + \text{wd}\, w \\
+        v_t &= \mu v_{t-1} + (1 - \text{damp})\, g \;\; (v_1 = g) \\
+        w_t &= w_{t-1} - \eta\, (g + \mu v_t \text{ if Nesterov else } v_t)
 
     Every hyperparameter is a float, a tensor, a pytree like the weights, or a callable ``(lam, t)
     -> any of these``.
