@@ -49,3 +49,10 @@ def test_the_sinusoid_is_diagnosed_without_touching_the_random_state(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert [stage.name for stage in stages] == ["before meta-training", "after 1 runs"]
     assert len(diagnose.summary(stages)) == 10
+
+
+def test_preflight_reads_the_direction_of_a_tiny_hypergradient():
+    step = mo.inner_step(lambda w, lam, _: lam * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=0.1))
+    outer = lambda w, lam, _: 1e-12 * (w.sum() - 9) ** 2  # noqa: E731
+    problem = mo.Problem(step, outer, torch.zeros(3), torch.tensor(1.0), [None] * 4)
+    assert "cosine 1.000" in repr(mo.diagnose.preflight(problem))

@@ -276,3 +276,19 @@ def test_a_torch_optimiser_is_sent_to_interop():
 def bowl():
     step = mo.inner_step(lambda w, lam, _: 0.5 * (w - lam).square().sum(), mo.optim.SGD(lr=0.1))
     return step, lambda w, lam, _: w.sum(), torch.zeros(2), torch.ones(2), [None] * 3
+
+
+def test_a_custom_step_may_differentiate_where_only_lam_requires_grad():
+    def fn(state, lam, batch):
+        (g,) = torch.autograd.grad(((state.w - 1) ** 2).sum(), state.w, create_graph=True)
+        return state._replace(w=state.w - lam * g)
+
+    step = mo.custom_step(fn)
+    lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    state = step.init(torch.zeros(3, dtype=torch.float64), lam)
+    for _ in range(2):
+        state = step(state, lam, None)
+    (found,) = torch.autograd.grad(state.w.sum(), lam)
+    torch.testing.assert_close(found, 3 * 4 * (1 - 2 * lam.detach()))  # w_2 = 1 - (1 - 2λ)²
+    problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(3).double(), lam.detach(), [None] * 2)
+    assert mo.verify.check(mo.RMD(), problem=problem).passed

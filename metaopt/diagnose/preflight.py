@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from metaopt import tree
+from metaopt.diagnose.alignment import closeness
 from metaopt.diagnose.results import Result
 from metaopt.estimators import RMD, Estimator, ForwardGradient
 from metaopt.estimators.hypergradient import each
@@ -173,7 +174,7 @@ def _bfloat16(problem: Problem) -> Look:
                 rounded = _total(problem, RMD())
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             return Look(what, False, _line(error), "stay in float32")
-    cosine = float(torch.nn.functional.cosine_similarity(plain.double(), rounded.double(), dim=0))
+    cosine = closeness(rounded.double(), plain.double()).cosine
     return Look(what, cosine > 0.9, f"cosine {cosine:.3f}", "" if cosine > 0.9 else "stay in float32")
 
 

@@ -57,7 +57,7 @@ class CustomStep(Step):
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
         """Φ; differentiable by autograd where the inputs require grad."""
         if torch.is_grad_enabled() and (tree.requires_grad(state) or tree.requires_grad(lam)):
-            return self._run(state, lam, batch)
+            return self._run(tree.map(_attached, state), lam, batch)  # fn may take a gradient with respect to w
         return self.linearize(state, lam, batch).state
 
     def linearize(self, state: InnerState, lam: Tree, batch: Any) -> LinearizedCustomStep:
@@ -85,6 +85,11 @@ class CustomStep(Step):
         tree.check_like(new.w, state.w, "the custom step's new w", "w")
         check_twice_differentiable(tree.floats(new), tree.floats(state))
         return new
+
+
+def _attached(x: Any) -> Any:
+    """A floating-point leaf that is not in a graph yet, as a fresh autograd leaf."""
+    return x if not tree.is_float(x) or x.requires_grad else x.detach().requires_grad_()
 
 
 class LinearizedCustomStep(Linearized):
