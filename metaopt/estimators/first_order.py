@@ -32,8 +32,9 @@ class FirstOrder(Estimator):
     gives_initial = True
     drops_indirect = True
 
+    @override
     def init(self, step: Step, state: InnerState, lam: Tree) -> None:
-        """Nothing."""
+        return None
 
     @override
     def advance(self, step: Step, state: InnerState, lam: Tree, batch: Any, carry: Any) -> tuple[InnerState, None]:

@@ -46,9 +46,13 @@ def summarise(values: Sequence[float], failed_at: float = math.inf) -> Summary:
     good = [v for v in values if v < failed_at]  # NaN compares false
     median = statistics.median([v if v < failed_at else math.inf for v in values])
     mean = statistics.fmean(good) if good else math.nan
-    half = (
-        float(stats.t.ppf(0.975, len(good) - 1) * statistics.stdev(good) / math.sqrt(len(good)))
-        if len(good) > 1
-        else math.nan
-    )
-    return Summary(median, mean, half, len(values) - len(good))
+    half = _half_width(good) if len(good) > 1 else math.nan
+    failed = len(values) - len(good)
+    return Summary(median, mean, half, failed)
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95 % confidence interval of the mean."""
+    n = len(values)
+    quantile = stats.t.ppf(0.975, n - 1)
+    return float(quantile * statistics.stdev(values) / math.sqrt(n))

@@ -85,11 +85,15 @@ def shuffled(part: Part, t: int, size: int, stream: int) -> Part:
     """
     around = max(1, len(part.y) // size)
     number, place = divmod(t - 1, around)
-    order = torch.randperm(len(part.y), generator=torch.Generator().manual_seed(1_000_003 * (stream + 1) + number))
+    seed = 1_000_003 * (stream + 1) + number
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(part.y), generator=generator)
     chosen = order[place * size : (place + 1) * size]
     return Part(part.x[chosen], part.y[chosen])
 
 
 def seeded(estimator: Estimator, seed: int) -> Estimator:
     """The estimator with this seed, if it draws anything."""
-    return replace(estimator, seed=seed) if isinstance(estimator, HyperDistill | EvoGrad) else estimator
+    if isinstance(estimator, HyperDistill | EvoGrad):
+        return replace(estimator, seed=seed)
+    return estimator

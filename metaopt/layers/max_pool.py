@@ -23,7 +23,9 @@ def forward(layer: nn.MaxPool2d, input: Tensor) -> Tensor:
         return nn.MaxPool2d.forward(layer, input)  # pyright: ignore[reportReturnType]
     if torch.is_grad_enabled() and input.requires_grad:
         return _Pool.apply(input)  # pyright: ignore[reportReturnType]
-    return torch.maximum(*_columns(torch.maximum(*_rows(input))))
+    top, bottom = _rows(input)
+    left, right = _columns(torch.maximum(top, bottom))
+    return torch.maximum(left, right)
 
 
 def _halves(layer: nn.MaxPool2d) -> bool:
@@ -47,9 +49,8 @@ class _Pool(torch.autograd.Function):
         lower = bottom > top
         height, width = x.shape[-2:]
         corner = torch.arange(height * width).view(height, width)[::2, ::2]
-        indices = (
-            (right_of_top ^ (lower & (right_of_top ^ right_of_bottom))).long().add_(corner).add_(lower, alpha=width)
-        )
+        chosen_right = right_of_top ^ (lower & (right_of_top ^ right_of_bottom))
+        indices = chosen_right.long().add_(corner).add_(lower, alpha=width)
         ctx.save_for_backward(x, indices)
         return torch.maximum(top, bottom)
 

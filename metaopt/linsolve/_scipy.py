@@ -49,17 +49,28 @@ class SciPySolver(Solver):
 
 def _solve(method: Callable[..., Any], operator: Operator, alpha: Tree) -> Solution:
     """``method(A, b) -> (x, info)`` with ``A v = v K`` and ``b = alpha``, and the measured residual."""
-    right = tree.vector(alpha)
     products = 0
 
     def matvec(v: Any) -> Any:
         nonlocal products
         products += 1
-        given = torch.as_tensor(np.asarray(v).reshape(-1)).to(right.device, right.dtype)
-        return tree.vector(operator(tree.unvector(given, alpha))).detach().cpu().double().numpy()
+        product = operator(_ours(np.asarray(v).reshape(-1), alpha))
+        return _theirs(product)
 
-    n = right.numel()
+    n = tree.vector(alpha).numel()
     A = scipy.sparse.linalg.LinearOperator((n, n), matvec=matvec, dtype=np.float64)  # pyright: ignore
-    found, _ = method(A, right.detach().cpu().double().numpy())
-    x = tree.unvector(torch.as_tensor(found).to(right.device, right.dtype), alpha)
-    return Solution(x, relative_residual(operator, x, alpha), products + 1)
+    found, _ = method(A, _theirs(alpha))
+    x = _ours(found, alpha)
+    residual = relative_residual(operator, x, alpha)
+    return Solution(x, residual, products + 1)
+
+
+def _theirs(v: Tree) -> Any:
+    """A pytree as SciPy's vector, in float64 on the CPU."""
+    return tree.vector(v).detach().cpu().double().numpy()
+
+
+def _ours(v: Any, like: Tree) -> Tree:
+    """SciPy's vector as a pytree with the shapes, device and dtype of ``like``."""
+    flat = tree.vector(like)
+    return tree.unvector(torch.as_tensor(v).to(flat.device, flat.dtype), like)

@@ -75,7 +75,8 @@ def damped(operator: Operator, damping: float) -> Operator:
 
 def relative_residual(operator: Operator, x: Tree, alpha: Tree) -> Tensor:
     """``‖alpha - x K‖ / ‖alpha‖``. Cost: one product."""
-    return ratio(tree.norm(tree.sub(alpha, operator(x))), tree.norm(alpha))
+    left = tree.sub(alpha, operator(x))
+    return ratio(tree.norm(left), tree.norm(alpha))
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

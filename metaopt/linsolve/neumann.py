@@ -67,7 +67,8 @@ class Neumann(Solver):
             ArithmeticError: if the rate is to be estimated, and K has no positive eigenvalue.
         """
         if not isinstance(self.rate, PowerIteration):
-            return self._sum(damped(operator, self.damping * (self.rate or 0.0)), alpha)
+            scaled = self.damping * (self.rate or 0.0)
+            return self._sum(damped(operator, scaled), alpha)
         operator = damped(operator, self.damping)
         known = memory if isinstance(memory, Spectrum) else self.rate.spectrum(operator, alpha)
         found = self._sum(lambda v: tree.scale(known.rate, operator(v)), alpha)

@@ -62,30 +62,36 @@ class Nystrom(Solver):
 
     def solve(self, operator: Operator, alpha: Tree, memory: Any = None) -> Solution:
         """Invert the sketch; the one in ``memory`` serves as long as ``uses`` allows."""
-        known = (
-            isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == tree.vector(alpha).numel()
-        )
+        n = tree.vector(alpha).numel()
+        known = isinstance(memory, Sketch) and memory.uses < self.uses and len(memory.columns) == n
         sketch = memory if known else self.sketch(operator, alpha)
+        sketching = 0 if known else sketch.columns.shape[1]
         x = self.apply(sketch, alpha)
         residual = relative_residual(damped(operator, self.damping), x, alpha)
-        return Solution(x, residual, 1 if known else sketch.columns.shape[1] + 1, sketch._replace(uses=sketch.uses + 1))
+        used = sketch._replace(uses=sketch.uses + 1)
+        return Solution(x, residual, sketching + 1, used)
 
     def sketch(self, operator: Operator, like: Tree) -> Sketch:
         """Some columns of K, and the core of its inverse."""
         flat = tree.vector(like)
         n = flat.numel()
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: min(self.rank, n)].to(
-            flat.device
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n, generator=generator)
+        chosen = order[: self.rank].to(flat.device)
+
         columns = []
         for i in chosen:
             unit = torch.zeros_like(flat).index_fill(0, i, 1.0)
-            columns.append(tree.vector(operator(tree.unvector(unit, like))))
+            column = operator(tree.unvector(unit, like))
+            columns.append(tree.vector(column))
+
         C = torch.stack(columns, 1)
         W = C[chosen]
-        return Sketch(C, torch.linalg.pinv(self.damping * 0.5 * (W + W.T) + C.T @ C, hermitian=True))
+        core = self.damping * 0.5 * (W + W.T) + C.T @ C
+        return Sketch(C, torch.linalg.pinv(core, hermitian=True))
 
     def apply(self, sketch: Sketch, alpha: Tree) -> Tree:
         """``alpha (K_k + ρI)^{-1}`` by Woodbury's identity."""
         flat = tree.vector(alpha)
-        return tree.unvector((flat - sketch.columns @ (sketch.core @ (sketch.columns.T @ flat))) / self.damping, alpha)
+        seen = sketch.columns @ (sketch.core @ (sketch.columns.T @ flat))
+        return tree.unvector((flat - seen) / self.damping, alpha)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class Spectrum(NamedTuple):
         1 and more where it need not converge.
         """
         a = self.rate if rate is None else rate
-        return max(abs(1.0 - a * self.largest), abs(1.0 - a * self.smallest)) ** (terms + 1)
+        at_largest = abs(1.0 - a * self.largest)
+        at_smallest = abs(1.0 - a * self.smallest)
+        return max(at_largest, at_smallest) ** (terms + 1)
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,18 @@ class PowerIteration:
     def _extreme(self, operator: Operator, like: Tree) -> float:
         """The eigenvalue of largest modulus, as a Rayleigh quotient."""
         generator = torch.Generator().manual_seed(self.seed)
-        v = tree.map(
-            lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) if tree.is_float(x) else x,
-            like,
-        )
+
+        def drawn(x: Any) -> Any:
+            if not tree.is_float(x):
+                return x
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+        v = tree.map(drawn, like)
+        tiny = torch.finfo(torch.float32).tiny
         value: Tensor = torch.zeros(())
         for _ in range(self.iterations):
-            v = tree.scale(1.0 / tree.norm(v).clamp_min(torch.finfo(torch.float32).tiny), v)
+            length = tree.norm(v).clamp_min(tiny)
+            v = tree.scale(1.0 / length, v)
             product = operator(v)
             value = tree.dot(v, product)
             v = product

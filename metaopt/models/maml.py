@@ -55,7 +55,7 @@ class MAML(MetaModel):
     weights: str | Sequence[str] | Callable[[str], bool] = "*"
 
     def __post_init__(self) -> None:
-        """Check μ."""
+        """Refuses a negative μ."""
         checks.non_negative(self, "proximity", self.proximity)
 
     @classmethod
@@ -67,13 +67,14 @@ class MAML(MetaModel):
         proximity: float = 0.0,
         weights: str | Sequence[str] | Callable[[str], bool] = "*",
     ) -> MAML:
-        """MAML on your own module."""
+        """Wraps a plain module, whose parameters become the initial values."""
         return cls(functional(module), loss, proximity, weights)
 
     def init(self) -> tuple[Params, Params]:
         """``(w, lam)``: no displacement, and the module's own initial values."""
         chosen = tree.matching(self.model.params, self.weights, "parameter")
-        return {name: torch.zeros_like(self.model.params[name]) for name in chosen}, self.model.params
+        w = {name: torch.zeros_like(self.model.params[name]) for name in chosen}
+        return w, self.model.params
 
     def adapted(self, w: Params, lam: Params) -> Params:
         """The module's parameters ``φ + δ``; ``module.load_state_dict(…, strict=False)`` takes them."""
@@ -86,4 +87,6 @@ class MAML(MetaModel):
     def inner_loss(self, w: Params, lam: Params, batch: tuple[Any, Tensor]) -> Tensor:
         """Training loss of one task, with the pull towards the initial weights."""
         loss = super().inner_loss(w, lam, batch)
-        return loss if self.proximity == 0 else loss + 0.5 * self.proximity * tree.dot(w, w)
+        if self.proximity == 0:
+            return loss
+        return loss + 0.5 * self.proximity * tree.dot(w, w)

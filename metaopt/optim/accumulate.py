@@ -39,14 +39,19 @@ class Accumulate(Wrapper):
 
     def init(self, w: Tree) -> Tree:
         """Zeros, and the wrapped optimiser's slots."""
-        return {"sum": tree.zeros_like(w), "terms": tree.map(lambda _: 0, w), "inner": self.optimizer.init(w)}
+        return _empty(w, self.optimizer.init(w))
 
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
-        """Add up; update if it is time."""
+        """Adds the gradient to the sum; at every k-th step the wrapped optimiser gets the mean."""
         total = tree.add(slots["sum"], g)
         terms = tree.map(lambda count, x: count if x is None else count + 1, slots["terms"], g)
         if t % self.every:
             return w, {"sum": total, "terms": terms, "inner": slots["inner"]}
         mean = tree.map(lambda x, count: x / self.every if count else None, total, terms)
         w, inner = self.optimizer.update(mean, w, slots["inner"], lam, t // self.every)
-        return w, {"sum": tree.zeros_like(total), "terms": tree.map(lambda _: 0, terms), "inner": inner}
+        return w, _empty(total, inner)
+
+
+def _empty(like: Tree, inner: Tree) -> Tree:
+    """The slots where no gradient has been added yet."""
+    return {"sum": tree.zeros_like(like), "terms": tree.map(lambda _: 0, like), "inner": inner}

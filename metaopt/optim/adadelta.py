@@ -58,4 +58,5 @@ class Adadelta(Optimizer):
         g, w = decayed(g, w, hyper, decoupled=False)
         second = rho * slots["second"] + (1 - rho) * g * g
         delta = safe.sqrt(slots["delta"] + eps) / safe.sqrt(second + eps) * g
-        return w - hyper["lr"] * delta, {"second": second, "delta": rho * slots["delta"] + (1 - rho) * delta * delta}
+        size = rho * slots["delta"] + (1 - rho) * delta * delta
+        return w - hyper["lr"] * delta, {"second": second, "delta": size}

@@ -37,7 +37,7 @@ class LabelledImages:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check types and sizes."""
+        """Refuses images or labels of another type or shape, and labels without a name."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise TypeError(
                 f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}; see "
@@ -116,7 +116,8 @@ class LabelledImages:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} images of {_size(self.images[0]) if len(self) else '?'}, {len(self.names)} classes)"
+        size = _size(self.images[0]) if len(self) else "?"
+        return f"{type(self).__name__}({len(self)} images of {size}, {len(self.names)} classes)"
 
 
 def split_classes(data: Data, counts: Sequence[int], seed: int) -> tuple[Data, ...]:
@@ -128,7 +129,8 @@ def split_classes(data: Data, counts: Sequence[int], seed: int) -> tuple[Data, .
     """
     if any(count < 1 for count in counts) or sum(counts) > len(data.names):
         raise ValueError(f"cannot split {len(data.names)} classes into parts of {tuple(counts)}")
-    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.names), generator=generator).tolist()
     parts = []
     for count in counts:
         parts.append(data.classes(sorted(order[:count])))

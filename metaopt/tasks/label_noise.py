@@ -31,7 +31,7 @@ def flip2(labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
 
 
 def _corrupt(labels: Tensor, classes: int, rate: float, seed: int, *, others: int) -> Tensor:
-    """The common part; ``others`` confused classes per class, 0 for all.
+    """Labels replaced by one of ``others`` classes that their class is confused with; 0: by any class.
 
     The global random state is not used.
     """
@@ -50,5 +50,6 @@ def _corrupt(labels: Tensor, classes: int, rate: float, seed: int, *, others: in
     if others == 0:
         drawn = torch.randint(classes, clean.shape, generator=generator)
     else:
-        drawn = (clean + shifts[clean, torch.randint(others, clean.shape, generator=generator)]) % classes
+        other = torch.randint(others, clean.shape, generator=generator)
+        drawn = (clean + shifts[clean, other]) % classes
     return torch.where(hit, drawn, clean).to(labels)

@@ -45,7 +45,7 @@ class Sinusoid:
     test_points: int = 10
 
     def __post_init__(self) -> None:
-        """Check the sizes."""
+        """Refuses a task without training or test points."""
         if self.shots < 1 or self.test_points < 1:
             raise ValueError(
                 f"a task needs training and test points, got shots={self.shots}, test_points={self.test_points}"
@@ -60,5 +60,6 @@ class Sinusoid:
         phase = math.pi * torch.rand(tasks, 1, 1, generator=generator)
         x = 10.0 * torch.rand(tasks, self.shots + self.test_points, 1, generator=generator) - 5.0
         y = amplitude * torch.sin(x - phase)
-        split = self.shots
-        return SinusoidTasks(SinusoidBatch(x[:, :split], y[:, :split]), SinusoidBatch(x[:, split:], y[:, split:]))
+        train = SinusoidBatch(x[:, : self.shots], y[:, : self.shots])
+        test = SinusoidBatch(x[:, self.shots :], y[:, self.shots :])
+        return SinusoidTasks(train, test)

@@ -39,23 +39,26 @@ def tiny_imagenet(root: str | Path, part: Part = "train", *, size: int = 64, dow
     remedy = f"unpack {_URL} in {root}, or pass download=True"
     for name in ("wnids.txt", "words.txt"):
         check_file(place / name, remedy)
-    classes = {wnid: i for i, wnid in enumerate((place / "wnids.txt").read_text().split())}
-    words = dict(line.split("\t", 1) for line in (place / "words.txt").read_text().splitlines() if "\t" in line)
+    wnids = (place / "wnids.txt").read_text().split()
+    classes = {wnid: i for i, wnid in enumerate(wnids)}
+    lines = (place / "words.txt").read_text().splitlines()
+    words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     found = [pair for list_files in parts(part, _training, _validation) for pair in list_files(place, classes, remedy)]
     images = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(found, desc="TinyImageNet", leave=False, delay=1)):
         images[i] = as_uint8(open_image(file, size))
-    return LabelledImages(
-        images, torch.tensor([label for _, label in found]), tuple(words.get(wnid, wnid) for wnid in classes)
-    )
+    labels = torch.tensor([label for _, label in found])
+    names = tuple(words.get(wnid, wnid) for wnid in classes)
+    return LabelledImages(images, labels, names)
 
 
 def _training(place: Path, classes: dict[str, int], remedy: str) -> list[tuple[Path, int]]:
     pairs = []
     for wnid, label in classes.items():
-        files = sorted((place / "train" / wnid / "images").glob("*.JPEG"))
+        folder = place / "train" / wnid / "images"
+        files = sorted(folder.glob("*.JPEG"))
         if not files:
-            raise FileNotFoundError(f"{place / 'train' / wnid / 'images'} has no *.JPEG; {remedy}")
+            raise FileNotFoundError(f"{folder} has no *.JPEG; {remedy}")
         pairs += [(file, label) for file in files]
     return pairs
 
@@ -70,6 +73,7 @@ def _validation(place: Path, classes: dict[str, int], remedy: str) -> list[tuple
             raise ValueError(
                 f"{annotations} is damaged: line {number} is not FILE, a class of wnids.txt, …: {line!r}; {remedy}"
             )
-        check_file(place / "val" / "images" / fields[0], remedy)
-        pairs.append((place / "val" / "images" / fields[0], classes[fields[1]]))
+        file = place / "val" / "images" / fields[0]
+        check_file(file, remedy)
+        pairs.append((file, classes[fields[1]]))
     return pairs

@@ -88,19 +88,21 @@ class Budgeted(Trajectory):
     ) -> tuple[InnerState, BudgetedTape]:
         if tape.sizes and min(tape.sizes.values()) > self._room(tape):
             tape.graphs.clear()
-            return tape.keeper.record(tape.states, step, state, lam, batch)[0], tape
+            new, _ = tape.keeper.record(tape.states, step, state, lam, batch)
+            return new, tape
         rng = replay.snapshot(state)
         tape.keeper.before(tape.states, state, lam, batch)
         shapes = tuple(tuple(x.shape) for x in tree.leaves(batch) if isinstance(x, Tensor))
         if shapes in tape.sizes:
             linearized = step.linearize(state, lam, batch)
         else:
-            linearized, tape.sizes[shapes] = weighed(
-                lambda: Moment(state, lam, batch, rng).linearize(step), (state, lam, batch)
-            )
+            moment = Moment(state, lam, batch, rng)
+            linearized, size = weighed(lambda: moment.linearize(step), (state, lam, batch))
+            tape.sizes[shapes] = size
         new = linearized.state
         tape.keeper.after(tape.states, new, batch, linearized.loss)
-        tape.graphs.append(Sized(Moment(state, lam, batch, rng, linearized), tape.sizes[shapes]))
+        graph = Moment(state, lam, batch, rng, linearized)
+        tape.graphs.append(Sized(graph, tape.sizes[shapes]))
         while tape.graphs and sum(graph.size for graph in tape.graphs) > self._room(tape):
             tape.graphs.popleft()
         return new, tape
@@ -108,7 +110,8 @@ class Budgeted(Trajectory):
     @override
     def moments(self, tape: BudgetedTape, step: Step, last: InnerState) -> Iterator[Moment]:
         yield from (graph.moment for graph in reversed(tape.graphs))
-        yield from tape.keeper.moments_until(tape.states, step, tape.states.steps - len(tape.graphs))
+        without_graph = tape.states.steps - len(tape.graphs)
+        yield from tape.keeper.moments_until(tape.states, step, without_graph)
 
     @override
     def complete(self, tape: BudgetedTape) -> bool:

@@ -51,15 +51,18 @@ class _Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         """Nothing is live yet."""
         super().__init__()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation; count what is new."""
-        out = func(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in _tensors((args, tuple((kwargs or {}).values())))}
+        named = kwargs or {}
+        out = func(*args, **named)
+        inputs = _tensors((args, tuple(named.values())))
+        given = {id(x.untyped_storage()) for x in inputs}
         for x in _tensors(out):
             storage = x.untyped_storage()
             if id(storage) not in given and id(storage) not in self._storages:

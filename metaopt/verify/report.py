@@ -66,7 +66,8 @@ class Report:
         """One line: passed, failed, or why nothing was compared."""
         if not self.rows:
             return "nothing was checked"
-        count = f"{len(self.rows) - len(self.failures)} of {len(self.rows)} checks"
+        passed = len(self.rows) - len(self.failures)
+        count = f"{passed} of {len(self.rows)} checks"
         return f"passed, {count}" if self.passed else f"FAILED, {count}"
 
     @property
@@ -81,11 +82,15 @@ class Report:
     @override
     def __repr__(self) -> str:
         shown = self.table.text() if self.rows else self.table.title
-        return "\n".join([shown, *[f"  skipped: {reason}" for reason in self._reasons()]])
+        skipped = [f"  skipped: {reason}" for reason in self._reasons()]
+        return "\n".join([shown, *skipped])
 
     def _repr_html_(self) -> str:
+        table = self.table.html()
         reasons = "".join(f"<li>{reason}</li>" for reason in self._reasons())
-        return self.table.html() + (f"<p>Skipped:</p><ul>{reasons}</ul>" if reasons else "")
+        if not reasons:
+            return table
+        return f"{table}<p>Skipped:</p><ul>{reasons}</ul>"
 
     def _reasons(self) -> tuple[str, ...]:
         """Why something was left out: always where nothing was compared, else only in a few words."""
