@@ -22,6 +22,7 @@ def test_notebook_and_script_are_paired(script):
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda p: p.stem)
 def test_tutorial_runs_and_shows_a_picture(script, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel then draws into the notebook
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # nets this small are slower on two threads
     notebook = jupytext.read(script)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
