@@ -35,11 +35,14 @@ class Form:
     def __init__(self, problem: Problem, *, compile: bool, chunk: int = 1, hoist: bool = False, own: bool = False):
         if own:
             problem = problem._replace(batches=[tuple(part.clone() for part in batch) for batch in problem.batches])
-        self.problem, self.chunk, self.hoist = problem, chunk, hoist
+        self.problem = problem
+        self.chunk = chunk
+        self.hoist = hoist
         self.batches = problem.batches
         step, self.loss, self.w, self.lam = parts(problem)
         if hoist:
-            body, head = problem.module[: problem.tail], problem.module[problem.tail :]
+            body = problem.module[: problem.tail]
+            head = problem.module[problem.tail :]
             self.features = lambda lam, x: functional_call(body, lam, (x,))
             model = mo.functional(head)
             self.w = {name.split(".", 1)[1]: leaf for name, leaf in self.w.items()}
@@ -73,7 +76,8 @@ def plain(problem: Problem, whole: bool = False):
     """Training; ``whole``: of all parameters, λ too."""
     step, _, w, lam = parts(problem)
     if whole:
-        w, lam = mo.merge(w, lam), {}
+        w = mo.merge(w, lam)
+        lam = {}
     return trained(step, w, lam, problem.batches)
 
 
@@ -142,7 +146,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for problem in arguments.problems.split(","):
         T, chunk, forms = SIZES[problem]
-        T, names = arguments.horizon or T, [*ALWAYS, *forms]
+        T = arguments.horizon or T
+        names = [*ALWAYS, *forms]
         if not arguments.no_time:
             torch.manual_seed(0)
             times = seconds(PROBLEMS[problem].make(T, torch.float32), chunk, names, arguments.rounds)

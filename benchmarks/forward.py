@@ -91,7 +91,8 @@ def by_fmd(case: Case, columns_at_once: int | None = None) -> Any:
 
 def by_loop(case: Case) -> Any:
     step, outer_loss, w0, lam, batches, outer_batch = case
-    state, basis = step.init(w0, lam), basis_of(lam)
+    state = step.init(w0, lam)
+    basis = basis_of(lam)
     directions = [tree.select(basis, i) for i in range(30)]
     columns = [tree.zeros_like(state)] * len(directions)
     for batch in batches:
@@ -112,7 +113,8 @@ def against(outer_loss: Any, state: mo.InnerState, lam: Any, outer_batch: Any, c
 def by_forward_mode(case: Case) -> Any:
     """The same loop with torch's forward mode over the gradient."""
     step, outer_loss, w0, lam, batches, outer_batch = case
-    state, basis = step.init(w0, lam), basis_of(lam)
+    state = step.init(w0, lam)
+    basis = basis_of(lam)
     directions = [tree.select(basis, i) for i in range(30)]
     columns = [tree.zeros_like(state)] * len(directions)
     for batch in batches:
@@ -127,7 +129,8 @@ def by_forward_mode(case: Case) -> Any:
             moved.append(
                 mo.InnerState(*push_forward(step.optimizer, g, state, lam, g_dot, column, direction), state.t + 1)
             )
-        columns, state = moved, step(state, lam, batch)
+        columns = moved
+        state = step(state, lam, batch)
     return against(outer_loss, state, lam, outer_batch, columns)
 
 

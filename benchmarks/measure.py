@@ -26,7 +26,8 @@ def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     apply and is left out.
     """
     times: Times = {name: [] for name, run in runs.items() if run() is not None}
-    order, draw = list(times), random.Random(0)
+    order = list(times)
+    draw = random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:

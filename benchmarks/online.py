@@ -41,7 +41,8 @@ def run(problem: Problem, method: str) -> object:
         )
     if method == "plain, ours":
         return trained(step, w, lam, problem.batches)
-    outer_batches, optimizer = [problem.outer_batch] * len(problem.batches), partial(torch.optim.SGD, lr=1e-3)
+    outer_batches = [problem.outer_batch] * len(problem.batches)
+    optimizer = partial(torch.optim.SGD, lr=1e-3)
     *_, last = mo.online(
         step, loss, w, lam, problem.batches, outer_batches, estimator=ESTIMATORS[method], optimizer=optimizer
     )
@@ -69,7 +70,8 @@ def main() -> None:
         methods = METHODS + COMPILED * arguments.compile
         times = measure.seconds({method: partial(run, problem, method) for method in methods}, arguments.rounds)
         for method in methods:
-            plain, one = measure.ratio(times, method, "plain"), measure.ratio(times, method, "OneStep")
+            plain = measure.ratio(times, method, "plain")
+            one = measure.ratio(times, method, "OneStep")
             print(f"{name:14} {method:22} {plain:5.2f} x plain   {one:5.2f} x OneStep", flush=True)
         for method in () if arguments.no_memory else METHODS:
             print(f"{name:14} {method:22} {measure.alone(growth, name, arguments.steps, method):6.0f} MiB", flush=True)

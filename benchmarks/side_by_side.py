@@ -137,7 +137,8 @@ def main() -> None:
 
 
 def report(rows: list[Row], out: Path) -> None:
-    parts, engines = [], list(dict.fromkeys([*ENGINES, *(row["engine"] for row in rows)]))
+    parts = []
+    engines = list(dict.fromkeys([*ENGINES, *(row["engine"] for row in rows)]))
     for value, title, digits, file in (
         ("ratio", "time / naive", 2, None),
         ("seconds", "seconds", 2, "time.png"),

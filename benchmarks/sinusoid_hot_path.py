@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from metaopt.experiments import sinusoid
 
-ROUNDS, RUNS = 7, 10
+ROUNDS = 7
+RUNS = 10
 
 
 def seconds(method: sinusoid.Method) -> float:

@@ -20,7 +20,8 @@ def growth(T: int) -> float:
     step = mo.inner_step(lambda w, lam, x: ((w - lam * x) ** 2).sum(), mo.optim.SGD(lr=0.1, momentum=0.9))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trajectory = mo.trajectory.Checkpointed(slots=17, batches=batch)
-    w, lam = torch.zeros(2_000), torch.ones(2_000)
+    w = torch.zeros(2_000)
+    lam = torch.ones(2_000)
     mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, batch, None, estimator=mo.RMD(trajectory), horizon=T)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 

@@ -132,7 +132,8 @@ def page() -> str:
     for case in ESTIMATORS:
         estimator = case.make(8)
         cost = cost_of(case.make)
-        traits, (by_step, by_size) = estimator.traits, growth(case.make)
+        traits = estimator.traits
+        (by_step, by_size) = growth(case.make)
         longer = traits.sees not in ("nothing", "the last step")
         marks = [mark(traits.high_dimensional), mark(estimator.online), mark(not by_step), mark(longer)]
         rows.append([case.name, *marks, traits.sees, cost, memory(by_step, by_size), traits.bias])

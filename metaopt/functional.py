@@ -357,7 +357,7 @@ def _check_unwritten(params: Params, template: nn.Module) -> None:
 def _stale_message(layers: list[str]) -> str:
     named = ", ".join(repr(name) for name in layers[:3]) + (", …" if len(layers) > 3 else "")
     return (
-        f"evaluation mode uses running statistics of {named}, and a run by model(params, …) has not moved them. Say "
-        "which are meant: model.eval(statistics='frozen') for those of the wrapped module, 'batch' for the batch's own; "
-        "mo.inner_step_with_buffers carries them in the state"
+        f"evaluation mode uses running statistics of {named}, and a run by model(params, …) has not moved them. "
+        "Say which are meant: model.eval(statistics='frozen') for those of the wrapped module, 'batch' for the "
+        "batch's own; mo.inner_step_with_buffers carries them in the state"
     )

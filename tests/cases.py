@@ -56,7 +56,8 @@ def ids(table: list[Any]) -> list[str]:
 
 def check_under_transforms(loss, x):
     """``loss`` has one gradient at x, whatever takes it: autograd, torch.func, forward mode, vmap."""
-    tangent, at = torch.randn_like(x), x.clone().requires_grad_()
+    tangent = torch.randn_like(x)
+    at = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(at), at)
     assert torch.allclose(torch.func.grad(loss)(x), gradient)
     assert torch.allclose(torch.func.jvp(loss, (x,), (tangent,))[1], (gradient * tangent).sum())

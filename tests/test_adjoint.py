@@ -77,7 +77,8 @@ def test_both_modes_agree_for_every_optimizer(case):
 def test_the_adjoint_is_that_of_autograd(mode):
     step, w, lam, batch = problem("batch norm", "cross-entropy", mo.optim.SGD(lr=0.1, momentum=0.9), mode)
     state = step.init(w, lam)
-    state_, lam_ = tree.attach(state), tree.attach(lam)
+    state_ = tree.attach(state)
+    lam_ = tree.attach(lam)
     new = step(state_, lam_, batch)
     cotangent = noise_like(tree.detach(new))
     expected = torch.autograd.grad(tree.floats(new), tree.floats(state_) + tree.floats(lam_), tree.floats(cotangent))
@@ -122,7 +123,8 @@ class Passes:
 
     def __init__(self, monkeypatch):
         self.forward = self.backward = self.double = 0
-        grad, products = torch.autograd.grad, _engine.products
+        grad = torch.autograd.grad
+        products = _engine.products
 
         def counted_grad(outputs, inputs, grad_outputs=None, **kwargs):
             self.double += "retain_graph" in kwargs
@@ -183,13 +185,15 @@ def test_no_pass_that_is_not_needed(name, monkeypatch):
     estimator, expected = EXPECTED[name]
     passes = Passes(monkeypatch)
     step = mo.inner_step(passes.loss, mo.optim.SGD(lr=0.1, momentum=0.9))
-    w, lam = torch.full((2,), 0.5), torch.full((2,), 0.7)
+    w = torch.full((2,), 0.5)
+    lam = torch.full((2,), 0.7)
     mo.hypergradient(step, lambda w, lam, _: (w * lam).sum(), w, lam, [None] * T, None, estimator=estimator)
     assert (passes.forward, passes.backward - 1, passes.double) == expected
 
 
 def test_online_passes_per_step(monkeypatch):
-    w, lam = torch.full((2,), 0.5), torch.full((2,), 0.7)
+    w = torch.full((2,), 0.5)
+    lam = torch.full((2,), 0.7)
     per_step = {}
     for name, estimator in {
         "OneStep": mo.OneStep(),

@@ -135,9 +135,11 @@ def test_chained_runs_are_one_run(case):
         return  # refuses vectors, which is tested with it
     w0, lam, batches = problem()
     step = mo.inner_step(inner_loss, case.make())
-    whole_w0, whole_lam = tree.attach(w0), tree.attach(lam)
+    whole_w0 = tree.attach(w0)
+    whole_lam = tree.attach(lam)
     whole = mo.unroll(step, whole_w0, whole_lam, batches)
-    chained_w0, chained_lam = tree.attach(w0), tree.attach(lam)
+    chained_w0 = tree.attach(w0)
+    chained_lam = tree.attach(lam)
     state = mo.unroll(step, chained_w0, chained_lam, batches[:3])
     chained = mo.unroll(step, state, chained_lam, batches[3:])
     assert chained.t == whole.t == T + case.make().steps_taken
@@ -209,14 +211,16 @@ def test_what_shapes_the_first_state_is_taken_in(estimator):
     batches = [torch.randn(3, dtype=F64) for _ in range(4)]
     lam = torch.tensor(0.3, dtype=F64)
     hg = mo.hypergradient(step, lambda w, lam, _: (w**2).sum(), w0, lam, batches, None, estimator=estimator)
-    w_, lam_ = tree.attach(w0), tree.attach(lam)
+    w_ = tree.attach(w0)
+    lam_ = tree.attach(lam)
     state = step.init(w_, lam_)
     for batch in batches:
         state = step(state, lam_, batch)
     by_lam, by_w0 = torch.autograd.grad((state.w**2).sum(), [lam_, w_])
     torch.testing.assert_close(hg.total, by_lam, rtol=1e-12, atol=0)
     torch.testing.assert_close(hg.initial, by_w0, rtol=1e-12, atol=0)
-    w_, lam_ = tree.attach(w0), tree.attach(lam)
+    w_ = tree.attach(w0)
+    lam_ = tree.attach(lam)
     loss = (mo.unroll(step, w_, lam_, batches, estimator=estimator).w ** 2).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, [lam_, w_]), (by_lam, by_w0), rtol=1e-12, atol=0)
 

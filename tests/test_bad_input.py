@@ -181,7 +181,8 @@ def test_settings_are_checked():
 
 def test_lam_moved_by_hand_under_rmd_is_noticed():
     lam = {"used": torch.tensor(1.0)}
-    estimator, state = mo.RMD(), STEP.init(W0, lam)
+    estimator = mo.RMD()
+    state = STEP.init(W0, lam)
     carry = estimator.init(STEP, state, lam)
     state, carry = estimator.advance(STEP, state, lam, None, carry)
     lam["used"].add_(1.0)

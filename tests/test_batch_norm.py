@@ -75,7 +75,9 @@ def test_third_derivative_is_right_where_torchs_is_not(shape):
         second = torch.autograd.grad(outs, (g, x, weight), like(outs, 1), create_graph=True)
         return torch.autograd.grad(sum(part.sin().sum() for part in second), (g, x, weight))
 
-    ours, right, theirs = third(lean), third(plain), third(torchs)
+    ours = third(lean)
+    right = third(plain)
+    theirs = third(torchs)
     for a, b in zip(ours, right, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(
@@ -142,7 +144,8 @@ def test_a_wrapped_layer_is_the_layer(layer, training):
 
 def test_under_transforms_it_is_torchs():
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
-    model, x = mo.functional(net), torch.randn(5, 2, dtype=F64)
+    model = mo.functional(net)
+    x = torch.randn(5, 2, dtype=F64)
 
     def loss(x):
         return model(model.params, x).pow(2).sum()
@@ -175,7 +178,8 @@ def test_a_second_derivative_holds_little():
         results = []
         return peak_bytes(lambda: results.append(step.vjp(state, lam, batch, state))), tree.leaves(results[0])
 
-    (ours, mine), (theirs, reference) = bytes_of(True), bytes_of(False)
+    ours, mine = bytes_of(True)
+    theirs, reference = bytes_of(False)
     assert ours < 0.75 * theirs
     for a, b in zip(mine, reference, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5) if isinstance(a, torch.Tensor) else a == b

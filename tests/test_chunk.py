@@ -26,7 +26,8 @@ def run(chunked, estimator, optimizer, body=(), compile=False, size=3, steps=7):
     }
     torch.manual_seed(3)
     if chunked:
-        step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, size)
+        step = mo.inner.chunked(step)
+        batches = mo.inner.in_chunks(batches, size)
     return mo.hypergradient(step, loss, w, lam, batches, problem(optimizer)[4][0], estimator=estimator), step
 
 
@@ -68,7 +69,8 @@ def test_the_work_is_counted_in_steps():
 
 def test_jvp_and_vjp_are_transposes():
     step, _, w, lam, batches = problem(mo.optim.SGD(lr=rate, momentum=0.9))
-    whole, state = mo.inner.chunked(step), step.init(w, lam)
+    whole = mo.inner.chunked(step)
+    state = step.init(w, lam)
     dot, lam_dot, bar = (noise_like(part) for part in (state, lam, state))
     pushed = whole.jvp(state, lam, batches, dot, lam_dot)
     state_bar, lam_bar = whole.vjp(state, lam, batches, bar)

@@ -100,7 +100,8 @@ def test_compiled_outer_loss_is_eager(name):
         )
         return [report.hypergradient.total for report in reports]
 
-    outer, found = mo.compiled(loss, backend="aot_eager"), []
+    outer = mo.compiled(loss, backend="aot_eager")
+    found = []
     for outer_loss in (loss, outer):
         with pytest.warns(mo.UnusedHyperparameterWarning, match="spare"):
             found.append(hypergradients(outer_loss))
@@ -125,7 +126,8 @@ def test_a_compiled_outer_loss_notices_what_changes():
     for x in (torch.randn(4, 3, dtype=F64), torch.randn(6, 3, dtype=F64)):
         for settings["squared"] in (True, False):
             for mode in (True, False):
-                model, got = model.train(mode), []
+                model = model.train(mode)
+                got = []
                 for one in (loss, outer, outer):
                     torch.manual_seed(1)
                     got.append(outer_gradient(one, model.params, lam, x))
@@ -152,7 +154,9 @@ def test_constants_of_a_users_module_are_looked_at_whatever_it_is_called(tmp_pat
     (tmp_path / "torch_helpers.py").write_text("SCALE = 1.0\n\ndef penalty(w):\n    return SCALE * (w**2).sum()\n")
     monkeypatch.syspath_prepend(tmp_path)
     helpers = importlib.import_module("torch_helpers")
-    w, lam, batch = torch.tensor([1.0, -2.0]), torch.tensor(0.3), torch.tensor([0.1, 0.2])
+    w = torch.tensor([1.0, -2.0])
+    lam = torch.tensor(0.3)
+    batch = torch.tensor([0.1, 0.2])
 
     def loss(w, lam, batch):
         return ((w - batch) ** 2).sum() + lam * helpers.penalty(w)

@@ -60,7 +60,9 @@ def test_functional():
 
 
 def test_steps(given):
-    step, w, lam = given.step, given.w, given.lam
+    step = given.step
+    w = given.w
+    lam = given.lam
     state = step.init(w, lam)
     assert isinstance(state, mo.InnerState)
     new = step(state, lam, data())
@@ -113,7 +115,8 @@ def test_estimators(given, estimator):
 
 def test_the_parts_of_an_estimator(given):
     estimator = mo.RMD()
-    step, lam = given.step, given.lam
+    step = given.step
+    lam = given.lam
     state = step.init(given.w, lam)
     carry = estimator.init(step, state, lam)
     for batch in given.batches:
@@ -141,7 +144,8 @@ def test_the_parts_of_an_estimator(given):
     ids=repr,
 )
 def test_solvers(given, solver):
-    w, lam = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+    w = torch.zeros(2, dtype=F64)
+    lam = torch.ones(2, dtype=F64)
     step = mo.inner_step(lambda w, lam, _: 0.5 * (w - lam).square().sum(), mo.optim.SGD(lr=0.5))
     hg = mo.hypergradient(
         step,

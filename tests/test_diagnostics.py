@@ -40,7 +40,8 @@ def test_exact_methods_have_cosine_one_and_the_exact_norm(make):
 def test_first_order_has_an_indirect_term_of_zero():
     problem = cases.log_l2(horizon=3)
     (point,) = mo.diagnose.alignment(mo.FirstOrder(), problem, at=[3]).points
-    exact, direct = problem.exact(3), 0.3 * problem.lam
+    exact = problem.exact(3)
+    direct = 0.3 * problem.lam
     assert point.total.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(direct, exact, dim=0)))
     assert point.total.norm_ratio == pytest.approx(float(direct.norm() / exact.norm()))
     assert point.total.relative_error == pytest.approx(float((direct - exact).norm() / exact.norm()))
@@ -83,7 +84,8 @@ def test_an_estimator_that_answers_several_times_in_a_run_answers_as_in_a_run_of
 
 def test_random_draws_are_the_same_for_everyone():
     module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)).double().train()
-    model, x = mo.functional(module), torch.randn(6, 3, dtype=F64)
+    model = mo.functional(module)
+    x = torch.randn(6, 3, dtype=F64)
     step = mo.inner_step(
         lambda w, lam, b: lam.exp() * model(w, x).square().mean() - model(w, x).mean(), mo.optim.SGD(lr=0.1)
     )
@@ -102,7 +104,10 @@ def test_horizons_out_of_reach_are_an_error():
 
 
 # -- bias: the noisy quadratic of Wu et al. ------------------------------------------------------
-H, LR, SIGMA, W0 = 0.8, 0.3, 0.7, 1.5
+H = 0.8
+LR = 0.3
+SIGMA = 0.7
+W0 = 1.5
 
 
 def noisy_quadratic(T):
@@ -122,7 +127,8 @@ def noisy_quadratic(T):
 def test_bias_of_one_step_on_the_noisy_quadratic(T):
     found = mo.diagnose.bias([mo.OneStep()], noisy_quadratic(T), 2**T)  # every draw once: the exact expectation
     exact, short = found.estimates
-    r, lr = 1 - LR * H, torch.tensor(LR, dtype=F64, requires_grad=True)
+    r = 1 - LR * H
+    lr = torch.tensor(LR, dtype=F64, requires_grad=True)
     keep = (1 - lr * H) ** 2
     second = keep**T * W0**2 + sum(keep**t for t in range(T)) * (lr * H * SIGMA) ** 2  # E w_T²
     (truth,) = torch.autograd.grad(0.5 * H * second, lr)
@@ -196,7 +202,8 @@ def test_the_horizon_needed_is_where_a_truncation_points_the_right_way():
 
 
 def test_momentum_counts_among_the_cotangent():
-    plain, heavy = mo.diagnose.norms(cases.quadratic(horizon=4)), mo.diagnose.norms(cases.momentum(horizon=4))
+    plain = mo.diagnose.norms(cases.quadratic(horizon=4))
+    heavy = mo.diagnose.norms(cases.momentum(horizon=4))
     assert plain.lags[0].cotangent != plain.lags[1].cotangent
     problem = cases.momentum(horizon=2, size=1, conditioning=1.0)
     lags = mo.diagnose.norms(problem).lags

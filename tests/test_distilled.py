@@ -67,6 +67,7 @@ def test_what_cannot_be_looked_into_is_refused(leaf):
 )
 def test_steps_below_the_rounding_are_refused(estimator, dtype):
     step = mo.inner_step(lambda w, lam, _: (lam * w.square()).sum(), mo.optim.SGD(lr=0.1))
-    w, lam = torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype)
+    w = torch.ones(3, dtype=dtype)
+    lam = torch.ones(3, dtype=dtype)
     with pytest.raises(ValueError, match=r"hardly resolves.*keep them in float32"):
         mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None] * 3, None, estimator=estimator)

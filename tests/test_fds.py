@@ -65,15 +65,18 @@ def test_one_window_for_all_of_lam_and_the_direct_term():
     problem = Problem()
     loss = problem.loss
     problem.loss = lambda w, lam, batch: loss(w, lam, batch) + 0.0 * w["b"].sum() + (0.3 * lam["lr"].pow(2)).sum()
-    exact, shared = problem.by(mo.FMD()), problem.by(mo.FDS(window=5))
+    exact = problem.by(mo.FMD())
+    shared = problem.by(mo.FDS(window=5))
     assert close(shared.total, tree.scale(0.2, exact.total))
     assert close(tree.add(shared.direct, shared.indirect), shared.total)
     assert float(tree.norm(shared.direct)) > 1e-3
 
 
 def test_columns_of_future_windows_take_no_product():
-    problem, products = Problem(), []
-    estimator, step = mo.FDS(WINDOWS), CountedStep(problem.step, Cost())
+    problem = Problem()
+    products = []
+    estimator = mo.FDS(WINDOWS)
+    step = CountedStep(problem.step, Cost())
     state = problem.step.init(problem.w0, problem.lam)
     carry = estimator.init(step, state, problem.lam)
     for batch in problem.batches:
@@ -97,9 +100,12 @@ def test_every_optimiser(case):
 
 def test_the_bound_is_on_every_tangent_of_the_inner_gradient():
     """Scalar quadratic, learned rate: g = h w, so Z' = Z - g - η · clamp(h Z), by hand."""
-    h, eta, bound = 3.0, 0.5, 0.4
+    h = 3.0
+    eta = 0.5
+    bound = 0.4
     step = mo.inner_step(lambda w, lam, _: 0.5 * h * w**2, mo.optim.SGD(lr=lambda lam, t: lam))
-    w, Z = 1.0, 0.0
+    w = 1.0
+    Z = 0.0
     clipped = []
     for _ in range(5):
         clipped.append(abs(h * Z) > bound)
@@ -207,7 +213,8 @@ def test_sign_steps_by_group_in_the_outer_loop_and_after_a_restart():
             lam, mo.meta.SignStep(groups), project=mo.meta.bounded({"lr": (0.0, None), "wd": (0.0, 0.12)})
         )
 
-    one, other = outer(), outer()
+    one = outer()
+    other = outer()
     gradients = [{"lr": t64(1.0, -1.0) * (-1) ** i, "wd": t64(-1.0)} for i in range(6)]
     for g in gradients[:3]:
         one.update(g)

@@ -49,7 +49,8 @@ class Problem:
         return mo.hypergradient(self.step, outer, self.w0, self.lam, self.batches, None, estimator=estimator)
 
     def by_autograd(self):
-        lam, state = tree.attach(self.lam), self.step.init(self.w0, self.lam)
+        lam = tree.attach(self.lam)
+        state = self.step.init(self.w0, self.lam)
         for batch in self.batches:
             state = self.step(state, lam, batch)
         gradients = torch.autograd.grad(outer(state.w, lam, None), tree.leaves(lam), allow_unused=True)
@@ -151,17 +152,16 @@ def test_a_stacked_meta_batch_is_the_loop_over_tasks(stacked):
         for p in problems
     ]
     step = mo.inner_step(stacked(loss), mo.optim.Adam(lr=0.1))
-    w0, batches = (
-        mo.Stacked(tree.stack([p.w0 for p in problems])),
-        [tree.stack([p.batches[t] for p in problems]) for t in range(T)],
-    )
+    w0 = mo.Stacked(tree.stack([p.w0 for p in problems]))
+    batches = [tree.stack([p.batches[t] for p in problems]) for t in range(T)]
     outer_loss = stacked(lambda w, lam, batch: outer(w, lam, None))
     hg = mo.hypergradient(step, outer_loss, w0, together.lam, batches, torch.zeros(3), estimator=mo.FMD())
     assert close(hg.total, tree.add(tree.add(alone[0], alone[1]), alone[2]))
 
 
 def test_online_it_is_the_derivative_along_a_common_shift():
-    problem, seen = Problem(mo.optim.SGD(lr=0.1, momentum=0.9)), []
+    problem = Problem(mo.optim.SGD(lr=0.1, momentum=0.9))
+    seen = []
     reports = mo.online(
         problem.step,
         outer,
@@ -241,7 +241,8 @@ def test_an_update_that_is_no_gradient(columns_at_once):
 def test_random_numbers_are_drawn_once_and_shared_by_all_columns():
     net = mo.functional(torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)).double())
     step = mo.inner_step(lambda w, lam, x: (lam * net(w, x).tanh()).pow(2).sum(), mo.optim.SGD(lr=0.1, momentum=0.5))
-    lam, xs = torch.ones(2, dtype=F64), [torch.randn(5, 3, dtype=F64) for _ in range(3)]
+    lam = torch.ones(2, dtype=F64)
+    xs = [torch.randn(5, 3, dtype=F64) for _ in range(3)]
     results = []
     for estimator in (mo.RMD(), mo.FMD()):
         torch.manual_seed(0)
@@ -258,8 +259,10 @@ def test_random_numbers_are_drawn_once_and_shared_by_all_columns():
 def test_one_gradient_a_step_and_no_product_before_a_column_moves_the_weights():
     problem = scheduled()
     step = CountedStep(problem.step, Cost())
-    estimator, state = mo.FMD(), problem.step.init(problem.w0, problem.lam)
-    carry, products = estimator.init(step, state, problem.lam), []
+    estimator = mo.FMD()
+    state = problem.step.init(problem.w0, problem.lam)
+    carry = estimator.init(step, state, problem.lam)
+    products = []
     for batch in problem.batches:
         before = step.cost.tangents
         state, carry = estimator.advance(step, state, problem.lam, batch, carry)
@@ -277,7 +280,8 @@ def test_one_gradient_a_step_and_no_product_before_a_column_moves_the_weights():
 @pytest.mark.parametrize("columns_at_once", [None, 1])
 def test_what_is_differentiable_once_only_is_refused(columns_at_once):
     step = mo.inner_step(lambda w, lam, _: (lam * OnceDifferentiable.apply(w)).sum(), mo.optim.SGD(lr=0.1))
-    w, lam = t64(1.0, 2.0, 3.0), t64(0.5, -1.0, 2.0)
+    w = t64(1.0, 2.0, 3.0)
+    lam = t64(0.5, -1.0, 2.0)
     with pytest.raises(RuntimeError, match="differentiable once only"):
         mo.hypergradient(step, lambda w, lam, _: w.sum(), w, lam, [None], None, estimator=mo.FMD(columns_at_once))
 
@@ -310,7 +314,8 @@ def test_batches_get_smaller_as_the_graph_grows():
 
 def test_memory_is_that_of_the_columns_whatever_the_horizon():
     problem = Problem(mo.optim.Adam(lr=0.1))
-    estimator, state = mo.FMD(), problem.step.init(problem.w0, problem.lam)
+    estimator = mo.FMD()
+    state = problem.step.init(problem.w0, problem.lam)
     carry = estimator.init(problem.step, state, problem.lam)
     sizes = []
     for batch in problem.batches:

@@ -33,7 +33,8 @@ def second_derivatives_agree(module, x, prepare=lambda out: out.pow(2).sum()):
 def test_equals_the_module_and_never_touches_it():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.randn(8, 3, dtype=F64)
-    model, reference = mo.functional(module), {k: v.clone() for k, v in module.state_dict().items()}
+    model = mo.functional(module)
+    reference = {k: v.clone() for k, v in module.state_dict().items()}
     out, buffers = model.with_buffers(model.params, model.buffers, x)
     assert all(torch.equal(v, reference[k]) for k, v in module.state_dict().items())
     assert torch.equal(out, module(x))  # this call moves the module's running statistics …
@@ -43,7 +44,8 @@ def test_equals_the_module_and_never_touches_it():
 
 def test_later_changes_of_the_module_are_not_seen():
     module = nn.Linear(2, 2)
-    model, x = mo.functional(module), torch.ones(1, 2)
+    model = mo.functional(module)
+    x = torch.ones(1, 2)
     before = model(model.params, x)
     with torch.no_grad():
         module.weight.zero_()
@@ -60,7 +62,8 @@ def test_modes():
 def test_tied_parameters_appear_once_and_stay_tied():
     module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     module[2].weight = module[0].weight
-    model, x = mo.functional(module), torch.randn(5, 3, dtype=F64)
+    model = mo.functional(module)
+    x = torch.randn(5, 3, dtype=F64)
     assert set(model.params) == {"0.weight", "0.bias", "2.bias"}
     w = {k: p.clone().requires_grad_() for k, p in model.params.items()}
     ours = torch.autograd.grad(model(w, x).sum(), w["0.weight"])[0]
@@ -85,7 +88,8 @@ def test_weight_norm_has_the_right_second_derivative():
 
 def test_weight_norm_values_are_kept():
     module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4).double())
-    model, x = mo.functional(module), torch.randn(5, 3, dtype=F64)
+    model = mo.functional(module)
+    x = torch.randn(5, 3, dtype=F64)
     assert torch.allclose(model(model.params, x), module(x), atol=1e-14)
 
 

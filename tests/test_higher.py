@@ -132,7 +132,8 @@ def test_a_started_optimizer_goes_on(name):
         optimizer.zero_grad()
         module(batch[:, :2]).square().mean().backward()
         optimizer.step()
-    model, g = mo.functional(module), {key: torch.full_like(p, 0.3) for key, p in module.named_parameters()}
+    model = mo.functional(module)
+    g = {key: torch.full_like(p, 0.3) for key, p in module.named_parameters()}
     converted = mo.interop.from_higher(optimizer, module)
     step = mo.inner_step(lambda w, lam, _: sum((x * g[key]).sum() for key, x in w.items()) + 0 * lam, converted)
     state = step(step.init(model.params, torch.zeros(())), torch.zeros(()), None)

@@ -22,7 +22,8 @@ def numbered(per_class=12, classes=6, size=5):
     """Images whose first pixel values tell the row: (row, class, 255, …), so that every draw can be traced."""
     rows = torch.arange(per_class * classes)
     images = torch.full((len(rows), 2, size, size), 255, dtype=torch.uint8)
-    images[:, 0], images[:, 1] = rows.view(-1, 1, 1), (rows % classes).view(-1, 1, 1)
+    images[:, 0] = rows.view(-1, 1, 1)
+    images[:, 1] = (rows % classes).view(-1, 1, 1)
     return LabelledImages(images, rows % classes, tuple("abcdefgh"[:classes]))
 
 
@@ -40,7 +41,8 @@ def test_an_episode_is_made_of_its_classes_and_keeps_test_images_apart(seed):
     before = torch.get_rng_state()
     episode = PLAIN.sample(3, seed)
     for task in range(episode.tasks):
-        train, test = row(episode.train.x[task]), row(episode.test.x[task])
+        train = row(episode.train.x[task])
+        test = row(episode.test.x[task])
         assert len({*train.tolist(), *test.tolist()}) == 3 * (4 + 2)
         for rows, y in ((train, episode.train.y[task]), (test, episode.test.y[task])):
             assert torch.equal(DATA.labels[rows], episode.classes[task][y])
@@ -52,7 +54,8 @@ def test_an_episode_is_made_of_its_classes_and_keeps_test_images_apart(seed):
 @given(seed=SEEDS, t=st.integers(1, 50))
 def test_batches_depend_on_seed_and_step_alone(seed, t):
     setting = Episodes(DATA, ways=3, shots=4, test_shots=2, batch_size=5, crop=1, flip=True)
-    a, b = setting.sample(2, seed), setting.sample(2, seed)
+    a = setting.sample(2, seed)
+    b = setting.sample(2, seed)
     other = a.batches(t + 1)
     torch.manual_seed(3)
     for ours, theirs in ((a.batches(t), b.batches(t)), (a.outer_batches(t), b.outer_batches(t))):
@@ -78,7 +81,8 @@ def test_a_minibatch_is_drawn_without_replacement_with_its_labels():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_sees_the_same_batches():
     setting = Episodes(DATA, ways=3, shots=4, test_shots=2, batch_size=5, crop=1, corruption=label_noise.flip)
-    cpu, gpu = setting.sample(2, 0), replace(setting, device="cuda").sample(2, 0)
+    cpu = setting.sample(2, 0)
+    gpu = replace(setting, device="cuda").sample(2, 0)
     for ours, theirs in (
         (cpu.batches(3), gpu.batches(3)),
         (cpu.outer_batches(3), gpu.outer_batches(3)),
@@ -156,7 +160,8 @@ def test_class_splits_share_no_class(seed):
 
 def test_images_of_any_dataset():
     generator = np.random.default_rng(0)
-    grey, colour = generator.integers(0, 256, (3, 4), np.uint8), generator.integers(0, 256, (3, 4, 3), np.uint8)
+    grey = generator.integers(0, 256, (3, 4), np.uint8)
+    colour = generator.integers(0, 256, (3, 4, 3), np.uint8)
     for images, expected in (
         ([grey, Image.fromarray(grey), torch.from_numpy(grey)[None], torch.from_numpy(grey)[None] / 255], grey[None]),
         ([colour, Image.fromarray(colour), torch.from_numpy(colour).movedim(2, 0)], colour.transpose(2, 0, 1)),
@@ -277,7 +282,8 @@ def test_unjittered_glyphs_are_distinct_drawings(small):
 
 def test_glyphs_are_cached_by_their_setting(small):
     before = set(small.cache.iterdir())
-    first, second = small(seed=5), small(seed=5)
+    first = small(seed=5)
+    second = small(seed=5)
     (new,) = set(small.cache.iterdir()) - before
     assert torch.equal(first.images, second.images) and torch.equal(first.families, second.families)
     assert not torch.equal(first.images, small(seed=6).images)

@@ -11,7 +11,8 @@ from metaopt import tree
 from metaopt.estimators.base import FinishedRun
 
 F64 = torch.float64
-SEEDS, HORIZONS = st.integers(0, 10_000), st.integers(1, 6)
+SEEDS = st.integers(0, 10_000)
+HORIZONS = st.integers(1, 6)
 OPTIMIZERS = [
     mo.optim.SGD(lr=0.1),
     mo.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -48,7 +49,8 @@ class Problem:
         )
 
     def by_autograd(self):
-        w, lam = tree.attach(self.w0), tree.attach(self.lam)
+        w = tree.attach(self.w0)
+        lam = tree.attach(self.lam)
         state = self.step.init(w, lam)._replace(w=w)
         for batch in self.batches:
             state = self.step(state, lam, batch)
@@ -109,7 +111,8 @@ def test_hyperdistill_without_memory_is_one_step_up_to_its_size(seed, T, theta):
 def test_drmad_is_exact_where_the_jacobians_are_constant(gamma, seed):
     """Quadratic inner loss, λ linear in it: A and B do not depend on w."""
     g = torch.Generator().manual_seed(seed)
-    h, c = torch.rand(3, generator=g, dtype=F64) + 0.5, torch.randn(3, generator=g, dtype=F64)
+    h = torch.rand(3, generator=g, dtype=F64) + 0.5
+    c = torch.randn(3, generator=g, dtype=F64)
     step = mo.inner_step(
         lambda w, lam, b: 0.5 * (h * (w - lam - b) ** 2).sum(), mo.optim.SGD(lr=0.2, momentum=0.5 * gamma)
     )
@@ -129,7 +132,8 @@ def test_drmad_is_exact_where_the_jacobians_are_constant(gamma, seed):
 def test_hyperdistill_is_exact_at_every_t_on_the_isotropic_case(seed, T):
     """L = h/2 |w - a|² + λ/2 |w|², γ = 1 - η(h + λ): θ is fitted to 1, and the hypergradient is exact at every t (methods, case 7)."""
     g = torch.Generator().manual_seed(seed)
-    h, eta = 1.3, 0.2
+    h = 1.3
+    eta = 0.2
     lam = torch.rand((), generator=g, dtype=F64) + 0.1
     a, w0, c = (torch.randn(4, generator=g, dtype=F64) for _ in range(3))
     step = mo.inner_step(
@@ -152,7 +156,9 @@ def test_at_convergence_truncated_rmd_is_a_neumann_series(seed, K):
     g = torch.Generator().manual_seed(seed)
     m = torch.randn(3, 3, generator=g, dtype=F64)
     H = m @ m.T / 3 + torch.eye(3, dtype=F64)
-    lam, c, eta = torch.randn(3, generator=g, dtype=F64), torch.randn(3, generator=g, dtype=F64), 0.1
+    lam = torch.randn(3, generator=g, dtype=F64)
+    c = torch.randn(3, generator=g, dtype=F64)
+    eta = 0.1
     step = mo.inner_step(
         lambda w, lam, b: 0.5 * (w - lam) @ H @ (w - lam) + 0.1 * (lam * w).sum(), mo.optim.SGD(lr=eta)
     )
@@ -206,7 +212,8 @@ def test_the_pullback_is_linear_in_alpha(estimator, seed, scale):
     for batch in problem.batches:
         state, carry = estimator.advance(problem.step, state, problem.lam, batch, carry)
     _, pullback = estimator.respond(problem.step, state, problem.lam, carry)
-    a, b = tree.map(torch.randn_like, state.w), tree.map(torch.randn_like, state.w)
+    a = tree.map(torch.randn_like, state.w)
+    b = tree.map(torch.randn_like, state.w)
     of_sum = pullback(tree.add(a, tree.scale(scale, b))).lam
     sum_of = tree.add(pullback(a).lam, tree.scale(scale, pullback(b).lam))
     assert close(tree.filled(of_sum, problem.lam), tree.filled(sum_of, problem.lam), 1e-9)
@@ -218,7 +225,8 @@ def dropout_problem():
         torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
     ).double()
     model = mo.functional(module)
-    x, y = torch.randn(6, 4, dtype=F64), torch.randn(6, 1, dtype=F64)
+    x = torch.randn(6, 4, dtype=F64)
+    y = torch.randn(6, 1, dtype=F64)
     step = mo.inner_step(
         lambda w, lam, b: lam.exp() * ((model(w, x) - y) ** 2).mean(), mo.optim.SGD(lr=0.1, momentum=0.9)
     )

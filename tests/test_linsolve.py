@@ -180,7 +180,8 @@ def test_exact_at_the_minimum(solver):
         problem.outer_batch,
         estimator=mo.IFT(solver, converged=1e-8),
     )
-    (ours,), (exact,) = tree.leaves(found.total), tree.leaves(problem.exact(10_000))
+    (ours,) = tree.leaves(found.total)
+    (exact,) = tree.leaves(problem.exact(10_000))
     assert torch.allclose(ours, exact, atol=1e-10)
     assert float(found.info.residual) < 1e-10
 
@@ -212,7 +213,8 @@ LAM = {"target": torch.tensor([1.0, -1.0], dtype=F64), "rate": torch.tensor(0.1,
 
 
 def test_not_converged_is_warned_of_and_can_be_meant():
-    step, lam = mo.inner_step(quadratic, mo.optim.SGD(lr=0.1)), {"target": LAM["target"]}
+    step = mo.inner_step(quadratic, mo.optim.SGD(lr=0.1))
+    lam = {"target": LAM["target"]}
     run = (step, outer, torch.zeros(2, dtype=F64), lam, [None] * 3, None)
     with pytest.warns(NotConvergedWarning, match="inner gradient's norm"):
         mo.hypergradient(*run, estimator=mo.IFT(Exact()))
@@ -245,12 +247,11 @@ def test_stacked_tasks_equal_a_loop_over_them():
     def inner_loss(w, lam, batch):
         return ((w - batch).square() * lam.exp()).sum() / 2 + w.square().sum() / 2
 
-    lam, targets = torch.zeros(3, dtype=F64), torch.randn(4, 3, dtype=F64)
+    lam = torch.zeros(3, dtype=F64)
+    targets = torch.randn(4, 3, dtype=F64)
     w0 = targets / 2  # the minimum at λ = 0
-    step, loss = (
-        mo.inner_step(vmapped(inner_loss), mo.optim.SGD(lr=0.1)),
-        vmapped(lambda w, lam, batch: (w - 1).square().sum()),
-    )
+    step = mo.inner_step(vmapped(inner_loss), mo.optim.SGD(lr=0.1))
+    loss = vmapped(lambda w, lam, batch: (w - 1).square().sum())
     for solver in (Exact(), ConjugateGradient(20), Neumann(3), Nystrom(rank=20, damping=1e-3)):
         together = mo.hypergradient(
             step, loss, mo.Stacked(w0), lam, [targets], targets, estimator=mo.IFT(solver, solved=None)
@@ -292,7 +293,8 @@ def test_online_a_warm_start_saves_products():
     def torch_sgd(params):
         return torch.optim.SGD(params, lr=1e-6)
 
-    cold, warm = products(False), products(True)
+    cold = products(False)
+    warm = products(True)
     assert cold[0] == warm[0] == 2 + 1
     assert sum(warm[1:]) < sum(cold[1:])
 
@@ -300,7 +302,8 @@ def test_online_a_warm_start_saves_products():
 # -- the default ---------------------------------------------------------------------------------
 def regression():
     torch.manual_seed(0)
-    X, y = torch.randn(30, 5, dtype=F64), torch.randn(30, dtype=F64)
+    X = torch.randn(30, 5, dtype=F64)
+    y = torch.randn(30, dtype=F64)
 
     def inner(w, lam, _):
         return ((X @ w - y) ** 2).mean() / 2 + lam.exp() * w.pow(2).sum() / 2

@@ -52,7 +52,8 @@ def config(images: Path, model: str, **settings) -> many_shot_settings.ManyShotC
 
 @pytest.mark.parametrize("model", many_shot_settings.MODELS)
 def test_same_seed_same_numbers_and_the_random_state_is_left_alone(images, model):
-    method, settings = METHODS["hyperdistill-0.99"], config(images, model)
+    method = METHODS["hyperdistill-0.99"]
+    settings = config(images, model)
     before = torch.get_rng_state()
     first, second = (replace(many_shot.run(method, settings, seed=0), seconds=0.0) for _ in range(2))
     assert first == second
@@ -64,7 +65,8 @@ def test_same_seed_same_numbers_and_the_random_state_is_left_alone(images, model
 
 def test_products_are_those_of_table_2(images):
     settings = config(images, "anil", validate_every=0, test_tasks=1)
-    T, M = settings.horizon, settings.meta_iterations
+    T = settings.horizon
+    M = settings.meta_iterations
     products = {
         key: many_shot.run(METHODS[key], settings, seed=0).products
         for key in ("fo", "one-step", "drmad", "rmd", "hyperdistill-0.99")
@@ -100,7 +102,8 @@ many_shot.run(method, config, 0, Path(folder))
 
 
 def test_a_killed_experiment_goes_on_where_it_was(images, tmp_path):
-    method, settings = METHODS["hyperdistill-0.99"], config(images, "warpgrad", meta_iterations=3)
+    method = METHODS["hyperdistill-0.99"]
+    settings = config(images, "warpgrad", meta_iterations=3)
     job = tmp_path / "job.pkl"
     job.write_bytes(pickle.dumps((method, settings, str(tmp_path))))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -108,7 +111,8 @@ def test_a_killed_experiment_goes_on_where_it_was(images, tmp_path):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(job)], env=environment, check=False)
         assert killed.returncode == -signal.SIGKILL
         assert many_shot.Checkpoint.load(tmp_path / "hyperdistill-0.99-0.pt").run == done
-    resumed, plain = many_shot.run(method, settings, 0, tmp_path), many_shot.run(method, settings, 0)
+    resumed = many_shot.run(method, settings, 0, tmp_path)
+    plain = many_shot.run(method, settings, 0)
     assert replace(resumed, seconds=0.0) == replace(plain, seconds=0.0)
     with pytest.raises(ValueError, match=r"other settings \(outer_lr: "):
         many_shot.run(method, replace(settings, outer_lr=0.5), 0, tmp_path)

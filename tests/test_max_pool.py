@@ -23,7 +23,8 @@ def test_every_derivative_is_torchs(seed, shape, ties, channels_last):
     x = torch.randint(0, 3, shape).to(F64) if ties else torch.randn(shape, dtype=F64)
     x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
     half = (*shape[:2], shape[2] // 2, shape[3] // 2)
-    g, u = torch.randn(half, dtype=F64, requires_grad=True), torch.randn(shape, dtype=F64, requires_grad=True)
+    g = torch.randn(half, dtype=F64, requires_grad=True)
+    u = torch.randn(shape, dtype=F64, requires_grad=True)
     found = []
     for pool in (max_pool._Pool.apply, torchs):
         y = pool(x)
@@ -62,7 +63,8 @@ LAYERS = {
 @pytest.mark.parametrize("size", [(2, 3, 6, 6), (2, 3, 7, 6), (3, 6, 6)])
 def test_a_wrapped_layer_is_the_layer(name, size):
     net = nn.Sequential(nn.Conv2d(3, 3, 1), LAYERS[name]).double()
-    model, x = mo.functional(net), torch.randn(size, dtype=F64)
+    model = mo.functional(net)
+    x = torch.randn(size, dtype=F64)
     gradients = []
     for call in (lambda at: model(model.params, at), net):
         at = x.clone().requires_grad_()
@@ -145,7 +147,8 @@ def test_a_relu_comes_later_where_nobody_can_see_it(name):
     module, count = ORDERS[name]
     module = module.double()
     assert len(sequence.orders(module)) == count
-    model, x = mo.functional(module), torch.randn(2, 3, 8, 8, dtype=F64)
+    model = mo.functional(module)
+    x = torch.randn(2, 3, 8, 8, dtype=F64)
     w = {key: p.requires_grad_() for key, p in model.params.items()}
     ours = torch.autograd.grad(model(w, x).pow(2).sum(), list(w.values()))
     theirs = torch.autograd.grad(module(x).pow(2).sum(), list(module.parameters()))

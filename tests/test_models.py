@@ -38,7 +38,10 @@ from metaopt.models import (
 
 each_cross_entropy = partial(cross_entropy, reduction="none")
 
-LR, MOMENTUM, T, TASKS = 0.1, 0.9, 3, 2
+LR = 0.1
+MOMENTUM = 0.9
+T = 3
+TASKS = 2
 
 
 def images(classes=3, size=6, count=5):
@@ -200,7 +203,8 @@ def test_weight_nets_step_has_true_products_in_every_form(name, wrap):
     w, lam = model.init()
     batch = images()[0]
     if wrap is mo.vmapped:
-        w, batch = mo.replicated(w, 2).w, tree.stack([batch, images()[1]])
+        w = mo.replicated(w, 2).w
+        batch = tree.stack([batch, images()[1]])
     step = mo.inner_step(wrap(model.inner_loss), mo.optim.SGD(lr=LR, momentum=MOMENTUM))
     state = step.init(w, lam)
     direction, lam_dot, alpha = (noise_like(x) for x in (state, lam, state))
@@ -264,7 +268,8 @@ def test_weights_curve_floor_and_coefficients():
 # -- MAML -----------------------------------------------------------------------------------------
 def test_maml_is_textbook_second_order_maml():
     maml = MAML.of(mlp(), cross_entropy)
-    (train, test), (w, phi) = images()[:2], maml.init()
+    train, test = images()[:2]
+    w, phi = maml.init()
     leaves = {k: x.clone().requires_grad_() for k, x in phi.items()}
     losses = [cross_entropy(maml.model(leaves, train[0]), train[1])]
     g = torch.autograd.grad(losses[0], list(leaves.values()), create_graph=True)
@@ -303,7 +308,9 @@ def test_maml_is_the_cotangent_of_the_initial_weights():
 
 def test_implicit_maml_on_a_quadratic():
     """With the pull μ and a converged inner loop, ``dL/dφ = μ (H + μ)⁻¹ ∂L/∂w``: iMAML."""
-    mu, x, y = 0.7, torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    mu = 0.7
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y = torch.randn(6, 1, dtype=torch.float64)
     maml = MAML.of(nn.Linear(3, 1, bias=False).double(), nn.functional.mse_loss, proximity=mu)
     step = mo.inner_step(maml.inner_loss, mo.optim.SGD(lr=0.2))
     hg = mo.hypergradient(
@@ -331,7 +338,8 @@ def test_feature_transform_follows_its_equation():
     assert lam["1.inserted.gamma"].tolist() == pytest.approx([0.3] * 3) and lam[
         "1.inserted.beta"
     ].tolist() == pytest.approx([0.5] * 3)
-    x, noise = torch.randn(4, 1, 5, 5, dtype=torch.float64), lft.noise()["1.inserted.noise"]
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    noise = lft.noise()["1.inserted.noise"]
     gamma, beta = torch.randn(2, 3, dtype=torch.float64) / 50
 
     def softplus(z):

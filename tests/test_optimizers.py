@@ -58,7 +58,8 @@ def test_equals_torch_over_50_steps(case, seed):
     torch.manual_seed(seed)
     w = {"a": torch.randn(3, 2), "b": torch.randn(4)}
     params = [x.clone().requires_grad_() for x in w.values()]
-    theirs, ours = case.torch(params), case.make()
+    theirs = case.torch(params)
+    ours = case.make()
     slots = ours.init(w)
     for t in range(1, 51):
         g = {k: torch.randn_like(x) * (0.0 if t == 7 else 1.0) for k, x in w.items()}
@@ -76,7 +77,8 @@ def test_equals_torch_over_50_steps(case, seed):
 def test_muon_equals_torch(options):
     w = torch.randn(5, 3)
     parameter = w.clone().requires_grad_()
-    theirs, ours = torch.optim.Muon([parameter], lr=0.05, **options), mo.optim.Muon(lr=0.05, **options)
+    theirs = torch.optim.Muon([parameter], lr=0.05, **options)
+    ours = mo.optim.Muon(lr=0.05, **options)
     slots = ours.init(w)
     for t in range(1, 21):
         g = torch.randn(5, 3)
@@ -89,7 +91,10 @@ def test_muon_equals_torch(options):
 
 
 def test_lion_by_hand():
-    w, m, slots, ours = torch.ones(3), torch.zeros(3), None, mo.optim.Lion(lr=0.1, weight_decay=0.5)
+    w = torch.ones(3)
+    m = torch.zeros(3)
+    slots = None
+    ours = mo.optim.Lion(lr=0.1, weight_decay=0.5)
     slots = ours.init(w)
     for t in range(1, 6):
         g = torch.randn(3)
@@ -116,21 +121,27 @@ def test_clipping_equals_torchs():
 
 
 def test_accumulation_is_one_step_on_the_mean():
-    w, gs = torch.randn(4), torch.randn(6, 4)
-    accumulated, plain = mo.optim.Accumulate(mo.optim.Adam(lr=0.1), every=3), mo.optim.Adam(lr=0.1)
-    a, slots = w, accumulated.init(w)
+    w = torch.randn(4)
+    gs = torch.randn(6, 4)
+    accumulated = mo.optim.Accumulate(mo.optim.Adam(lr=0.1), every=3)
+    plain = mo.optim.Adam(lr=0.1)
+    a = w
+    slots = accumulated.init(w)
     for t, g in enumerate(gs, start=1):
         a, slots = accumulated.update(g, a, slots, None, t)
-    b, slots = w, plain.init(w)
+    b = w
+    slots = plain.init(w)
     for t, g in enumerate(gs.view(2, 3, 4).mean(1), start=1):
         b, slots = plain.update(g, b, slots, None, t)
     assert torch.allclose(a, b, atol=1e-14)
 
 
 def test_ema_averages_beside_the_run():
-    averaged, plain = mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=0.8), mo.optim.SGD(lr=0.1)
+    averaged = mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=0.8)
+    plain = mo.optim.SGD(lr=0.1)
     w = a = torch.randn(3)
-    b, slots = w, averaged.init(w)
+    b = w
+    slots = averaged.init(w)
     for t in range(1, 5):
         g = torch.randn(3)
         a, _ = plain.update(g, a, {}, None, t)
@@ -145,7 +156,8 @@ def test_the_averages_decay_is_differentiable_through_the_slot():
     step = mo.inner_step(loss, mo.optim.EMA(mo.optim.SGD(lr=0.1), decay=lambda lam, t: lam["x"]))
 
     def value(x):
-        state, here = step.init(w0, {**lam, "x": x}), {**lam, "x": x}
+        state = step.init(w0, {**lam, "x": x})
+        here = {**lam, "x": x}
         for batch in batches:
             state = step(state, here, batch)
         return outer(state.slots["average"], here, None)
@@ -153,7 +165,9 @@ def test_the_averages_decay_is_differentiable_through_the_slot():
     x = torch.tensor(0.7, requires_grad=True)
     by_loop = torch.autograd.grad(value(x), x)[0]
     difference = (value(torch.tensor(0.7 + 1e-6)) - value(torch.tensor(0.7 - 1e-6))) / 2e-6
-    state, here, states = step.init(w0, {**lam, "x": torch.tensor(0.7)}), {**lam, "x": torch.tensor(0.7)}, []
+    state = step.init(w0, {**lam, "x": torch.tensor(0.7)})
+    here = {**lam, "x": torch.tensor(0.7)}
+    states = []
     for batch in batches:
         states.append(state)
         state = step(state, here, batch)
@@ -172,10 +186,8 @@ def test_the_averages_decay_is_differentiable_through_the_slot():
 
 
 def test_groups_give_each_weight_its_optimiser():
-    w, g = (
-        {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)},
-        {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)},
-    )
+    w = {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}
+    g = {"body": {"weight": torch.randn(2, 2)}, "head": torch.randn(3)}
     ours = mo.optim.Groups([(["head"], mo.optim.SGD(lr=0.5)), (["body.*"], mo.optim.Frozen())])
     moved, _ = ours.update(g, w, ours.init(w), None, 1)
     assert torch.equal(moved["body"]["weight"], w["body"]["weight"])
@@ -196,8 +208,10 @@ def test_groups_give_each_weight_its_optimiser():
     ids=lambda o: type(o).__name__,
 )
 def test_whole_tensor_optimisers_are_mapped_over_tasks(wrapped):
-    tasks, per_task = torch.randn(3, 4, 2), mo.optim.PerTask(wrapped)
-    w, slots = tasks, per_task.init(tasks)
+    tasks = torch.randn(3, 4, 2)
+    per_task = mo.optim.PerTask(wrapped)
+    w = tasks
+    slots = per_task.init(tasks)
     alone = [(task, wrapped.init(task)) for task in tasks]
     for t in range(1, 4):
         g = torch.randn(3, 4, 2)
@@ -211,8 +225,10 @@ def test_whole_tensor_optimisers_are_mapped_over_tasks(wrapped):
     "case", [c for c in OPTIMIZERS if c.make().elementwise and c.name not in ("Groups", "Frozen")], ids=lambda c: c.name
 )
 def test_elementwise_optimisers_need_no_mapping(case):
-    w, ours = torch.randn(3, 4), case.make()
-    together, slots = w, ours.init(w)
+    w = torch.randn(3, 4)
+    ours = case.make()
+    together = w
+    slots = ours.init(w)
     alone = [(x, ours.init(x)) for x in w]
     for t in range(1, 4):
         g = torch.randn(3, 4)
@@ -227,7 +243,8 @@ def test_rmd_is_autograd_through_the_loop(case):
     w0, lam, batches = problem(case)
     step = mo.inner_step(loss, case.make())
     hg = mo.hypergradient(step, outer, w0, lam, batches, None, estimator=mo.RMD())
-    leaf, w = {"scale": lam["scale"].clone().requires_grad_()}, tree.attach(w0)
+    leaf = {"scale": lam["scale"].clone().requires_grad_()}
+    w = tree.attach(w0)
     state = InnerState(w, step.optimizer.init(w))
     for batch in batches:
         state = step(state, leaf, batch)
@@ -266,18 +283,19 @@ def test_pullback_and_tangent_are_transposes(case, seed):
 @pytest.mark.parametrize("with_slots", [True, False])
 @pytest.mark.parametrize("t", [0, 3])
 def test_the_transpose_shortcut_is_what_autograd_gives(case, with_slots, t):
-    ours, w, g = (
-        case.make(),
-        {"a": torch.randn(3), "b": torch.randn(2, 2)},
-        {"a": torch.randn(3), "b": torch.randn(2, 2)},
-    )
+    ours = case.make()
+    w = {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    g = {"a": torch.randn(3), "b": torch.randn(2, 2)}
     state = InnerState(w, noise_like(ours.init(w)), t)
     bar = InnerState(noise_like(w), noise_like(state.slots) if with_slots else None)
-    g_, state_ = tree.attach(g), tree.attach(state)
+    g_ = tree.attach(g)
+    state_ = tree.attach(state)
     new_w, new_slots = ours.update(g_, state_.w, state_.slots, None, t + 1)
-    outputs, seeds = tree.leaves(new_w), tree.leaves(bar.w)
+    outputs = tree.leaves(new_w)
+    seeds = tree.leaves(bar.w)
     if with_slots:
-        outputs, seeds = outputs + tree.floats(new_slots), seeds + tree.floats(bar.slots)
+        outputs = outputs + tree.floats(new_slots)
+        seeds = seeds + tree.floats(bar.slots)
     expected = torch.autograd.grad(outputs, tree.leaves(g_) + tree.floats(state_), seeds)
     u, w_bar, slots_bar, _ = pull_back(ours, g, state, None, bar, "state")
     for mine, theirs in zip(tree.floats((u, w_bar, slots_bar)), expected, strict=True):
@@ -355,7 +373,8 @@ def test_every_hyperparameter_is_differentiable(make, x0, name):
     assert float(exact) == pytest.approx(float(forward), rel=1e-9)
 
     def value(x):
-        s, here = step.init(w0, lam), {**lam, "x": torch.tensor(x)}
+        s = step.init(w0, lam)
+        here = {**lam, "x": torch.tensor(x)}
         for batch in batches:
             s = step(s, here, batch)
         return float(outer(s.w, here, None))
@@ -382,7 +401,8 @@ def test_every_hyperparameter_is_differentiable(make, x0, name):
 )
 def test_derivatives_are_finite_where_gradient_and_second_moment_are_zero(make):
     step = mo.inner_step(lambda w, lam, b: lam * (w**2).sum() * 0.5, make())
-    w0, lam = torch.tensor([0.0, 1.0]), torch.tensor(1.0)
+    w0 = torch.tensor([0.0, 1.0])
+    lam = torch.tensor(1.0)
     hg = mo.hypergradient(step, lambda w, lam, b: w.sum(), w0, lam, [None] * 3, None, estimator=mo.RMD())
     assert torch.isfinite(hg.total)
     assert torch.isfinite(hg.initial).all()
@@ -400,7 +420,8 @@ def test_adam_at_zero_has_the_slope_of_its_formula():
 def test_sign_methods_have_the_derivative_of_what_they_are(make):
     """The sign is constant almost everywhere: the loss's hyperparameters have no response, and differences agree."""
     step = mo.inner_step(loss, make(lr=0.05))
-    w0, lam = {"a": torch.randn(3)}, {"scale": torch.tensor(0.7)}
+    w0 = {"a": torch.randn(3)}
+    lam = {"scale": torch.tensor(0.7)}
     batches = [{"a": torch.randn(3)} for _ in range(3)]
     assert (
         mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, batches, None, estimator=mo.RMD())
@@ -413,7 +434,9 @@ def test_sign_methods_have_the_derivative_of_what_they_are(make):
 # -- learned rates, schedules, transforms --------------------------------------------------------
 def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
     """Quadratic loss: w and v follow a linear recursion that autograd can differentiate without any of our code."""
-    T, h, w0 = 5, torch.tensor([0.5, 2.0]), torch.tensor([1.0, -2.0])
+    T = 5
+    h = torch.tensor([0.5, 2.0])
+    w0 = torch.tensor([1.0, -2.0])
     lam = {"lr": torch.linspace(0.05, 0.2, T), "mu": torch.tensor(0.6), "wd": torch.tensor(0.1)}
     sgd = mo.optim.SGD(
         lr=lambda lam, t: lam["lr"][t - 1], momentum=lambda lam, t: lam["mu"], weight_decay=lambda lam, t: lam["wd"]
@@ -421,7 +444,8 @@ def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
     step = mo.inner_step(lambda w, lam, b: 0.5 * (h * w**2).sum(), sgd)
     hg = mo.hypergradient(step, lambda w, lam, b: (w**2).sum(), w0, lam, [None] * T, None, estimator=mo.RMD())
     leaf = tree.attach(lam)
-    w, v = w0, torch.zeros(2)
+    w = w0
+    v = torch.zeros(2)
     for t in range(T):
         v = leaf["mu"] * v + (h + leaf["wd"]) * w
         w = w - leaf["lr"][t] * v
@@ -432,7 +456,8 @@ def test_joint_rate_momentum_decay_and_schedule_against_the_linear_recursion():
 
 def test_element_wise_learning_rates():
     """Meta-SGD: a rate for every weight, as a pytree like w."""
-    w0, lam = {"a": torch.randn(3)}, {"lr": {"a": torch.rand(3)}}
+    w0 = {"a": torch.randn(3)}
+    lam = {"lr": {"a": torch.rand(3)}}
     step = mo.inner_step(lambda w, lam, b: 0.5 * (w["a"] ** 2).sum(), mo.optim.SGD(lr=lambda lam, t: lam["lr"]))
     hg = mo.hypergradient(step, lambda w, lam, b: w["a"].sum(), w0, lam, [None], None, estimator=mo.RMD())
     assert torch.allclose(hg.total["lr"]["a"], -w0["a"])
@@ -510,9 +535,11 @@ def test_from_torch_goes_on_where_torch_stands(case, steps):
     ours = mo.interop.from_torch(theirs, module)
     w = mo.functional(module).params
     state = mo.inner_step(lambda w, lam, b: 0.0, ours).init(w, None)
-    slots, t = state.slots, state.t
+    slots = state.slots
+    t = state.t
     for _ in range(5):
-        g, t = draw(), t + 1
+        g = draw()
+        t = t + 1
         torch_step(g)
         w, slots = ours.update(g, w, slots, None, t)
     for p, x in zip(module.parameters(), w.values(), strict=True):
@@ -530,7 +557,8 @@ def test_from_torch_takes_groups_over():
         for p in module.parameters():
             p.grad = torch.randn_like(p)
         theirs.step()
-    ours, w = mo.interop.from_torch(theirs, module), mo.functional(module).params
+    ours = mo.interop.from_torch(theirs, module)
+    w = mo.functional(module).params
     g = {name: torch.randn_like(p) for name, p in module.named_parameters()}
     moved, _ = ours.update(g, w, ours.init(w), None, ours.steps_taken + 1)
     for p, x in zip(module.parameters(), g.values(), strict=True):
@@ -541,7 +569,8 @@ def test_from_torch_takes_groups_over():
 
 
 def test_from_torch_says_what_it_cannot_do():
-    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    a = torch.nn.Parameter(torch.zeros(1))
+    b = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(TypeError, match=r"LBFGS has no differentiable counterpart"):
         mo.interop.from_torch(torch.optim.LBFGS([a]))
     with pytest.raises(ValueError, match="pass the module"):

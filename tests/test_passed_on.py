@@ -36,7 +36,8 @@ def problem(order, mixed, size, seed=0):
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    w, batches = {"a": draw(size), "b": draw(size)}, [draw(size) for _ in range(T)]
+    w = {"a": draw(size), "b": draw(size)}
+    batches = [draw(size) for _ in range(T)]
     lam = {"scale": draw(), "shift": draw(size)}
     return passing_on(order, mixed), outer, w, lam, batches, None
 
@@ -75,7 +76,8 @@ SWEEPS["TruncatedRMD"] = lambda: mo.TruncatedRMD(T)
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_delay_line_over_every_trajectory(sweep, size):
     args = problem(order=(1, 2, 0), mixed=(2,), size=size)
-    expected, estimator = by_autograd(*args), SWEEPS[sweep]()
+    expected = by_autograd(*args)
+    estimator = SWEEPS[sweep]()
     close(mo.hypergradient(*args, estimator=estimator).total, expected)
     close(through_unroll(*args, estimator=estimator), expected)
 
@@ -105,6 +107,7 @@ def test_drmad_where_the_derivative_does_not_depend_on_the_state(size):
 
     step = mo.custom_step(linear, init)
     w = {"w": torch.randn(size, dtype=torch.float64)}
-    lam, batches = torch.randn(size, dtype=torch.float64), [torch.randn(size, dtype=torch.float64) for _ in range(T)]
+    lam = torch.randn(size, dtype=torch.float64)
+    batches = [torch.randn(size, dtype=torch.float64) for _ in range(T)]
     args = step, lambda w, lam, _: (w["w"] ** 2).mean(), w, lam, batches, None
     close(mo.hypergradient(*args, estimator=mo.DrMAD()).total, by_autograd(*args))

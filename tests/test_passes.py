@@ -46,11 +46,9 @@ def test_equal_subexpressions_are_joined_and_random_ones_are_not():
 def test_a_factor_in_a_sum_with_a_matrix_product_is_not_dropped(operation):
     """By inductor alone it is."""
     torch._dynamo.reset()
-    xs, w, lam = (
-        [torch.randn(3, 3, dtype=torch.float64) for _ in range(2)],
-        torch.randn(3, 3, dtype=torch.float64),
-        torch.tensor(0.5).double(),
-    )
+    xs = [torch.randn(3, 3, dtype=torch.float64) for _ in range(2)]
+    w = torch.randn(3, 3, dtype=torch.float64)
+    lam = torch.tensor(0.5).double()
 
     def loss(w, lam, x):
         return lam * operation(x, w).pow(2).mean()
@@ -77,7 +75,8 @@ def test_a_graph_that_mutates_is_left_alone():
 
 
 def test_gradients_of_a_convolution_that_nobody_uses_are_not_computed():
-    x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
+    x = torch.randn(2, 3, 4, 4)
+    weight = torch.randn(5, 3, 3, 3)
 
     def backward(g, x, weight):
         found = aten.convolution_backward(
@@ -114,7 +113,10 @@ def test_what_was_pooled_is_noted_and_a_first_layer_computed_again(monkeypatch):
     def loss(w, lam, batch):
         return (model(mo.merge(w, lam), batch[0]) - batch[1]).pow(2).mean()
 
-    noted, more, note, recompute = [], [], _passes.note, _passes.recompute
+    noted = []
+    more = []
+    note = _passes.note
+    recompute = _passes.recompute
 
     def watched_note(graph):
         note(graph)
@@ -145,7 +147,7 @@ def held(x, weight, g, images, other):
     """A convolution used at once and again after a gradient of another one."""
     made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     early = made.tanh().sum()
-    (gradient, _, _) = aten.convolution_backward(
+    gradient, _, _ = aten.convolution_backward(
         g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
     )
     return early, made * (1 + gradient.isnan().any())
@@ -184,7 +186,7 @@ def test_element_wise_functions_are_computed_again_and_sums_are_not():
         made = aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
         mean = made.mean()
         curve = (made - mean).tanh()
-        (gradient, _, _) = aten.convolution_backward(
+        gradient, _, _ = aten.convolution_backward(
             g, images, other, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
         )
         return curve.sum(), curve * gradient.mean(), made
@@ -212,7 +214,8 @@ def test_element_wise_functions_are_computed_again_and_sums_are_not():
 
 
 def ancestors(node):
-    found, waiting = set(), [node]
+    found = set()
+    waiting = [node]
     while waiting:
         for above in waiting.pop().all_input_nodes:
             if above not in found:

@@ -80,7 +80,8 @@ def test_cifar(cifar):
 
 def test_damaged_cifar_is_named(cifar):
     damaged = cifar / "cifar-10-batches-py" / "data_batch_3"
-    good, content = hashlib.md5(damaged.read_bytes()).hexdigest(), damaged.read_bytes()
+    good = hashlib.md5(damaged.read_bytes()).hexdigest()
+    content = damaged.read_bytes()
     damaged.write_bytes(content[:-1])
     bad = hashlib.md5(content[:-1]).hexdigest()
     with pytest.raises(

@@ -33,7 +33,8 @@ def test_the_run_is_undone_to_the_bit(T):
     step, w, lam = problem()
     trajectory = mo.trajectory.Reversible()
     state = step.init(w, lam)
-    tape, states = trajectory.start(state, lam), []
+    tape = trajectory.start(state, lam)
+    states = []
     for t in range(1, T + 1):
         states.append(state)
         state, tape = trajectory.record(tape, step, state, lam, batch(t))

@@ -46,7 +46,8 @@ def test_sama_formula(case):
     problem = small_problem(case.make())
     hg = gradient(problem, mo.SAMA(radius=1e-4))
     _, alpha, _ = outer_gradient(problem.outer, hg.state.w, problem.lam, None)
-    w, lam = mo.tree.attach(hg.state.w), mo.tree.attach(problem.lam)
+    w = mo.tree.attach(hg.state.w)
+    lam = mo.tree.attach(problem.lam)
     loss = problem.step.loss(w, lam, problem.batches[-1])
     g = dict(zip(w, torch.autograd.grad(loss, list(w.values()), create_graph=True), strict=True))
     g_leaf = mo.tree.attach(g)
@@ -58,9 +59,14 @@ def test_sama_formula(case):
 
 def test_soba_recursion():
     """By hand on a quadratic with H = diag(h): v follows -(1/h) ∂L_val/∂w."""
-    h, lam, w, rate, lr = t64(0.5, 2.0), t64(1.0, -1.0), t64(3.0, 1.0), 0.2, 0.3
+    h = t64(0.5, 2.0)
+    lam = t64(1.0, -1.0)
+    w = t64(3.0, 1.0)
+    rate = 0.2
+    lr = 0.3
     step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - lam) ** 2).sum(), mo.optim.SGD(lr=lr))
-    v, w_t = torch.zeros(2, dtype=F64), w
+    v = torch.zeros(2, dtype=F64)
+    w_t = w
     for _ in range(5):
         w_t = w_t - lr * h * (w_t - lam)
         v = v - rate * (h * v + 2 * w_t)
@@ -71,8 +77,10 @@ def test_soba_recursion():
 def ridge():
     """Learnable log-L2: ``w* = (XᵀX + e^λ I)^{-1} Xᵀy``."""
     g = torch.Generator().manual_seed(4)
-    X, y = torch.randn(12, 3, generator=g, dtype=F64) / 12**0.5, torch.randn(12, generator=g, dtype=F64) / 12**0.5
-    Xv, yv = torch.randn(8, 3, generator=g, dtype=F64), torch.randn(8, generator=g, dtype=F64)
+    X = torch.randn(12, 3, generator=g, dtype=F64) / 12**0.5
+    y = torch.randn(12, generator=g, dtype=F64) / 12**0.5
+    Xv = torch.randn(8, 3, generator=g, dtype=F64)
+    yv = torch.randn(8, generator=g, dtype=F64)
     step = mo.inner_step(
         lambda w, lam, _: 0.5 * (X @ w - y).pow(2).sum() + 0.5 * lam.exp() * (w**2).sum(), mo.optim.SGD(lr=0.3)
     )
@@ -109,7 +117,9 @@ def test_bome_sees_stacked_tasks_as_one_problem():
     def outer(w, lam, x):
         return (w - x).pow(2).sum() + lam.pow(2).sum()
 
-    w, lam, x = t64([1.0, 2.0], [0.5, -1.0]), t64(0.3, -0.2), t64([1.0, 0.5], [2.0, -1.0])
+    w = t64([1.0, 2.0], [0.5, -1.0])
+    lam = t64(0.3, -0.2)
+    x = t64([1.0, 0.5], [2.0, -1.0])
     sgd = mo.optim.SGD(lr=0.02)
     stacked = mo.hypergradient(
         mo.inner_step(mo.vmapped(inner), sgd),
@@ -131,7 +141,9 @@ def test_bome_sees_stacked_tasks_as_one_problem():
 
 def test_bome_solves_a_bilevel_problem_up_to_its_rate():
     """``w*(λ) = Aλ``, and ``min |Aλ - b|²/2 + |λ|²/20``: the solution is that of a ridge regression."""
-    A, b, h = t64([1.0, 0.5], [0.0, 1.0], [0.3, -0.4]), t64(1.0, -2.0, 0.5), t64(1.0, 2.0, 1.5)
+    A = t64([1.0, 0.5], [0.0, 1.0], [0.3, -0.4])
+    b = t64(1.0, -2.0, 0.5)
+    h = t64(1.0, 2.0, 1.5)
     step = mo.inner_step(lambda w, lam, _: 0.5 * (h * (w - A @ lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
 
     def outer(w, lam, _):
@@ -150,7 +162,8 @@ def test_bome_solves_a_bilevel_problem_up_to_its_rate():
         return last
 
     solution = torch.linalg.solve(A.T @ A + 0.1 * torch.eye(2, dtype=F64), A.T @ b)
-    large, small = run(0.1), run(0.05)
+    large = run(0.1)
+    small = run(0.05)
     errors = [float((last.lam - solution).norm() / solution.norm()) for last in (large, small)]
     assert errors[1] < 0.6 * errors[0] < 0.02
     assert small.hypergradient.info.gap < 0.5 * large.hypergradient.info.gap

@@ -17,12 +17,14 @@ SMALL = sinusoid.SinusoidConfig(meta_iterations=2, horizon=5, meta_batch=2, test
 
 
 def test_tasks_are_sinusoids_and_reproducible():
-    a, b = Sinusoid(10, 50).sample(20, seed=3), Sinusoid(10, 50).sample(20, seed=3)
+    a = Sinusoid(10, 50).sample(20, seed=3)
+    b = Sinusoid(10, 50).sample(20, seed=3)
     assert torch.equal(a.train.x, b.train.x) and torch.equal(a.test.y, b.test.y)
     assert not torch.equal(a.train.y, Sinusoid(10, 50).sample(20, seed=4).train.y)
     assert a.test.x.abs().max() <= 5 and a.train.y.abs().max() <= 5
     # y = A sin(x - phi) = c sin x + d cos x fits every task exactly
-    x, y = a.test.x[..., 0].double(), a.test.y.double()
+    x = a.test.x[..., 0].double()
+    y = a.test.y.double()
     basis = torch.stack([x.sin(), x.cos()], -1)
     fitted = basis @ torch.linalg.lstsq(basis, y).solution
     assert (fitted - y).abs().max() < 1e-4
@@ -37,14 +39,16 @@ def test_tasks_leave_the_global_random_state_alone():
 @pytest.mark.parametrize("method", sinusoid.METHODS, ids=lambda m: m.key)
 def test_same_seed_same_numbers(method):
     before = torch.get_rng_state()
-    first, second = sinusoid.run(method, SMALL, seed=1), sinusoid.run(method, SMALL, seed=1)
+    first = sinusoid.run(method, SMALL, seed=1)
+    second = sinusoid.run(method, SMALL, seed=1)
     assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
     assert first.curve != sinusoid.run(method, SMALL, seed=2).curve
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_products_are_what_the_methods_say():
-    T, M = SMALL.horizon, SMALL.meta_iterations
+    T = SMALL.horizon
+    M = SMALL.meta_iterations
     products = {method.key: sinusoid.run(method, SMALL, seed=0).products for method in sinusoid.METHODS}
     assert products["fo"] == 0
     assert products["drmad"] == 2 * T - 1

@@ -62,7 +62,8 @@ def reseeded(estimator, count):
 
 
 def within_standard_errors(samples, expected, errors=4.0, tiny=1e-12):
-    mean, se = samples.mean(0), samples.std(0) / math.sqrt(len(samples))
+    mean = samples.mean(0)
+    se = samples.std(0) / math.sqrt(len(samples))
     assert bool(((mean - expected).abs() <= errors * se + tiny).all()), (mean, expected, se)
 
 
@@ -80,8 +81,10 @@ RANDOM = [
 @pytest.mark.parametrize("estimator", RANDOM, ids=lambda e: type(e).__name__)
 class TestRandomMethods:
     def test_global_generator_is_untouched_and_a_seed_is_a_result(self, estimator):
-        problem, before = small_problem(), torch.get_rng_state()
-        first, again = gradient(problem, estimator), gradient(problem, estimator)
+        problem = small_problem()
+        before = torch.get_rng_state()
+        first = gradient(problem, estimator)
+        again = gradient(problem, estimator)
         assert torch.equal(before, torch.get_rng_state())
         assert torch.equal(flat(first.total), flat(again.total))
         other = gradient(problem, dataclasses.replace(estimator, seed=1))
@@ -94,7 +97,8 @@ class TestRandomMethods:
         for batch in problem.batches:
             state, carry = estimator.advance(problem.step, state, problem.lam, batch, carry)
         _, pullback = estimator.respond(problem.step, state, problem.lam, carry)
-        one, two = mo.tree.map(torch.sin, state.w), mo.tree.map(torch.cos, state.w)
+        one = mo.tree.map(torch.sin, state.w)
+        two = mo.tree.map(torch.cos, state.w)
         both = pullback(mo.tree.add(mo.tree.scale(2.0, one), two)).lam
         torch.testing.assert_close(
             flat(both), 2 * flat(pullback(one).lam) + flat(pullback(two).lam), rtol=1e-9, atol=1e-12
@@ -187,7 +191,8 @@ def mean_over_steps(estimator, problem, steps=60):
     """The hypergradient of the mean of the losses of all steps."""
     step, outer, w, lam = problem
     counted = CountedStep(step, Cost())
-    state, total = counted.init(w, lam), 0.0
+    state = counted.init(w, lam)
+    total = 0.0
     carry = estimator.init(counted, state, lam)
     for _ in range(steps):
         state, carry = estimator.advance(counted, state, lam, None, carry)
@@ -219,7 +224,8 @@ def test_linear_response_makes_antithetic_es_unbiased():
 
 def test_es_formulas():
     problem = small_problem(steps=3)
-    sigma, noise = 0.01, mo.estimators.evolution._noise
+    sigma = 0.01
+    noise = mo.estimators.evolution._noise
     eps, _ = noise.draw(problem.lam, "gaussian", noise.start(0))
 
     def final(sign):
@@ -248,7 +254,8 @@ def test_es_through_a_loop_that_cannot_be_differentiated():
     def accuracy_like(w, lam, _):
         return (w > 0.4).to(F64).mean() + w.mean()
 
-    w, lam = torch.zeros(3, dtype=F64), t64(0.3, 0.5, 0.9)
+    w = torch.zeros(3, dtype=F64)
+    lam = t64(0.3, 0.5, 0.9)
     hg = mo.hypergradient(
         step, accuracy_like, w, lam, [None] * 20, None, estimator=mo.AntitheticES(pairs=150, sigma=0.2)
     )
@@ -273,7 +280,8 @@ def test_es_says_when_nothing_depends_on_lam():
 
 
 def test_offline_es_refuses_a_lam_that_moves():
-    problem, estimator = small_problem(), mo.AntitheticES()
+    problem = small_problem()
+    estimator = mo.AntitheticES()
     state = problem.step.init(problem.w, problem.lam)
     carry = estimator.init(problem.step, state, problem.lam)
     with pytest.raises(RuntimeError, match="AntitheticES"):
@@ -286,7 +294,9 @@ def test_offline_es_refuses_a_lam_that_moves():
 def test_evograd_formula(noise, copies_at_once):
     problem = small_problem(steps=1)
     estimator = mo.EvoGrad(copies=3, sigma=0.2, temperature=0.4, noise=noise, copies_at_once=copies_at_once, seed=7)
-    step, w, x = problem.step, problem.w, problem.batches[0]
+    step = problem.step
+    w = problem.w
+    x = problem.batches[0]
     state, carry = estimator.advance(
         step, step.init(w, problem.lam), problem.lam, x, estimator.init(step, step.init(w, problem.lam), problem.lam)
     )

@@ -7,7 +7,8 @@ import metaopt as mo
 from metaopt.diagnose.suggest import Sizes, predicted_cost, states_held, suggest_estimator
 from metaopt.verify import cases
 
-T, STATE = 12, 1000 * 8
+T = 12
+STATE = 1000 * 8
 ASKED = {
     "RMD": {"memory": T * STATE},
     "Checkpointed": {"memory": 4 * STATE},
@@ -48,10 +49,8 @@ def test_the_model_is_what_is_counted(name, horizon):
 @pytest.mark.parametrize("slots", [1, 2, 3, 20])
 def test_repeated_steps_are_counted(slots):
     for horizon in range(1, 20):
-        p, estimator = (
-            cases.log_l2(horizon=horizon, size=1),
-            mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon)),
-        )
+        p = cases.log_l2(horizon=horizon, size=1)
+        estimator = mo.RMD(mo.trajectory.Checkpointed(slots=slots, horizon=horizon))
         found = mo.hypergradient(p.step, p.outer_loss, p.w0, p.lam, p.batches, None, estimator=estimator).cost
         assert found == predicted_cost(estimator, horizon, 1)
 
@@ -59,7 +58,8 @@ def test_repeated_steps_are_counted(slots):
 def test_memory_follows_the_states_held():
     def peak(estimator):
         step = mo.inner_step(lambda w, lam, b: 0.5 * (lam * w * w).sum(), mo.optim.SGD(lr=0.1))
-        w0, lam = torch.ones(1000, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+        w0 = torch.ones(1000, dtype=torch.float64)
+        lam = torch.tensor(0.5, dtype=torch.float64)
         problem = mo.Problem(step, lambda w, lam, b: w.sum(), w0, lam, [None] * 30, name="big")
         return mo.diagnose.costs(estimator, problem, repeats=0).expenses[0].peak_bytes
 

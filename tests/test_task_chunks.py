@@ -11,7 +11,8 @@ from metaopt import tree
 from metaopt.verify.memory import peak_bytes
 
 F64 = torch.float64
-TASKS, T = 5, 4
+TASKS = 5
+T = 4
 PLAIN = [case for case in OPTIMIZERS if case.plain]
 
 
@@ -86,13 +87,15 @@ def test_online():
 def test_one_chunk_of_graphs_at_a_time():
     torch.manual_seed(0)
     wide = 4096
-    lam, w0 = torch.randn(1, wide), mo.replicated(torch.zeros(wide, 1), 8)
+    lam = torch.randn(1, wide)
+    w0 = mo.replicated(torch.zeros(wide, 1), 8)
     data = torch.randn(8, 16, 1), torch.randn(8, 16, 1)
 
     def inner(w, lam, batch):
         return ((torch.tanh(batch[0] @ lam) @ w - batch[1]) ** 2).mean()
 
-    step, outer_loss = mo.inner_step(mo.vmapped(inner), mo.optim.SGD(lr=0.1)), mo.vmapped(inner)
+    step = mo.inner_step(mo.vmapped(inner), mo.optim.SGD(lr=0.1))
+    outer_loss = mo.vmapped(inner)
 
     def peak(step, outer_loss):
         return peak_bytes(lambda: mo.hypergradient(step, outer_loss, w0, lam, [data] * 3, data, estimator=mo.RMD()))

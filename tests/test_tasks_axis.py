@@ -11,7 +11,8 @@ import metaopt as mo
 from metaopt import tree
 
 F64 = torch.float64
-TASKS, T = 3, 4
+TASKS = 3
+T = 4
 WAYS = [mo.vmapped, mo.looped]
 
 
@@ -116,7 +117,8 @@ def test_tasks_of_different_sizes_go_by_the_loop():
 class Recurrent(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.rnn, self.out = kind(3, 4, batch_first=True), nn.Linear(4, 1)
+        self.rnn = kind(3, 4, batch_first=True)
+        self.out = nn.Linear(4, 1)
 
     def forward(self, x):
         return self.out(self.rnn(x)[0][:, -1])

@@ -52,9 +52,11 @@ def test_outer_leaves_the_users_lam_and_optimiser_alone():
 
 
 def test_a_configured_optimiser_keeps_its_groups_and_state():
-    a, b = torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)
+    a = torch.ones(1, dtype=F64)
+    b = torch.ones(1, dtype=F64)
     optimizer = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.01}], momentum=0.9)
-    a.grad, b.grad = torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)
+    a.grad = torch.ones(1, dtype=F64)
+    b.grad = torch.ones(1, dtype=F64)
     optimizer.step()  # momentum buffers are now 1
     outer = OuterOptimizer([a, b], optimizer)
     before = [x.clone() for x in outer.lam]
@@ -108,11 +110,9 @@ def test_state_dict_resumes_exactly():
 # -- online --------------------------------------------------------------------------------------
 def test_online_is_the_hand_written_loop():
     """w_t with the old λ, then the 1-step hypergradient at (w_t, λ), then the update: α B = c · 0.5 for this problem."""
-    w, lam, cs = (
-        torch.zeros(1, dtype=F64),
-        torch.ones(1, dtype=F64),
-        [torch.full((1,), float(t), dtype=F64) for t in range(1, 6)],
-    )
+    w = torch.zeros(1, dtype=F64)
+    lam = torch.ones(1, dtype=F64)
+    cs = [torch.full((1,), float(t), dtype=F64) for t in range(1, 6)]
     reports = list(mo.online(STEP, linear, w, lam, [None] * 5, cs, estimator=mo.OneStep(), optimizer=sgd))
     for report, c in zip(reports, cs, strict=True):
         w = w - 0.5 * (w - lam)
@@ -182,11 +182,9 @@ def test_a_size_of_its_own_is_spoken_of_where_the_outer_step_is_proportional_to_
 def test_hyperdistills_variants_are_the_hand_written_loop(gamma, pi, when):
     """``B = 0.5 diag(w*)`` for the loss ``½|w|² - λ·|w|²/2``; w* the γ-weighted mean of all weights before the step, λ moving between the steps."""
     step = mo.inner_step(lambda w, lam, _: 0.5 * ((1 - lam) * w * w).sum(), mo.optim.SGD(lr=0.5))
-    w, lam, c = (
-        torch.tensor([1.0, -2.0], dtype=F64),
-        torch.tensor([0.3, 0.2], dtype=F64),
-        torch.tensor([1.0, 0.5], dtype=F64),
-    )
+    w = torch.tensor([1.0, -2.0], dtype=F64)
+    lam = torch.tensor([0.3, 0.2], dtype=F64)
+    c = torch.tensor([1.0, 0.5], dtype=F64)
     estimator = mo.HyperDistill(gamma=gamma, theta=0.7, pi=pi)
     past = []
     for report in mo.online(
@@ -241,7 +239,9 @@ def test_estimators_that_need_fixed_lam_are_refused_online():
 
 # -- initial weights and meta-training -----------------------------------------------------------
 def test_reptile_and_fomaml_formulas():
-    phi, last, alpha = torch.zeros(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    phi = torch.zeros(2)
+    last = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    alpha = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert Reptile(1.0).update(phi, last, alpha).tolist() == [2.0, 3.0]
     assert Reptile(0.5).update(phi, last, alpha).tolist() == [1.0, 1.5]
     assert FOMAML(0.1).update(phi, last, alpha).tolist() == pytest.approx([-0.1, -0.1])
@@ -282,7 +282,8 @@ def test_meta_training_lowers_the_outer_loss(estimator, initialisation):
 def test_offline_meta_training_is_one_exact_hypergradient_per_run():
     step = mo.inner_step(vmapped(inner), mo.optim.SGD(lr=0.1))
     training = MetaTraining(step, vmapped(outer), mo.RMD(), 4)
-    lam, phi = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
+    lam = torch.zeros(2, dtype=F64)
+    phi = torch.zeros(2, dtype=F64)
     (report,) = training.runs(phi, OuterOptimizer(lam, sgd), task_of, 1)
     task = task_of(1)
     hg = mo.hypergradient(

@@ -69,7 +69,8 @@ def test_the_same_numbers_to_the_bit(case, dropout):
 @pytest.mark.parametrize("case", FULL, ids=ids(FULL))
 def test_a_pullback_can_be_used_twice_and_is_linear(case):
     step, _, w, lam, batch = problem(dropout=True)
-    estimator, T = mo.RMD(case.make(5)), 5
+    estimator = mo.RMD(case.make(5))
+    T = 5
     state = step.init(w, lam)
     carry = estimator.init(step, state, lam)
     for t in range(1, T + 1):
@@ -77,14 +78,17 @@ def test_a_pullback_can_be_used_twice_and_is_linear(case):
         state, carry = estimator.advance(step, state, lam, batch(t), carry)
     _, pullback = estimator.respond(step, state, lam, carry)
     alpha = tree.map(torch.ones_like, state.w)
-    once, again, double = pullback(alpha), pullback(alpha), pullback(tree.scale(2.0, alpha))
+    once = pullback(alpha)
+    again = pullback(alpha)
+    double = pullback(tree.scale(2.0, alpha))
     assert identical(once.lam, again.lam)
     assert torch.allclose(2 * once.lam["lr"], double.lam["lr"], rtol=1e-12)
 
 
 def repetitions(trajectory, T):
     """Per step, how often Φ was run forward after the run itself; and the most states held at once."""
-    counts, most = [0] * (T + 1), 0
+    counts = [0] * (T + 1)
+    most = 0
 
     def fn(state, lam, batch):
         counts[batch] += 1
@@ -179,7 +183,8 @@ def test_a_step_that_cannot_be_replayed_is_named():
         return ((w - lam * (1 + 0.1 * (next(draws) == 5))) ** 2).sum()
 
     step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
-    w, lam = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    w = torch.zeros(2, dtype=torch.float64)
+    lam = torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="step 6: run again"):
         mo.hypergradient(
             step,
@@ -198,7 +203,8 @@ def test_a_batch_changed_in_place_is_found():
     step, _, w, lam, batch = problem()
     trajectory = mo.trajectory.Checked(mo.trajectory.Checkpointed(slots=2))
     state = step.init(w, lam)
-    tape, batches = trajectory.start(state, lam), [batch(t) for t in range(1, 6)]
+    tape = trajectory.start(state, lam)
+    batches = [batch(t) for t in range(1, 6)]
     for b in batches:
         state, tape = trajectory.record(tape, step, state, lam, b)
     batches[1][0].add_(1.0)
@@ -213,7 +219,8 @@ def test_impossible_settings_are_refused(settings):
 
 
 def test_what_each_trajectory_computes():
-    T, costs = 6, {}
+    T = 6
+    costs = {}
     for name, trajectory in {
         "Full": mo.trajectory.Full(),
         "Graphs": mo.trajectory.Graphs(),
@@ -228,7 +235,8 @@ def test_what_each_trajectory_computes():
 
 def test_a_budget_keeps_what_fits():
     step, _, w, lam, batch = problem()
-    T, graphs = 12, {}
+    T = 12
+    graphs = {}
     for size in (1, 500, 3000, 1 << 30):
         trajectory = mo.trajectory.Budgeted(size)
         state = step.init(w, lam)
@@ -252,7 +260,9 @@ def by_transform(w, lam, x):
 
 def test_graphs_are_weighed_with_transforms_inside():
     """What autograd saves, or (where that cannot be seen) what is alive: a little more, as some of it is saved by nobody."""
-    w, lam, xs = torch.randn(3, 2).double(), torch.tensor(0.5).double(), [torch.randn(4, 3).double() for _ in range(5)]
+    w = torch.randn(3, 2).double()
+    lam = torch.tensor(0.5).double()
+    xs = [torch.randn(4, 3).double() for _ in range(5)]
     step = mo.inner_step(by_transform, mo.optim.SGD(lr=0.1))
     args = step, lambda w, lam, _: w.sum(), w, lam, xs, None
     exact = mo.hypergradient(*args, estimator=mo.RMD()).total
@@ -266,13 +276,15 @@ def test_graphs_are_weighed_with_transforms_inside():
             linearized = plain.linearize(*at)
         return linearized, made.alive()
 
-    saved, (_, made) = weighed(lambda: plain.linearize(*at), at)[1], alive()
+    saved = weighed(lambda: plain.linearize(*at), at)[1]
+    _, made = alive()
     assert 0 < saved <= sum(made.values()) < 3 * saved
 
 
 def test_drmad_without_a_step():
     step, _, w, lam, _ = problem()
-    trajectory, state = mo.trajectory.Interpolated(), step.init(w, lam)
+    trajectory = mo.trajectory.Interpolated()
+    state = step.init(w, lam)
     assert list(trajectory.moments(trajectory.start(state, lam), step, state)) == []
 
 
@@ -315,7 +327,9 @@ def test_the_straight_line_however_many_states_are_made_at_once(numbers, dtype):
             t,
         )
 
-    first, last, T = state(5), state(40), 35
+    first = state(5)
+    last = state(40)
+    T = 35
     line = list(straight_line(first, last, T))
     assert [point.t for point in line] == list(range(39, 4, -1))
     for point in line:

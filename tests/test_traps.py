@@ -17,7 +17,8 @@ T = 3
 
 def through_the_loop(step, outer, w0, lam, batches):
     """``(dL/dλ, dL/dw_0)`` by autograd through all steps."""
-    w, lam = tree.attach(w0), tree.attach(lam)
+    w = tree.attach(w0)
+    lam = tree.attach(lam)
     state = step.init(w, lam)._replace(w=w)
     for batch in batches:
         state = step(state, lam, batch)
@@ -51,7 +52,8 @@ def slope(step, outer, w0, lam, batches, h=1e-5):
 def scalar_problem(out):
     """λ scales what ``out(w, x)`` gives; weights (4, 3)."""
     g = torch.Generator().manual_seed(0)
-    w0, xs = torch.randn(4, 3, dtype=F64, generator=g), [torch.randn(5, 4, dtype=F64, generator=g) for _ in range(T)]
+    w0 = torch.randn(4, 3, dtype=F64, generator=g)
+    xs = [torch.randn(5, 4, dtype=F64, generator=g) for _ in range(T)]
     step = mo.inner_step(lambda w, lam, x: (lam * out(w, x)).pow(2).mean(), mo.optim.SGD(lr=0.1, momentum=0.5))
     return step, lambda w, lam, _: w.pow(3).sum(), w0, torch.tensor(0.7, dtype=F64), xs
 
@@ -142,7 +144,11 @@ def test_spectral_norm_is_differentiated_through_its_power_iterations(conv, trai
     def loss(w, lam, x):
         return (lam * model(w, x)).tanh().pow(2).mean()
 
-    step, outer = mo.inner_step(loss, mo.optim.SGD(lr=1.0)), lambda w, lam, _: w[name].pow(3).sum()
+    step = mo.inner_step(loss, mo.optim.SGD(lr=1.0))
+
+    def outer(w, lam, _):
+        return w[name].pow(3).sum()
+
     w0 = {k: p + 0.3 * torch.randn_like(p) for k, p in model.params.items()}  # far from what u and v were fitted to
     lam = torch.tensor(0.7, dtype=F64)
     hg = mo.hypergradient(step, outer, w0, lam, [x] * T, None, estimator=mo.RMD())
@@ -159,7 +165,8 @@ def test_spectral_norm_is_differentiated_through_its_power_iterations(conv, trai
 
 def test_spectral_norm_keeps_its_values():
     net = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3).double(), n_power_iterations=2)
-    model, x = mo.functional(net), torch.randn(5, 4, dtype=F64)
+    model = mo.functional(net)
+    x = torch.randn(5, 4, dtype=F64)
     out, buffers = model.with_buffers(model.params, model.buffers, x)
     assert torch.equal(out, net(x))  # moves the module's u and v …
     assert all(torch.equal(b, buffers[k]) for k, b in net.named_buffers())  # … to what with_buffers returned
@@ -190,7 +197,8 @@ def test_recomputing_does_not_move_running_statistics():
 def test_captured_running_statistics_under_vmap():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     model = mo.functional(net)
-    w, x = mo.replicated(model.params, 2).w, torch.randn(2, 5, 4, dtype=F64)
+    w = mo.replicated(model.params, 2).w
+    x = torch.randn(2, 5, 4, dtype=F64)
     together = torch.vmap(model)(w, x)  # nobody asks for the statistics: they are left out
     assert torch.allclose(together, torch.stack([model(model.params, one) for one in x]), atol=1e-14)
     y, after = torch.vmap(lambda w, x: model.with_buffers(w, model.buffers, x))(w, x)  # one set, moved by each task
@@ -237,11 +245,9 @@ class Checkpointing(nn.Module):
 
     def __init__(self, inside):
         super().__init__()
-        self.body, self.head, self.inside = (
-            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)),
-            nn.Linear(6, 6),
-            inside,
-        )
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 6)
+        self.inside = inside
 
     def forward(self, x):
         return self.head(checkpoint(self.body, x, use_reentrant=False) if self.inside else self.body(x))
@@ -297,7 +303,8 @@ def test_a_compiled_callee_is_refused_where_it_would_be_differentiated_twice(mod
 def test_a_compiled_callee_of_lam_alone_is_right(mode):
     """Differentiated once: works, and mixed mode must not drop its tangent."""
     compiled = torch.compile(lambda lam, x: (x @ lam).tanh(), backend="aot_eager")
-    w0, lam = torch.randn(3, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    w0 = torch.randn(3, 2, dtype=F64)
+    lam = torch.randn(4, 3, dtype=F64)
     step = mo.inner_step(lambda w, lam, x: (compiled(lam, x) @ w).pow(3).mean(), mo.optim.SGD(lr=0.1), adjoint=mode)
     plain = mo.inner_step(lambda w, lam, x: ((x @ lam).tanh() @ w).pow(3).mean(), mo.optim.SGD(lr=0.1))
     xs = [torch.randn(5, 4, dtype=F64) for _ in range(T)]
@@ -350,7 +357,8 @@ def test_no_grad_changes_nothing():
 
 def test_autocast_keeps_no_casts():
     """Its cache holds the cast of every autograd leaf until the context ends; a run has new leaves at every step."""
-    model, dtypes = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))), []
+    model = mo.functional(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)))
+    dtypes = []
     w0, lam = mo.partition(model.params, ["2.*"])
 
     def loss(w, lam, x):
@@ -358,7 +366,8 @@ def test_autocast_keeps_no_casts():
         dtypes.append(out.dtype)
         return out.float().pow(2).mean()
 
-    step, x = mo.inner_step(loss, mo.optim.SGD(lr=0.1)), torch.randn(5, 4)
+    step = mo.inner_step(loss, mo.optim.SGD(lr=0.1))
+    x = torch.randn(5, 4)
     exact = mo.hypergradient(step, loss, w0, lam, [x] * T, x, estimator=mo.RMD()).total
     dtypes.clear()
     cleared = []
@@ -395,7 +404,9 @@ def test_reentrant_checkpointing_is_refused_by_name(needs_grad):
     class Body(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+            self.first = nn.Linear(3, 3)
+            self.body = nn.Linear(3, 3)
+            self.head = nn.Linear(3, 1)
 
         def forward(self, x):
             x = self.first(x) if needs_grad else x

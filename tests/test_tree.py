@@ -80,10 +80,8 @@ def test_non_finite_leaves_are_found_and_named(bad):
 
 
 def test_accumulation_owns_its_total():
-    first, second = (
-        {"a": torch.ones(2), "b": None, "c": None},
-        {"a": torch.full((2,), 2.0), "b": torch.ones(1), "c": None},
-    )
+    first = {"a": torch.ones(2), "b": None, "c": None}
+    second = {"a": torch.full((2,), 2.0), "b": torch.ones(1), "c": None}
     total = tree.accumulate(tree.map(lambda _: None, first), first)
     assert total["a"] is not first["a"]
     again = tree.accumulate(total, second)

@@ -56,7 +56,8 @@ def test_gradients_are_those_of_autograd_through_the_loop(trajectory):
 
 def test_a_closed_over_module_and_what_was_computed_before():
     w0, lam, batches, _ = problem()
-    net, x = nn.Linear(2, 3).double(), torch.randn(2, dtype=torch.float64)
+    net = nn.Linear(2, 3).double()
+    x = torch.randn(2, dtype=torch.float64)
     root = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     step = mo.inner_step(lambda w, lam, b: ((w - net(x) * b) ** 2).sum() * lam["scale"].sum(), mo.optim.SGD(lr=0.05))
     computed = {"scale": root * lam["scale"], "lr": lam["lr"]}
@@ -162,7 +163,8 @@ def test_autocast_is_that_of_the_run():
 
 def test_random_numbers_are_replayed():
     net = mo.functional(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).double())
-    w0, lam = net.params, torch.ones(2, dtype=torch.float64, requires_grad=True)
+    w0 = net.params
+    lam = torch.ones(2, dtype=torch.float64, requires_grad=True)
     step = mo.inner_step(lambda w, lam, x: (lam * net(w, x)).pow(2).sum(), mo.optim.SGD(lr=0.01))
     xs = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
     torch.manual_seed(0)
@@ -194,7 +196,8 @@ def test_a_pullback_that_is_not_linear_is_refused():
 @pytest.mark.parametrize("chunked", [False, True], ids=["steps", "chunks"])
 def test_hoisted_features_are_the_whole_net(chunked):
     torch.manual_seed(0)
-    body, head = nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double(), mo.functional(nn.Linear(4, 1).double())
+    body = nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double()
+    head = mo.functional(nn.Linear(4, 1).double())
     (x, y), (x_val, y_val) = [
         (torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)) for _ in range(2)
     ]
@@ -216,9 +219,11 @@ def test_hoisted_features_are_the_whole_net(chunked):
         (x_val, y_val),
         estimator=mo.RMD(),
     ).total
-    step, batches = mo.inner_step(head_loss, optimizer), [y] * T
+    step = mo.inner_step(head_loss, optimizer)
+    batches = [y] * T
     if chunked:
-        step, batches = mo.inner.chunked(step), mo.inner.in_chunks(batches, 3)
+        step = mo.inner.chunked(step)
+        batches = mo.inner.in_chunks(batches, 3)
     w = mo.unroll(step, head.params, body(x), batches).w
     head_loss(w, body(x_val), y_val).backward()
     for name, leaf in lam.items():

@@ -72,7 +72,8 @@ def test_evograds_truth_is_implicit_differentiation(size, conditioning, seed):
 @given(seed=DRAWS["seed"])
 def test_evograds_limit_is_its_gaussian_integral(seed):
     problem = cases.population(1, 1.0, seed)
-    noise, lam = torch.linspace(-9, 9, 401, dtype=torch.float64), problem.lam.clone().requires_grad_()
+    noise = torch.linspace(-9, 9, 401, dtype=torch.float64)
+    lam = problem.lam.clone().requires_grad_()
     theta = problem.w0 + noise
     weight = (-(noise**2) / 2 - 2 * ((theta - 1) ** 2 + lam * theta**2)).softmax(0)
     (slope,) = torch.autograd.grad(((weight * theta).sum() - 0.5) ** 2, lam)
@@ -264,7 +265,8 @@ class ConstantMomentum(Planted):
 class OffByOneDrMAD(mo.DrMAD):
     def respond(self, step, state, lam, carry):
         def pullback(alpha):
-            T, moments = len(carry.given), list(self.remembered.moments(carry, step, state))
+            T = len(carry.given)
+            moments = list(self.remembered.moments(carry, step, state))
             shifted = [
                 m._replace(state=tree.lerp(carry.first, state, (T - i) / T)._replace(t=m.state.t), linearized=None)
                 for i, m in enumerate(moments)
@@ -312,7 +314,8 @@ def test_an_ascending_product_fails_only_where_order_matters():
     assert not any("T=1" in row.case or row.case.startswith(("quadratic", "ridge")) for row in failures)
 
 
-W, LAM = torch.tensor([0.3, -1.2], dtype=torch.float64), {"a": torch.tensor([0.4, 0.8], dtype=torch.float64)}
+W = torch.tensor([0.3, -1.2], dtype=torch.float64)
+LAM = {"a": torch.tensor([0.4, 0.8], dtype=torch.float64)}
 
 
 def descent(state, lam, batch):

@@ -10,7 +10,8 @@ from benchmarks.problem import Problem
 def gradient(problem: Problem) -> list[Tensor] | None:
     if problem.tail is None:
         return None
-    body, head = problem.module[: problem.tail], problem.module[problem.tail :]
+    body = problem.module[: problem.tail]
+    head = problem.module[problem.tail :]
     optimizer = torch.optim.SGD(head.parameters(), lr=problem.lr, momentum=problem.momentum)
     with higher.innerloop_ctx(head, optimizer, copy_initial_weights=False) as (net, inner):
         for x, y in problem.batches:

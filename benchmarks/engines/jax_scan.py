@@ -47,7 +47,8 @@ def conv(p, name, x):
 
 
 def batch_norm(p, name, x):
-    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    mean = x.mean((0, 2, 3), keepdims=True)
+    var = x.var((0, 2, 3), keepdims=True)
     return (x - mean) * lax.rsqrt(var + 1e-5) * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
 
 
@@ -75,13 +76,12 @@ CRITERIA = {nn.functional.cross_entropy: cross_entropy, nn.functional.mse_loss: 
 
 def compiled(problem: Problem):
     """``(λ, w, distinct batches, order, outer batch) -> dL_val/dλ``."""
-    layers, criterion = (
-        [(name, LAYERS[type(layer)]) for name, layer in problem.module.named_children()],
-        CRITERIA[problem.criterion],
-    )
+    layers = [(name, LAYERS[type(layer)]) for name, layer in problem.module.named_children()]
+    criterion = CRITERIA[problem.criterion]
 
     def loss(w, lam, batch):
-        x, p = batch[0], {**w, **lam}
+        x = batch[0]
+        p = {**w, **lam}
         for name, layer in layers:
             x = layer(p, name, x)
         return criterion(x, batch[1])

@@ -70,7 +70,8 @@ class Bias(Result):
     @property
     @override
     def title(self) -> str:
-        return f"{self.problem}: bias and scatter over {self.draws} draws of the batches, T = {self.horizon}, in units of |E g*|"
+        over = f"{self.draws} draws of the batches, T = {self.horizon}"
+        return f"{self.problem}: bias and scatter over {over}, in units of |E g*|"
 
     @override
     def rows(self) -> list[dict[str, Any]]:

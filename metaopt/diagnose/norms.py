@@ -43,9 +43,9 @@ class Lag(NamedTuple):
 class Norms(Result):
     r"""What :func:`norms` returns.
 
-    With :math:`\alpha^{(k)} = \alpha_T A_T \cdots A_{T-k+1}` the cotangent k steps back, step
-    :math:`T-k` contributes
-    :math:`c_k = \alpha^{(k)} B_{T-k}` to the hypergradient, and :math:`\sum_{k<K} c_k` is what truncating at K steps leaves.
+    The cotangent k steps back is :math:`\alpha^{(k)} = \alpha_T A_T \cdots A_{T-k+1}`. Step
+    :math:`T-k` contributes :math:`c_k = \alpha^{(k)} B_{T-k}` to the hypergradient. Truncating at K
+    steps leaves :math:`\sum_{k<K} c_k`.
 
     Attributes:
         problem: its name.
@@ -57,8 +57,9 @@ class Norms(Result):
 
     @property
     def rate(self) -> float:
-        r"""Factor by which the cotangent changes per step: :math:`e^s`, s the least-squares slope of :math:`\log\|\alpha^{(k)}\|` over k.
+        r"""Factor by which the cotangent changes per step.
 
+        It is :math:`e^s`, with s the least-squares slope of :math:`\log\|\alpha^{(k)}\|` over k.
         Below 1 what happened long ago vanishes, above 1 it explodes. NaN for a single step; 0 where
         the cotangent becomes zero.
         """

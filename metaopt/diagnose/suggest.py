@@ -178,7 +178,7 @@ def _offline(sizes: Sizes, memory: int) -> Choice:
 
 
 def predicted_cost(estimator: Estimator, horizon: int, hyperparameters: int) -> Cost:
-    """The model: exact for the estimators that :func:`suggest_estimator` gives (λ inside the inner loss; see the module's table).
+    """The model of the module's table: exact for what :func:`suggest_estimator` gives, with λ in the inner loss.
 
     Raises:
         ValueError: for any other estimator.

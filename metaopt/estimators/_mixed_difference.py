@@ -25,7 +25,11 @@ def lam_gradient(step: Step, at: Moment) -> Tree:
 
 
 def mixed_difference(step: Step, at: Moment, u: Tree, radius: float) -> Tree:
-    r""":math:`[\nabla_\lambda L(w + \epsilon u) - \nabla_\lambda L(w - \epsilon u)] / 2\epsilon` with :math:`\epsilon = r / \|u\|`.
+    r"""The product of u with :math:`\partial^2 L / \partial w\, \partial\lambda`, by a central difference.
+
+    .. math::
+        \frac{\nabla_\lambda L(w + \epsilon u) - \nabla_\lambda L(w - \epsilon u)}{2\epsilon},
+        \qquad \epsilon = r / \|u\|
 
     Error: :math:`O(r^2)` from the third derivative, plus rounding of relative size ``eps / r``.
     """

@@ -23,10 +23,10 @@ def start(seed: int) -> Tensor:
 
 
 def draw(like: Tree, law: Law, generator: Tensor, *, copies: int | None = None) -> tuple[Tree, Tensor]:
-    """Independent noise in the shape of ``like`` (``[copies, *leaf.shape]`` where asked), and the generator's next state.
+    """Independent noise in the shape of ``like``, and the generator's next state.
 
-    Numbers are drawn on the CPU, so that they are the same on every device. Leaves that are not real
-    numbers stay as they are.
+    With ``copies`` a leaf has the shape ``[copies, *leaf.shape]``. Numbers are drawn on the CPU, so
+    that they are the same on every device. Leaves that are not real numbers stay as they are.
     """
     source = torch.Generator()
     source.set_state(generator)
@@ -52,7 +52,8 @@ def check_precision(moved: Tree, size: float, setting: str, what: str) -> None:
     """
     for name, leaf in zip(tree.names(moved), tree.leaves(moved), strict=True):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and torch.finfo(leaf.dtype).eps > 0.01 * size:
+            where = name or "the root"
             raise ValueError(
-                f"{setting}={size:g} is a step that {leaf.dtype} hardly resolves, and the {what} at {name or 'the root'} "
+                f"{setting}={size:g} is a step that {leaf.dtype} hardly resolves, and the {what} at {where} "
                 "are of that type: keep them in float32 (torch.autocast makes the rest fast), or take a larger step"
             )

@@ -23,7 +23,8 @@ class DARTS(FromLastStep):
     r""":class:`OneStep` by finite differences.
 
     .. math::
-        \alpha_t B_t \approx \frac{\nabla_\lambda L(w_{t-1} + \epsilon u) - \nabla_\lambda L(w_{t-1} - \epsilon u)}{2 \epsilon}, \qquad
+        \alpha_t B_t \approx
+        \frac{\nabla_\lambda L(w_{t-1} + \epsilon u) - \nabla_\lambda L(w_{t-1} - \epsilon u)}{2 \epsilon}, \qquad
         u = \alpha_t \frac{\partial w_t}{\partial g}, \quad \epsilon = r / \|u\|
 
     Liu et al. 2019, "DARTS: differentiable architecture search", `arXiv 1806.09055

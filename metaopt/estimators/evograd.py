@@ -37,7 +37,8 @@ class EvoGrad(Estimator):
     .. math::
         \theta_k = w + \varepsilon_k, \quad \ell_k = L(\theta_k, \lambda; D), \quad
         \theta^* = \sum_k \mathrm{softmax}(-\ell/\tau)_k\, \theta_k, \qquad
-        \frac{dL_{val}(\theta^*)}{d\lambda} = \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
+        \frac{dL_{val}(\theta^*)}{d\lambda} =
+        \alpha \cdot E \cdot \frac{\partial\, \mathrm{softmax}(-\ell/\tau)}{\partial \lambda}
 
     with :math:`E` the matrix of the :math:`\varepsilon_k` and α taken at θ*. No second derivative
     of the loss is needed. Bohdal et al. 2021, `arXiv 2106.10575

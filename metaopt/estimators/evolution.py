@@ -3,7 +3,9 @@ r"""Evolution strategies over unrolled loops: the hypergradient from values of t
 N antithetic pairs of runs see :math:`\lambda \pm \sigma\varepsilon`; with :math:`\xi` what the
 noise of a run has added up to,
 
-.. math:: \frac{dL_{val}}{d\lambda} \approx \frac1N \sum_{k=1}^N \xi_k \, \frac{L_{val}(w_k^+) - L_{val}(w_k^-)}{2\sigma}
+.. math::
+    \frac{dL_{val}}{d\lambda} \approx
+    \frac1N \sum_{k=1}^N \xi_k \, \frac{L_{val}(w_k^+) - L_{val}(w_k^-)}{2\sigma}
 
 One sweep, four noise schedules: :class:`AntitheticES` (one ε for the whole run, offline),
 :class:`NRES` (the same, online: runs go on while λ moves; Li et al. 2023, `arXiv 2304.12180

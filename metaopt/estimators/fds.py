@@ -51,8 +51,11 @@ class FDS(ForwardMode):
             positive, less than one column at once.
 
     >>> import torch, metaopt as mo
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=mo.optim.schedules.piecewise(lambda lam: lam, 4)))
-    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.tensor([0.5, 0.5]), [None] * 4, None, estimator=FDS(window=2)).total
+    >>> rates = mo.optim.schedules.piecewise(lambda lam: lam, 4)
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - 1) ** 2).sum(), mo.optim.SGD(lr=rates))
+    >>> lam = torch.tensor([0.5, 0.5])
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), lam, [None] * 4, None)
+    >>> problem.hypergradient(FDS(window=2)).total
     tensor([0.1250, 0.1250])
     """
 
@@ -129,7 +132,9 @@ def shared_window_error(error: float, drift: float, window: int) -> float:
 
 
 def best_window(error: float, drift: float) -> float:
-    r"""Where :func:`shared_window_error` is smallest: :math:`W = (6\, MSE_1 / \epsilon^2)^{1/3}`, in steps (round it; below 1: share nothing).
+    r"""Where :func:`shared_window_error` is smallest: :math:`W = (6\, MSE_1 / \epsilon^2)^{1/3}`.
+
+    In steps, to be rounded. Below 1, share nothing.
 
     Raises:
         ValueError: if there is no drift: then the longest window is the best.

@@ -96,7 +96,8 @@ class FMD(ForwardMode):
 
     >>> import torch, metaopt as mo
     >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w - lam) ** 2).sum(), mo.optim.SGD(lr=0.5))
-    >>> mo.hypergradient(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None, estimator=FMD()).total
+    >>> problem = mo.Problem(step, lambda w, lam, _: w.sum(), torch.zeros(1), torch.ones(1), [None] * 2, None)
+    >>> problem.hypergradient(FMD()).total
     tensor([0.7500])
 
     Args:

@@ -27,7 +27,8 @@ class ForwardGradient(Estimator):
     r"""Unbiased hypergradients over the whole horizon in constant memory, from random directional derivatives.
 
     .. math::
-        \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
+        \dot s_t = A_t \dot s_{t-1} + B_t v, \qquad
+        \alpha \frac{dw_t}{d\lambda} \approx \frac1n \sum_{i=1}^n (\alpha \cdot \dot w^{(i)}_t)\, v^{(i)},
         \qquad \mathbb{E}\, v v^\top = I
 
     Baydin et al. 2022, "Gradients without backpropagation", `arXiv 2202.08587

@@ -319,8 +319,8 @@ def _check_used(direct: Tree, indirect: Tree, lam: Tree, estimator: Estimator) -
     if not estimator.sees_optimizer:
         what = f"{type(estimator).__name__} sees no influence of lam at {where}"
         why = (
-            "it looks at the losses alone, and not at what enters through the optimiser (a learning rate): use OneStep, "
-            "TruncatedRMD or RMD for that"
+            "it looks at the losses alone, and not at what enters through the optimiser (a learning rate): "
+            "use OneStep, TruncatedRMD or RMD for that"
         )
     else:
         what = f"lam at {where} influences neither the inner step nor the outer loss"

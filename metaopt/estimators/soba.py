@@ -18,11 +18,12 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class SOBA(AlongOneOuterLoss):
-    r"""Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started by all before it.
+    r"""Single-loop bilevel optimisation: one product of the linear system per inner step, warm-started.
 
     .. math::
         v_t = v_{t-1} - \rho\, (\nabla^2_{ww} L\, v_{t-1} + \nabla_w L_{val}), \qquad
-        \frac{dL_{val}}{d\lambda} \approx \partial_\lambda L_{val} + v_t\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
+        \frac{dL_{val}}{d\lambda} \approx
+        \partial_\lambda L_{val} + v_t\, \frac{\partial^2 L}{\partial w\, \partial\lambda}
 
     at the weights after step t and its batch, so that :math:`v_t` follows :math:`-H^{-1} \nabla_w
     L_{val}`. Dagréou et al. 2022, "A framework for bilevel optimization that enables stochastic and

@@ -216,7 +216,9 @@ class _Unrolled(torch.autograd.Function):
         return tuple(x.clone() for x in tree.floats(record.reached))
 
     @staticmethod
-    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *bars: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "unroll has no second derivative: leave out create_graph=True. For a gradient of a gradient, call "

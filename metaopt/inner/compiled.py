@@ -116,7 +116,7 @@ class Compiled:
             options["joint_custom_pre_pass"] = _passes.passes(
                 *(function for function, wanted in used.items() if wanted)
             )
-            if on_cpu:  # even the calls are compiled; convolutions in NHWC make everything around them slower, by more than they win
+            if on_cpu:  # even the calls are compiled; NHWC slows what is around convolutions more than it helps them
                 options |= {"cpp_wrapper": True, "layout_optimization": False}
         return torch.compile(
             types.MethodType(own, self), fullgraph=True, dynamic=self._dynamic, backend=self.backend, options=options

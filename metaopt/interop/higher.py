@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
@@ -151,8 +151,10 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
 
     >>> import torch, metaopt as mo
     >>> weight = torch.nn.Parameter(torch.zeros(1))
-    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w[0] - lam) ** 2).sum(), from_higher(torch.optim.SGD([weight], lr=0.5)))
-    >>> mo.hypergradient(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None, estimator=mo.RMD()).total
+    >>> optimizer = from_higher(torch.optim.SGD([weight], lr=0.5))
+    >>> step = mo.inner_step(lambda w, lam, _: 0.5 * ((w[0] - lam) ** 2).sum(), optimizer)
+    >>> problem = mo.Problem(step, lambda w, lam, _: w[0].sum(), [torch.zeros(1)], torch.ones(1), [None] * 2, None)
+    >>> problem.hypergradient(mo.RMD()).total
     tensor([0.7500])
     """
     if isinstance(what, Patched):
@@ -170,7 +172,8 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
 def _of_torch(optimizer: torch.optim.Optimizer, module: nn.Module | None) -> FromHigher:
     kind = type(optimizer)
     if kind not in differentiable._opt_mapping:
-        known = ", ".join(sorted(cls.__name__ for cls in differentiable._opt_mapping))  # pyright: ignore[reportAttributeAccessIssue]
+        kinds: Iterable[Any] = differentiable._opt_mapping
+        known = ", ".join(sorted(cls.__name__ for cls in kinds))
         raise TypeError(f"higher has no differentiable {kind.__name__}; it has {known}. See mo.interop.from_torch")
     for group in optimizer.param_groups:
         for setting in ("maximize", "decoupled_weight_decay"):

@@ -35,7 +35,7 @@ class SizeWarning(UserWarning):
 
 
 class OuterOptimizer:
-    """λ and its optimiser. One of the two places in the library that hold changing state (the other is autograd's own).
+    """λ and its optimiser. One of two places in the library that hold changing state; the other is autograd.
 
     Args:
         lam: hyperparameters; copied.
@@ -72,11 +72,11 @@ class OuterOptimizer:
         """Warn where the estimator's size is its own, and the optimiser known not to be scale-free."""
         if estimator.own_size and isinstance(self.optimizer, _PROPORTIONAL):
             name = type(estimator).__name__
+            optimizer = type(self.optimizer).__name__
             warnings.warn(
-                f"{name}'s hypergradient has another size than the gradient, and a step of {type(self.optimizer).__name__} is "
-                "proportional to it: lam may hardly "
-                f"move. Use a scale-free outer optimiser (Adam), {name}(unit_rate=True), or {name}(check_size=False) "
-                "if it is meant",
+                f"{name}'s hypergradient has another size than the gradient, and a step of {optimizer} is proportional "
+                "to it: lam may hardly move. Use a scale-free outer optimiser (Adam), "
+                f"{name}(unit_rate=True), or {name}(check_size=False) if it is meant",
                 SizeWarning,
                 stacklevel=4,
             )

@@ -48,7 +48,9 @@ class SignStep(Optimizer):
                 raise ValueError(f"SignStep: shrink must lie in (0, 1], got {group['shrink']}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> Any:
         """One step. State per parameter: ``scale`` (step / lr) and ``sign``."""
         value = None
         if closure is not None:
@@ -61,7 +63,8 @@ class SignStep(Optimizer):
                 state = self.state[p]
                 sign = p.grad.sign()
                 if not state:
-                    state["scale"], state["sign"] = torch.ones_like(p), torch.zeros_like(p)
+                    state["scale"] = torch.ones_like(p)
+                    state["sign"] = torch.zeros_like(p)
                 state["scale"] = torch.where(sign * state["sign"] < 0, group["shrink"] * state["scale"], state["scale"])
                 state["sign"] = torch.where(sign == 0, state["sign"], sign)
                 p.sub_(group["lr"] * state["scale"] * sign)

@@ -89,7 +89,8 @@ class TaskChunks(WrappedStep):
     Tasks do not see each other, so that with the tasks split into parts :math:`P`
 
     .. math::
-        \alpha A = [\alpha_P A_P]_P, \qquad \alpha B = \sum_P \alpha_P B_P, \qquad \nabla L_{val} = \sum_P \nabla L_{val, P}:
+        \alpha A = [\alpha_P A_P]_P, \qquad \alpha B = \sum_P \alpha_P B_P, \qquad
+        \nabla L_{val} = \sum_P \nabla L_{val, P}:
 
     the graph of one part at a time is enough. The states of all tasks are still kept.
     """

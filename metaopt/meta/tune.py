@@ -89,7 +89,8 @@ def tune(
     >>> step = mo.inner_step(lambda w, lam, x: lam.exp() * (w - x).square().sum(), mo.optim.SGD(lr=0.1))
     >>> loss = lambda w, lam, x: (w - x).square().sum()
     >>> adam = lambda params: torch.optim.Adam(params, lr=0.1)
-    >>> for report in tune(step, loss, torch.zeros(2), torch.tensor(0.0), [torch.ones(2)] * 5, torch.ones(2), optimizer=adam, runs=3):
+    >>> problem = (step, loss, torch.zeros(2), torch.tensor(0.0), [torch.ones(2)] * 5, torch.ones(2))
+    >>> for report in tune(*problem, optimizer=adam, runs=3):
     ...     print(f"{report.number} {float(report.outer_loss):.3f} {float(report.lam):.1f}")
     1 0.215 0.1
     2 0.165 0.2

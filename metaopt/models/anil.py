@@ -35,7 +35,8 @@ class ANIL(MetaModel):
             "head.*"]``.
 
     >>> import torch
-    >>> anil = ANIL.of(nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)), nn.functional.mse_loss, weights=["2.*"])
+    >>> module = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> anil = ANIL.of(module, nn.functional.mse_loss, weights=["2.*"])
     >>> w, lam = anil.init()
     >>> sorted(w), sorted(lam)
     (['2.bias', '2.weight'], ['0.bias', '0.weight'])

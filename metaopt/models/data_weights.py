@@ -100,7 +100,10 @@ class DataWeights(MetaModel):
     >>> per_example = partial(nn.functional.cross_entropy, reduction="none")
     >>> cleaning = DataWeights.of(nn.Linear(4, 3), per_example, examples=100, weighting=SigmoidWeights())
     >>> w, lam = cleaning.init()
-    >>> lam.shape, cleaning.inner_loss(w, lam, (torch.ones(5, 4), torch.arange(5) % 3, torch.tensor([7, 99, 0, 3, 3]))).shape
+    >>> inputs = torch.ones(5, 4)
+    >>> targets = torch.tensor([0, 1, 2, 0, 1])
+    >>> examples = torch.tensor([7, 99, 0, 3, 3])
+    >>> lam.shape, cleaning.inner_loss(w, lam, (inputs, targets, examples)).shape
     (torch.Size([100]), torch.Size([]))
     """
 

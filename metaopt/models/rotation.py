@@ -32,10 +32,13 @@ class Rotation(MetaModel):
         loss: ``(prediction, target) -> scalar``.
         degrees: the initial angle.
 
-    >>> rotation = Rotation.of(nn.Sequential(nn.Flatten(), nn.Linear(25, 2)), nn.functional.cross_entropy, degrees=90)
+    >>> module = nn.Sequential(nn.Flatten(), nn.Linear(25, 2))
+    >>> rotation = Rotation.of(module, nn.functional.cross_entropy, degrees=90)
     >>> w, lam = rotation.init()
-    >>> round(float(lam["angle"]), 4), rotation.inner_loss(w, lam, (torch.ones(3, 1, 5, 5), torch.tensor([0, 1, 0]))).shape
-    (1.5708, torch.Size([]))
+    >>> round(float(lam["angle"]), 4)
+    1.5708
+    >>> rotation.inner_loss(w, lam, (torch.ones(3, 1, 5, 5), torch.tensor([0, 1, 0]))).shape
+    torch.Size([])
     """
 
     degrees: float = 0.0

@@ -33,7 +33,8 @@ class RTN(MetaModel):
         loss: ``(prediction, target) -> scalar``.
         plain: the wrapped module without them.
 
-    >>> rtn = RTN.of(nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 3)), nn.functional.cross_entropy, after=["0"], bottleneck=4)
+    >>> module = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 3))
+    >>> rtn = RTN.of(module, nn.functional.cross_entropy, after=["0"], bottleneck=4)
     >>> w, lam = rtn.init()
     >>> {name: tuple(p.shape) for name, p in lam.items() if "weight" in name}
     {'0.inserted.down.weight': (4, 6), '0.inserted.up.weight': (7, 4)}

@@ -25,7 +25,8 @@ class LabelledImages:
         labels: int64 ``[N]``, numbers into ``names``.
         names: one name per class.
 
-    >>> data = LabelledImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 2]), ("ant", "bee", "cat"))
+    >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    >>> data = LabelledImages(images, torch.tensor([0, 1, 2, 2]), ("ant", "bee", "cat"))
     >>> data.classes([2, 0])
     LabelledImages(3 images of 1×8×8, 2 classes)
     >>> data.classes([2, 0]).labels.tolist()

@@ -1,4 +1,4 @@
-"""TinyImageNet: 200 classes, 500 training and 50 validation images of 3×64×64 each, from the published folder tree."""
+"""TinyImageNet: 200 classes, 500 training and 50 validation images of 3×64×64 each, from its folder tree."""
 
 from __future__ import annotations
 

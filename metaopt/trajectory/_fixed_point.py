@@ -45,7 +45,8 @@ def to_fixed(x: Tensor, what: str) -> Tensor:
     """
     if not bool((x.abs() < RANGE).all()):
         raise OverflowError(
-            f"reversible learning: {what} left the range of fixed-point numbers (±{RANGE:.0f}); lower the learning rate"
+            f"reversible learning: {what} left the range of fixed-point numbers (below {RANGE:.0f}); lower the "
+            "learning rate"
         )
     return (x.double() * SCALE).round().long()
 

@@ -96,10 +96,10 @@ def quadratic(
 def non_commuting(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
 ) -> Case:
-    r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`, a *descending* product.
+    r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`.
 
-    The batch of step t is :math:`H_t`; these do not commute, so a product in ascending order is
-    wrong.
+    The batch of step t is :math:`H_t`. These do not commute, so the product has to be in descending
+    order.
     """
     q = draw_quadratic(size, conditioning, seed)
     batches = [draw_quadratic(size, conditioning, 1000 + seed + t).H for t in range(horizon)]
@@ -121,9 +121,12 @@ def momentum(
 ) -> Case:
     r"""2. Problem 1 with heavy-ball momentum.
 
-    With :math:`e = w - \lambda`: :math:`v' = \mu v + H e,\; e' = e - \eta v'`, so :math:`(e, v)` is
-    multiplied by
-    :math:`M = \begin{pmatrix} I-\eta H & -\eta\mu I \\ H & \mu I \end{pmatrix}`, and with :math:`m = (M^T)_{00}`: :math:`dw_T/d\lambda = I - m`.
+    With :math:`e = w - \lambda` a step is :math:`v' = \mu v + H e,\; e' = e - \eta v'`. So each
+    step multiplies :math:`(e, v)` by the same matrix M, and
+
+    .. math::
+        M = \begin{pmatrix} I-\eta H & -\eta\mu I \\ H & \mu I \end{pmatrix}, \qquad
+        \frac{dw_T}{d\lambda} = I - (M^T)_{00}
     """
     q = draw_quadratic(size, conditioning, seed)
     eye = _eye(size)
@@ -146,9 +149,12 @@ def log_l2(
 
     The outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
 
-    Per coordinate :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c`: :math:`w_T = w^* + r^T
-    (w_0 - w^*)`, and by
-    :math:`dc/d\lambda = e^\lambda`: :math:`dw_T/d\lambda = e^\lambda [-\tfrac{ha}{c^2}(1 - r^T) - \eta T r^{T-1} (w_0 - w^*)]`.
+    Per coordinate, with :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c` and
+    :math:`dc/d\lambda = e^\lambda`:
+
+    .. math::
+        w_T = w^* + r^T (w_0 - w^*), \qquad
+        \frac{dw_T}{d\lambda} = e^\lambda \left[-\tfrac{ha}{c^2}(1 - r^T) - \eta T r^{T-1} (w_0 - w^*)\right]
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=True)
     h = q.H.diagonal()
@@ -170,7 +176,10 @@ def log_l2(
 def learning_rate(
     size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3
 ) -> Case:
-    r"""4. λ = η on :math:`L = \tfrac12 w^\top H w`: :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`."""
+    r"""4. The learning rate: λ = η on :math:`L = \tfrac12 w^\top H w`.
+
+    :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`.
+    """
     q = draw_quadratic(size, conditioning, seed)
     contraction = _eye(size) - lr * q.H
 
@@ -191,7 +200,10 @@ def learning_rate(
 
 
 def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Case:
-    r"""4b. One learning rate per step: :math:`dw_T/d\eta_t = -H \prod_{s \ne t} (I-\eta_s H)\, w_0` (the factors commute)."""
+    r"""4b. One learning rate per step: :math:`dw_T/d\eta_t = -H \prod_{s \ne t} (I-\eta_s H)\, w_0`.
+
+    The factors commute.
+    """
     q = draw_quadratic(size, conditioning, seed)
     rates = torch.linspace(0.1, 0.5, horizon, dtype=torch.float64)
 
@@ -244,11 +256,11 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
 
 
 def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
-    r"""7. :math:`L = \tfrac12 h |w-a|^2 + \tfrac12 \lambda |w|^2` with a single h (:math:`1/` ``conditioning``): problem 3 without the exponential.
+    r"""7. :math:`L = \tfrac12 h |w-a|^2 + \tfrac12 \lambda |w|^2` with a single h: 3 without the exponential.
 
-    A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so :math:`\sum_i \gamma^{t-i} B_i` is a
-    product with B at the γ-weighted mean of the weights: HyperDistill with that γ and θ = 1 is
-    exact at every horizon.
+    h is :math:`1/` ``conditioning``. A is the number :math:`\gamma = 1 - \eta(h + \lambda)`, so
+    :math:`\sum_i \gamma^{t-i} B_i` is a product with B at the γ-weighted mean of the weights:
+    HyperDistill with that γ and θ = 1 is exact at every horizon.
     """
     q = draw_quadratic(size, conditioning, seed)
     h = torch.tensor(1.0 / conditioning, dtype=torch.float64)
@@ -264,17 +276,23 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
 
 
 def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
-    r"""6. EvoGrad's problem: inner :math:`c\,[(x-1)^2 + \lambda x^2]` per coordinate (one with c = 1 in the paper), outer :math:`(x-\tfrac12)^2`.
+    r"""6. EvoGrad's problem: inner :math:`c\,[(x-1)^2 + \lambda x^2]` per coordinate, outer :math:`(x-\tfrac12)^2`.
 
-    Started at the minimum :math:`x^* = 1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`: at
-    convergence
-    :math:`2 (x^* - \tfrac12) \cdot (-x^{*2}) = (\lambda-1)/(\lambda+1)^3`, and T steps give the share :math:`1 - r^T` of it, with
-    :math:`r = 1 - 2\eta c (1+\lambda)`. Bohdal et al. 2021, `arXiv 2106.10575 <https://arxiv.org/abs/2106.10575>`__.
+    The paper has one coordinate, with c = 1. The run starts at the minimum :math:`x^* =
+    1/(1+\lambda)`, where :math:`dx^*/d\lambda = -x^{*2}`. At convergence the hypergradient is
 
-    EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number:
-    :math:`x + \epsilon`, weighted by
-    :math:`e^{-2\ell}`, is a product of Gaussians with mean :math:`\theta = (x + 4c)/(1 + 4c(1+\lambda))`, so the hypergradient is
-    :math:`2(\theta - \tfrac12)\, d\theta/d\lambda` with :math:`d\theta/d\lambda = -4c\, \theta/(1 + 4c(1+\lambda))`.
+    .. math:: 2 (x^* - \tfrac12) \cdot (-x^{*2}) = (\lambda-1)/(\lambda+1)^3,
+
+    and T steps give the share :math:`1 - r^T` of it, with :math:`r = 1 - 2\eta c (1+\lambda)`.
+    Bohdal et al. 2021, `arXiv 2106.10575 <https://arxiv.org/abs/2106.10575>`__.
+
+    EvoGrad's own limit for infinitely many copies (Gaussian noise, σ = 1, τ = ½) is another number.
+    :math:`x + \epsilon`, weighted by :math:`e^{-2\ell}`, is a product of Gaussians with mean θ, so
+    that the hypergradient is :math:`2(\theta - \tfrac12)\, d\theta/d\lambda` with
+
+    .. math::
+        \theta = \frac{x + 4c}{1 + 4c(1+\lambda)}, \qquad
+        \frac{d\theta}{d\lambda} = \frac{-4c\, \theta}{1 + 4c(1+\lambda)}.
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=True)
     c = q.H.diagonal()
@@ -306,12 +324,18 @@ def drifting(
     window: int = 2,
     drift: float = 0.1,
 ) -> Case:
-    r"""8. FDS's setting: :math:`L_t = \tfrac12 k |w|^2 - \lambda_{i(t)}\, c_t \cdot w`, one λ per window of steps, :math:`c_t` drifts along the run.
+    r"""8. FDS's setting: :math:`L_t = \tfrac12 k |w|^2 - \lambda_{i(t)}\, c_t \cdot w`, one λ per window.
 
-    With :math:`r = 1 - \eta k`: :math:`w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t`, so
-    :math:`dw_T/d\lambda_i = \eta \sum_{t \in i} r^{T-t} c_t`. For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`, noisy
-    measurements with linear drift: the mean over the window has the error of
-    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, `arXiv 2007.07869 <https://arxiv.org/abs/2007.07869>`__.
+    :math:`c_t` drifts along the run. With :math:`r = 1 - \eta k`
+
+    .. math::
+        w_T = r^T w_0 + \eta \sum_t r^{T-t} \lambda_{i(t)} c_t, \qquad
+        \frac{dw_T}{d\lambda_i} = \eta \sum_{t \in i} r^{T-t} c_t.
+
+    For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`: noisy measurements with
+    linear drift. Their mean has the error of
+    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, `arXiv 2007.07869
+    <https://arxiv.org/abs/2007.07869>`__.
     """
     q = draw_quadratic(size, conditioning, seed)
     k = 1 / conditioning
@@ -349,7 +373,7 @@ CLOSED_FORMS: list[Callable[..., Case]] = [
 
 
 def _shrunk(h: Tensor, a: Tensor, penalty: Tensor, w0: Tensor, lr: float, T: int) -> tuple[Tensor, Tensor]:
-    """``w_T`` of gradient descent on ``½h(w-a)² + ½ penalty w²``, and its derivative with respect to the penalty."""
+    """``w_T`` of gradient descent on ``½h(w-a)² + ½ penalty w²``, and its derivative by the penalty."""
     c = h + penalty
     r = 1 - lr * c
     minimum = h * a / c

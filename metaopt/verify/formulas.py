@@ -123,7 +123,10 @@ def _straight_line(problem: Case, horizon: int, estimator: DrMAD, alpha: Tensor)
 
 
 def _implicit(problem: Case, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
-    """``-a Σ_j α (I - aH)^j ∂²L/∂w∂λ``, or ``-α (H + ρI)^{-1} ∂²L/∂w∂λ``, at the last weights, with both derivatives from the loss itself."""
+    """``-a Σ_j α (I - aH)^j ∂²L/∂w∂λ``, or ``-α (H + ρI)^{-1} ∂²L/∂w∂λ``, at the last weights.
+
+    Both derivatives come from the loss itself.
+    """
     solver = estimator.solver
     H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
     total = power = alpha[: len(H)]
@@ -186,7 +189,7 @@ def _rate(problem: Case) -> float:
 
 
 def _distilled(problem: Case, horizon: int, estimator: HyperDistill, alpha: Tensor) -> Tensor:
-    """``θ Σ_i γ^{t-i} · α B(w*)`` with ``w*`` the γ-weighted mean of ``s_0 … s_{t-1}``, on one repeated batch."""
+    """``θ Σ_i γ^{t-i} · α B(w*)`` with ``w*`` the γ-weighted mean of ``s_0 … s_{t-1}``; one batch, repeated."""
     run = states(problem, horizon)
     weights = [estimator.gamma ** (horizon - i) for i in range(1, horizon + 1)]
     mean = tree.scale(0.0, run[0])

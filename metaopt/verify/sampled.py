@@ -60,7 +60,7 @@ def evograd(problem: Case, horizon: int, estimator: EvoGrad) -> Tensor:
 
 # -- a second run --------------------------------------------------------------------------------
 def f2sa(problem: Case, horizon: int, estimator: F2SA) -> Tensor:
-    """``∂L_val/∂λ(y) + κ (∂L/∂λ(y) - ∂L/∂λ(w))``, where y descends ``L + L_val/κ`` along the same batches."""
+    """``∂L_val/∂λ(y) + κ (∂L/∂λ(y) - ∂L/∂λ(w))``, where y descends ``L + L_val/κ`` beside w."""
     step = problem.step
     lam = problem.lam
     kappa = estimator.multiplier
@@ -81,7 +81,10 @@ def f2sa(problem: Case, horizon: int, estimator: F2SA) -> Tensor:
 
 
 def bome(problem: Case, horizon: int, estimator: BOME) -> Tensor:
-    """The λ part of ``∇L_val + κ ∇q`` over ``z = (y, λ)``, where ``q = L(y, λ) - L(w_t, λ)`` and y takes the y part of it, step by step."""
+    """The λ part of ``∇L_val + κ ∇q`` over ``z = (y, λ)``, where ``q = L(y, λ) - L(w_t, λ)``.
+
+    Step by step, y takes the y part of it.
+    """
     step = problem.step
     run = states(problem, horizon)
     n = vector(problem.w0).numel()
@@ -125,7 +128,12 @@ def persistent(estimator: PES, noise: list[Tensor]) -> Mirrored:
 
 
 def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Case, int, Any], Tensor]:
-    r""":math:`\frac1N \sum_k \xi_k\, [L_{val}(w_k^+, \lambda + \sigma\varepsilon_k) - L_{val}(w_k^-, \lambda - \sigma\varepsilon_k)] / 2\sigma`."""
+    r"""Values of the outer loss at mirrored noise, written out.
+
+    .. math::
+        \frac1N \sum_k \xi_k\,
+        \frac{L_{val}(w_k^+, \lambda + \sigma\varepsilon_k) - L_{val}(w_k^-, \lambda - \sigma\varepsilon_k)}{2\sigma}
+    """
 
     def hypergradient(problem: Case, horizon: int, estimator: Evolution) -> Tensor:
         generator = torch.Generator().manual_seed(estimator.seed)
@@ -154,7 +162,8 @@ def _perturbed_loss(problem: Case, run: list[InnerState], mirrored: Mirrored, si
 def uoro(problem: Case, horizon: int, estimator: UORO, alpha: Tensor) -> Tensor:
     r"""Mean over the sketches of :math:`(\alpha \tilde s)\, \tilde\theta`.
 
-    :math:`\tilde s \leftarrow \rho_0 A\tilde s + \rho_1\nu` and :math:`\tilde\theta \leftarrow \tilde\theta/\rho_0 + \nu B/\rho_1` with
+    :math:`\tilde s \leftarrow \rho_0 A\tilde s + \rho_1\nu` and
+    :math:`\tilde\theta \leftarrow \tilde\theta/\rho_0 + \nu B/\rho_1` with
     :math:`\rho_0^2 = |\tilde\theta|/|A\tilde s|`, :math:`\rho_1^2 = |\nu B|/|\nu|` (1 where either norm is 0).
     """
     generator = torch.Generator().manual_seed(estimator.seed)
