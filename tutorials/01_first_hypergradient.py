@@ -50,7 +50,8 @@ model
 
 # %%
 truth = torch.randn(20)
-x_train, x_val = torch.randn(40, 20), torch.randn(200, 20)
+x_train = torch.randn(40, 20)
+x_val = torch.randn(200, 20)
 y_train = (x_train @ truth + 3.0 * torch.randn(40)).unsqueeze(1)
 y_val = (x_val @ truth + 3.0 * torch.randn(200)).unsqueeze(1)
 
@@ -123,7 +124,8 @@ estimators = {"1-step": mo.OneStep(), "truncated, 20": mo.TruncatedRMD(20), "DrM
 print(f"{'':14} {'cosine':>8} {'norm ratio':>11} {'products':>9}")
 for name, estimator in estimators.items():
     hg = mo.hypergradient(step, outer_loss, model.params, lam, batches, (x_val, y_val), estimator=estimator)
-    g, e = flat(hg.total), flat(exact.total)
+    g = flat(hg.total)
+    e = flat(exact.total)
     print(f"{name:14} {F.cosine_similarity(g, e, dim=0):8.4f} {g.norm() / e.norm():11.4f} {hg.cost.products:9d}")
 
 # %% [markdown]

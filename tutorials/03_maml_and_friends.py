@@ -46,7 +46,8 @@ torch.manual_seed(0)
 # is a stack of tasks: the first axis of every tensor counts them.
 
 # %%
-STEPS, TASKS = 5, 8
+STEPS = 5
+TASKS = 8
 distribution = mo.tasks.Sinusoid(shots=10)
 
 
@@ -76,14 +77,16 @@ def adam(params):
     return torch.optim.Adam(params, lr=3e-3)
 
 
-RUNS, RATE = 500, 0.02
+RUNS = 500
+RATE = 0.02
 sgd = mo.optim.SGD(lr=RATE)
 maml = mo.models.MAML.of(network(), mse_loss)
 meta_sgd = mo.models.MetaSGD.of(network(), mse_loss, rate=RATE)
 anil = mo.models.MAML.of(network(), mse_loss, weights=["4.*"])
 methods = {"MAML": (maml, sgd), "Meta-SGD": (meta_sgd, meta_sgd.optimizer), "ANIL": (anil, sgd)}
 
-learned, losses = {}, {}
+learned = {}
+losses = {}
 for name, (model, optimizer) in methods.items():
     step = model.step(optimizer)
     w, lam = model.init()
@@ -187,7 +190,8 @@ left.set_xticks(range(0, MORE + 1, 2))
 
 grid = torch.linspace(-5, 5, 200)[:, None]
 one = 3
-x, y = new.train.x[one], new.train.y[one]
+x = new.train.x[one]
+y = new.train.y[one]
 single = mo.inner_step(fit, sgd)
 with torch.no_grad():
     before = single.init(lam, None)

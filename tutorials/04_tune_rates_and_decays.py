@@ -46,9 +46,12 @@ torch.set_default_dtype(torch.float64)
 # %%
 x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
 order = torch.randperm(len(y))
-x, y = x[order] / 16, y[order]
+x = x[order] / 16
+y = y[order]
 x = x - x[:200].mean(0)
-train, validation, test = (x[:200], y[:200]), (x[200:700], y[200:700]), (x[700:], y[700:])
+train = (x[:200], y[:200])
+validation = (x[200:700], y[200:700])
+test = (x[700:], y[700:])
 
 model = mo.functional(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10)))
 
@@ -139,7 +142,9 @@ for name, report in {"first guess": constant[0], "one rate": constant[-1], "a ra
 # ## 5. The picture
 
 # %%
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREY = "#666666"
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
 zoom = left.inset_axes((0.4, 0.38, 0.58, 0.58))
 rounds = range(1, ROUNDS + 1)

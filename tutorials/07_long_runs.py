@@ -42,7 +42,8 @@ torch.set_num_threads(1)
 # %%
 x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
 x = x.float() / 16
-train, validation = (x[:300], y[:300]), (x[300:800], y[300:800])
+train = (x[:300], y[:300])
+validation = (x[300:800], y[300:800])
 model = mo.functional(torch.nn.Linear(64, 10))
 
 

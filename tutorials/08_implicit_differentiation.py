@@ -53,7 +53,8 @@ def data(n):
     return x, x @ truth + 0.3 * torch.randn(n)
 
 
-train, validation = data(60), data(200)
+train = data(60)
+validation = data(200)
 
 
 def inner_loss(w, lam, batch):
@@ -160,7 +161,10 @@ assert against_run[-1] < 1e-3
 # ## 4. The picture
 
 # %%
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+GREY = "#666666"
 figure, (left, right_axes) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
 left.loglog(HORIZONS, against_run, "o-", color=ORANGE)
 left.annotate("IFT", (HORIZONS[5], against_run[5]), (8, 0), textcoords="offset points", color=ORANGE)

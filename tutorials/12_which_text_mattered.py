@@ -18,8 +18,8 @@
 # %% [markdown]
 # # Which training text mattered?
 #
-# A language model was trained on many texts. Which of them helped it on the text that matters, and which did harm? The honest answer is to
-# train again without each text. That is one training run per text.
+# Training used many texts. Which of them helped on the text that matters, and which did harm? The honest answer is to train again without
+# each text. That is one training run per text.
 #
 # A hypergradient answers for all texts at once. Give each text a weight, all equal to 1. The derivative of the validation loss with respect
 # to a weight says what a little more of that text would have done. This page computes it exactly, through every Adam step of a small
@@ -57,7 +57,8 @@ OTHER = (
     "my uncle quickly put down his cup and ran out, for he had known that boat when he was a boy of six. "
     "fog hid whatever else lay on the bay. by dusk a lamp was lit up on board, and a woman sang. "
 )
-LENGTH, STRIDE = 24, 12
+LENGTH = 24
+STRIDE = 12
 
 symbols = sorted(set(SUBJECT + OTHER))
 
@@ -72,7 +73,8 @@ def shuffled(rows):
 
 
 about = windows(SUBJECT)
-validation_rows, same = about[-14:], about[:12]
+validation_rows = about[-14:]
+same = about[:12]
 kinds = {"same subject": same, "another subject": windows(OTHER)[:12], "shuffled letters": shuffled(same)}
 texts = torch.cat(list(kinds.values()))
 kind_of = [name for name, rows in kinds.items() for _ in rows]
@@ -114,7 +116,8 @@ def per_text(scores, targets):
     return cross_entropy(scores.mT, targets, reduction="none").mean(-1)
 
 
-T, BATCH = 60, 12
+T = 60
+BATCH = 12
 chosen = [torch.randperm(N)[:BATCH] for _ in range(T)]
 batches = [(texts[i, :-1], texts[i, 1:], i) for i in chosen]
 validation = (validation_rows[:, :-1], validation_rows[:, 1:])
@@ -189,7 +192,8 @@ def effect_of_less(amount, step=step):
     return torch.tensor([trained_loss(moved(i, -amount), step) - full for i in range(N)]) / amount
 
 
-left_out, a_tenth_less = effect_of_less(1.0), effect_of_less(0.1)
+left_out = effect_of_less(1.0)
+a_tenth_less = effect_of_less(0.1)
 rank = {name: spearmanr(helped, y).statistic for name, y in (("without it", left_out), ("a tenth less", a_tenth_less))}
 print(f"rank correlation of one hypergradient with {N} runs:", ", ".join(f"{name} {r:.2f}" for name, r in rank.items()))
 for name in kinds:

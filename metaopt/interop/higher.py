@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
@@ -172,8 +172,8 @@ def from_higher(what: Any, module: nn.Module | None = None) -> FromHigher | High
 def _of_torch(optimizer: torch.optim.Optimizer, module: nn.Module | None) -> FromHigher:
     kind = type(optimizer)
     if kind not in differentiable._opt_mapping:
-        kinds: Iterable[Any] = differentiable._opt_mapping
-        known = ", ".join(sorted(cls.__name__ for cls in kinds))
+        names = [kind.__name__ for kind in differentiable._opt_mapping]  # pyright: ignore[reportAttributeAccessIssue]
+        known = ", ".join(sorted(names))
         raise TypeError(f"higher has no differentiable {kind.__name__}; it has {known}. See mo.interop.from_torch")
     for group in optimizer.param_groups:
         for setting in ("maximize", "decoupled_weight_decay"):

@@ -24,7 +24,8 @@ def theirs(net, runs=3):
         batches, (query_x, query_y) = sample(run)
         outer.zero_grad()
         for i in range(len(query_x)):
-            body, head = net[:2], net[2]
+            body = net[:2]
+            head = net[2]
             inner = torch.optim.SGD(head.parameters(), lr=0.01)
             with higher.innerloop_ctx(head, inner, copy_initial_weights=False) as (fast, steps):
                 for x, y in batches:

@@ -13,7 +13,8 @@ TEXT = (
     "the inner loop fits the weights to the data that it is given. the outer loop asks how the data should have been "
     "weighted, so that the weights would be better on the text that matters. both are gradients. "
 )
-LENGTH, STEPS = 12, 12
+LENGTH = 12
+STEPS = 12
 
 
 class Transformer(nn.Module):
@@ -22,7 +23,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(symbols, width)
         self.place = nn.Parameter(0.1 * torch.randn(LENGTH, width))
         self.mix = nn.Linear(width, 3 * width)
-        self.norm, self.think = nn.LayerNorm(width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.think = nn.Linear(width, width)
         self.read = nn.Linear(width, symbols)
 
     def forward(self, x):
@@ -37,7 +39,8 @@ def data():
     symbols = sorted(set(TEXT))
     ids = torch.tensor([symbols.index(c) for c in TEXT])
     windows = ids.unfold(0, LENGTH + 1, 5)
-    x, y = windows[:, :-1], windows[:, 1:]
+    x = windows[:, :-1]
+    y = windows[:, 1:]
     g = torch.Generator().manual_seed(0)
     which = [torch.randint(len(x) - 8, (8,), generator=g) for _ in range(STEPS)]
     return [(x[i], y[i], i) for i in which], (x[-8:], y[-8:]), len(x) - 8

@@ -34,7 +34,8 @@ def ours(net):
 def theirs(net):
     (x, y), (test_x, test_y) = data()
     ones = torch.ones(len(x), 1, dtype=torch.float64)
-    design, test_design = torch.cat([x, ones], 1), torch.cat([test_x, ones], 1)
+    design = torch.cat([x, ones], 1)
+    test_design = torch.cat([test_x, ones], 1)
     phi = torch.cat([net.weight, net.bias[None]], 1).detach().requires_grad_()
     hessian = 2 * design.T @ design / len(x)
     pulled = 2 * y.T @ design / len(x) + PULL * phi

@@ -15,7 +15,8 @@ def loss_network():
 
 
 def ours(net, runs=3):
-    model, learned = mo.functional(net), mo.functional(loss_network())
+    model = mo.functional(net)
+    learned = mo.functional(loss_network())
 
     def inner_loss(w, lam, batch):
         return learned(lam, torch.cat([model(w, batch[0]), batch[1]], 1)).mean()

@@ -43,7 +43,9 @@ def ours():
 
 def theirs():
     rule = rule_network()
-    w, momentum, loss = starts().requires_grad_(), 0.0, 0.0
+    w = starts().requires_grad_()
+    momentum = 0.0
+    loss = 0.0
     for _ in range(STEPS):
         (g,) = torch.autograd.grad(valley(w), w, create_graph=True)
         momentum = 0.9 * momentum + g

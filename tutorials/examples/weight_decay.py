@@ -13,7 +13,8 @@ START = 1e-3
 
 def data():
     x, y = load_digits(return_X_y=True)
-    x, y = torch.from_numpy(x) / 16, torch.from_numpy(y)
+    x = torch.from_numpy(x) / 16
+    y = torch.from_numpy(y)
     return [(x[100 * t : 100 * t + 100], y[100 * t : 100 * t + 100]) for t in range(10)], (x[1000:1300], y[1000:1300])
 
 
