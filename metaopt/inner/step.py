@@ -82,8 +82,29 @@ def check_optimizer(optimizer: Optimizer, inner_loss: Any) -> Optimizer:
     return optimizer
 
 
+class StepOfLoss(Step):
+    """A step that is made of an inner loss.
+
+    Attributes:
+        inner_loss: the loss, of one task or mapped over several.
+    """
+
+    inner_loss: Any
+    _look: FirstLook
+
+    @property
+    @override
+    def stacked(self) -> bool:
+        return is_stacked(self.inner_loss)
+
+    @property
+    @override
+    def undeclared(self) -> list[str]:
+        return self._look.undeclared
+
+
 @dataclass(frozen=True, repr=False)
-class InnerStep(Step):
+class InnerStep(StepOfLoss):
     r"""Φ: one optimiser step on ``inner_loss``; pure.
 
     .. math:: (w', v') = \mathrm{optimiser}(\nabla_w L(w, \lambda; D),\; w, v, \lambda)
@@ -107,16 +128,6 @@ class InnerStep(Step):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_gradients", self.adjoint.of(self._value_for_two))
-
-    @property
-    @override
-    def stacked(self) -> bool:
-        return is_stacked(self.inner_loss)
-
-    @property
-    @override
-    def undeclared(self) -> list[str]:
-        return self._look.undeclared
 
     @override
     def init(self, w: Tree, lam: Tree) -> InnerState:

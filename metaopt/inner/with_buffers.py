@@ -16,11 +16,11 @@ from typing_extensions import override
 from metaopt import replay, tree
 from metaopt.functional import WithBuffers
 from metaopt.inner._first_look import FirstLook
-from metaopt.inner.contract import Linearized, Stationary, Step, check_weights, checked_scalar
+from metaopt.inner.contract import Linearized, Stationary, check_weights, checked_scalar
 from metaopt.inner.custom import LinearizedCustomStep
 from metaopt.inner.state import InnerState
-from metaopt.inner.step import InnerStep, check_optimizer
-from metaopt.inner.tasks import Stacked, TaskLoss, is_stacked
+from metaopt.inner.step import InnerStep, StepOfLoss, check_optimizer
+from metaopt.inner.tasks import Stacked, TaskLoss
 from metaopt.optim.optimizer import Optimizer
 from metaopt.tree import Tree
 
@@ -72,7 +72,7 @@ def inner_step_with_buffers(inner_loss: LossWithBuffers | TaskLoss, optimizer: O
 
 
 @dataclass(frozen=True)
-class StepWithBuffers(Step):
+class StepWithBuffers(StepOfLoss):
     """Φ of weights and buffers; see :func:`inner_step_with_buffers`.
 
     Attributes:
@@ -83,16 +83,6 @@ class StepWithBuffers(Step):
     inner_loss: LossWithBuffers | TaskLoss
     optimizer: Optimizer
     _look: FirstLook = field(default_factory=FirstLook, repr=False, compare=False)
-
-    @property
-    @override
-    def stacked(self) -> bool:
-        return is_stacked(self.inner_loss)
-
-    @property
-    @override
-    def undeclared(self) -> list[str]:
-        return self._look.undeclared
 
     @override
     def init(self, w: Tree, lam: Tree) -> InnerState:
