@@ -85,7 +85,7 @@ class Problem:
             ) from None
 
     def hypergradient(self, estimator: Estimator = RMD(), *, at: Sequence[int] | None = None) -> Hypergradient:
-        """See :func:`metaopt.hypergradient`."""
+        """The gradient of the outer loss after the run; see :func:`metaopt.hypergradient`."""
         return hypergradient(
             self.step,
             self.outer_loss,
@@ -99,7 +99,7 @@ class Problem:
         )
 
     def unroll(self, estimator: Estimator = RMD(), *, at: Sequence[int] | None = None) -> Any:
-        """See :func:`metaopt.unroll`."""
+        """The last state as one autograd node; see :func:`metaopt.unroll`."""
         return unroll(self.step, self.w0, self.lam, self.batches, estimator=estimator, at=at, horizon=self.horizon)
 
     def tune(self, estimator: Estimator = RMD(), **options: Any) -> Reports:

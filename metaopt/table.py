@@ -70,7 +70,7 @@ class Table:
         return table
 
     def _right(self) -> list[bool]:
-        """Which columns hold numbers."""
+        """For each column whether it holds numbers, which stand to the right."""
         if not self.rows:
             return [False] * len(self.columns)
         return [not any(isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]

@@ -52,7 +52,7 @@ class Comparison:
         return {name: part.as_dict() for name, part in self.parts.items()}
 
     def tables(self) -> list[Table]:
-        """One table per part."""
+        """The table of each part that was asked for."""
         return [part.table() for part in self.parts.values()]
 
     def figure(self) -> Figure:

@@ -52,7 +52,6 @@ class Suggestion:
     state_bytes: int
 
     def __repr__(self) -> str:
-        """One paragraph."""
         return f"{self.estimator}: {self.reason} Predicted: {self.cost}, {self.state_bytes / 2**20:.1f} MiB of states."
 
 
@@ -119,7 +118,7 @@ def suggest_estimator(
 
 
 class Choice(NamedTuple):
-    """An estimator, and why."""
+    """An estimator, and why it was chosen for these sizes."""
 
     estimator: Estimator
     reason: str

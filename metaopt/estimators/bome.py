@@ -81,7 +81,6 @@ class BOME(AlongOneOuterLoss):
     eta: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.positive(self, "rate", self.rate)
         checks.positive(self, "eta", self.eta)
 

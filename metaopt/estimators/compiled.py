@@ -36,7 +36,6 @@ class CompiledLoss(Compiled):
     """
 
     def __init__(self, loss: OuterLoss, backend: str) -> None:
-        """Nothing is compiled yet."""
         super().__init__("the outer loss", backend, dynamic=False)
         self.loss = loss
         self.unused: list[bool] | None = None

@@ -48,7 +48,6 @@ class Cost:
         return ", ".join(said) or "nothing"
 
     def __add__(self, other: Cost) -> Cost:
-        """Work of both."""
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
@@ -60,8 +59,8 @@ class CountedStep(WrappedStep):
         self.step = step
         self.cost = cost
 
+    @override
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ."""
         self.cost.steps += self.steps_in(batch)
         return self.step(state, lam, batch)
 

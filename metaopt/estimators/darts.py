@@ -56,7 +56,6 @@ class DARTS(FromLastStep):
     radius: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the radius."""
         checks.positive(self, "radius", self.radius)
 
     @override

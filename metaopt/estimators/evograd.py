@@ -102,7 +102,6 @@ class EvoGrad(Estimator):
     check_size: bool = True
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "copies", self.copies, at_least=2)
         checks.positive(self, "sigma", self.sigma)
         checks.positive(self, "temperature", self.temperature)
@@ -118,7 +117,7 @@ class EvoGrad(Estimator):
 
     @property
     def effective_rate(self) -> float:
-        r""":math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}`."""
+        r"""The rate that the copies stand for, :math:`\eta_{\mathrm{eff}} = \frac{K-1}{K} \frac{\sigma^2}{\tau}`."""
         return (self.copies - 1) / self.copies * self.sigma**2 / self.temperature
 
     def init(self, step: Step, state: InnerState, lam: Tree) -> EvoGradCarry:

@@ -84,7 +84,6 @@ class Evolution(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "pairs", self.pairs)
         checks.positive(self, "sigma", self.sigma)
 
@@ -209,7 +208,6 @@ class Windowed(Evolution):
     window: int = 1
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         super().__post_init__()
         checks.count(self, "window", self.window)
 

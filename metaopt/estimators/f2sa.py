@@ -52,7 +52,6 @@ class F2SA(AlongOneOuterLoss):
     multiplier: float = 100.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.positive(self, "rate", self.rate)
         checks.positive(self, "multiplier", self.multiplier)
 

@@ -66,7 +66,6 @@ class FDS(ForwardMode):
     columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         check_columns(self, self.columns_at_once)
         for size in tree.leaves(self.window):
             if not isinstance(size, int) or size < 1:

@@ -117,7 +117,6 @@ class FMD(ForwardMode):
     columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the setting."""
         check_columns(self, self.columns_at_once)
 
 

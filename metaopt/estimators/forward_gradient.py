@@ -64,7 +64,6 @@ class ForwardGradient(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "directions", self.directions)
         checks.one_of(self, "noise", self.noise, ("gaussian", "sign"))
 

@@ -88,7 +88,6 @@ class HyperDistill(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.unit_interval(self, "gamma", self.gamma)
         checks.finite(self, "theta", self.theta)
         checks.one_of(self, "pi", self.pi, ("theta", "plain", "unit"))
@@ -107,7 +106,7 @@ class HyperDistill(Estimator):
         return self.pi != "unit"
 
     def memory(self, step: Step) -> Distilled:
-        """The trajectory: running distillates."""
+        """What is remembered of the run: a running mean of the weights and of the batches."""
         axis = int(step.stacked) if self.example_axis is None else self.example_axis
         return Distilled(self.gamma, axis, self.stochastic_rounding, self.seed)
 

@@ -190,7 +190,7 @@ def evaluate(
 def result(
     step: CountedStep, state: InnerState, lam: Tree, estimator: Estimator, terms: Terms, *, look: bool = True
 ) -> Hypergradient:
-    """The hypergradient, checked."""
+    """The hypergradient, with an error where it is not finite or λ has no influence."""
     if look:
         warn_of(step.undeclared)
     _check_used(terms.direct, terms.indirect, lam, estimator)

@@ -87,7 +87,6 @@ class IFT(FromLastStep):
     start: Solution | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         for name in ("converged", "solved"):
             if getattr(self, name) is not None:
                 checks.non_negative(self, name, getattr(self, name))

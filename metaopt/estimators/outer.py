@@ -29,7 +29,7 @@ class OuterObjective(NamedTuple):
     look: bool = False
 
     def gradient(self, w: Tree, lam: Tree, *, needs_weights: bool = True) -> tuple[Tensor, Tree, Tree]:
-        """See :func:`outer_gradient`."""
+        """The value and both gradients; see :func:`outer_gradient`."""
         return outer_gradient(self.loss, w, lam, self.batch, needs_weights=needs_weights, look=self.look)
 
     def value(self, w: Tree, lam: Tree) -> Tensor:

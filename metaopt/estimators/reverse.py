@@ -29,7 +29,7 @@ class ReverseMode(Estimator):
     @property
     @abstractmethod
     def remembered(self) -> Trajectory:
-        """The trajectory."""
+        """What is remembered of the run."""
 
     @property
     def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -179,7 +179,6 @@ class RMD(ReverseMode):
     trajectory: Trajectory = Full()
 
     def __post_init__(self) -> None:
-        """Check the setting."""
         checks.provides(self, "trajectory", self.trajectory, "moments", "for instance mo.trajectory.Checkpointed(16)")
 
     @property
@@ -218,7 +217,6 @@ class TruncatedRMD(ReverseMode):
     steps: int
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "steps", self.steps, at_least=0)
 
     @property

@@ -60,7 +60,6 @@ class SAMA(FromLastStep):
     radius: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the radius."""
         checks.positive(self, "radius", self.radius)
 
     @override

@@ -57,7 +57,6 @@ class SOBA(AlongOneOuterLoss):
     rate: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         checks.positive(self, "rate", self.rate)
 
     @override

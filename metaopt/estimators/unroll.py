@@ -122,7 +122,7 @@ def unroll(
 
 @dataclass
 class _Run:
-    """One call of :func:`unroll`."""
+    """What one call of :func:`unroll` hands to its autograd node."""
 
     step: Step
     estimator: Estimator
@@ -132,7 +132,7 @@ class _Run:
     closed: tuple[Tensor, ...]
 
     def plain(self, w0: Tree, lam: Tree, batch: Any, batches: Iterator[Any]) -> list[InnerState]:
-        """Without remembering anything."""
+        """The states that are asked for, without remembering anything on the way."""
         with torch.no_grad():
             lam = tree.detach(lam)
             state = tree.detach(self._begin(self.step, w0, lam, batch))

@@ -57,7 +57,6 @@ class UORO(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "sketches", self.sketches)
 
     @override

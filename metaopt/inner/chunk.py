@@ -136,7 +136,6 @@ class ChunkLinearized(Linearized):
     __slots__ = ("_parts", "_state")
 
     def __init__(self, parts: list[Linearized], state: InnerState) -> None:
-        """Keep them."""
         self._parts = parts
         self._state = state
 

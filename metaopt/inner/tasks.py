@@ -88,7 +88,6 @@ class TaskLoss(ABC):
     reduction: Reduction = "sum"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not callable(self.loss):
             raise TypeError(f"the loss of one task is a function (w, lam, batch) -> scalar, got {self.loss!r}")
         if isinstance(self.loss, TaskLoss):
@@ -161,7 +160,6 @@ class Vmapped(TaskLoss):
     randomness: str = "different"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         super().__post_init__()
         if self.tasks_at_once is not None and self.tasks_at_once < 1:
             raise ValueError(f"vmapped: tasks_at_once must be at least 1, got {self.tasks_at_once}")

@@ -145,7 +145,7 @@ class Checkpoint:
     rng: replay.Rng | None = None
 
     def save(self, path: Path) -> None:
-        """Write it; see :func:`write`."""
+        """Write it to ``path``, as a whole or not at all; see :func:`write`."""
         write(path, "meta-training", vars(self))
 
     @classmethod

@@ -95,7 +95,7 @@ class History:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns."""
+        """All names that occur in the rows, in the order in which they came."""
         names: dict[str, None] = {}
         for row in self.rows:
             names |= dict.fromkeys(row)
@@ -130,7 +130,7 @@ class History:
         return figure
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write the rows as JSON, for :meth:`load`."""
         Path(path).write_text(json.dumps({"metaopt history": 1, "rows": self.rows}, indent=1))
 
     @classmethod

@@ -20,7 +20,6 @@ class HyperSteps:
     last: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         checks.count(self, "every", self.every)
         if self.last is not None:
             checks.count(self, "last", self.last)

@@ -54,7 +54,6 @@ class OuterOptimizer:
         clip_norm: float | None = None,
         project: Callable[[Tree], Tree] | None = None,
     ) -> None:
-        """See the class."""
         check_lam(lam)
         if clip_norm is not None:
             checks.positive(self, "clip_norm", clip_norm)
@@ -122,7 +121,7 @@ class OuterOptimizer:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put a :meth:`state_dict` back."""
+        """Go on from where :meth:`state_dict` was taken."""
         with torch.no_grad():
             for parameter, value in zip(self._params, state["lam"], strict=True):
                 parameter.copy_(value)

@@ -95,7 +95,7 @@ class Reports(Iterator[Report]):
         return next(self._reports)
 
     def close(self) -> None:
-        """End the loop here."""
+        """End the loop after this report; what is open is closed."""
         self._reports.close()
 
     def __repr__(self) -> str:

@@ -39,7 +39,6 @@ class SignStep(Optimizer):
     """
 
     def __init__(self, params: Any, lr: float = 0.1, shrink: float = 0.5) -> None:
-        """See the class."""
         super().__init__(params, {"lr": lr, "shrink": shrink})
         for group in self.param_groups:
             if not group["lr"] > 0:

@@ -102,8 +102,8 @@ class TaskChunks(WrappedStep):
     def around(self, step: Step) -> TaskChunks:
         return TaskChunks(step, self.tasks_at_once)
 
+    @override
     def __call__(self, state: InnerState, lam: Tree, batch: Any) -> InnerState:
-        """Φ, part by part."""
         return _joined([self.step(state_i, lam, batch_i) for state_i, batch_i in self._parts(state, batch)])
 
     @override
@@ -126,7 +126,6 @@ class TaskChunks(WrappedStep):
 
     @override
     def adapt(self, state: InnerState, lam: Tree, batch: Any, alpha: Tree) -> tuple[Tree, Tree]:
-        """Part by part."""
         found = [
             self.step.adapt(state_i, lam, batch_i, alpha_i)
             for state_i, batch_i, alpha_i in self._parts(state, batch, alpha)
@@ -143,7 +142,6 @@ class LinearizedParts(Linearized):
     __slots__ = ("_parts", "_tasks_at_once")
 
     def __init__(self, parts: list[Linearized], tasks_at_once: int) -> None:
-        """Keep them."""
         self._parts = parts
         self._tasks_at_once = tasks_at_once
 
@@ -156,7 +154,6 @@ class LinearizedParts(Linearized):
     def pullback(
         self, cotangent: InnerState, wrt: Wrt = "both", *, last: bool = False
     ) -> tuple[InnerState | None, Tree]:
-        """Part by part."""
         bars = _parts((cotangent,), self._tasks_at_once)
         return _gathered(part.pullback(bar, wrt, last=last) for part, (bar,) in zip(self._parts, bars, strict=True))
 

@@ -141,7 +141,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """The settings of :func:`tune`."""
+    """What one call of :func:`tune` was given."""
 
     step: Step
     outer_loss: OuterLoss

@@ -37,7 +37,7 @@ def group_norm(channels: int) -> nn.Module:
 
 
 def no_norm(channels: int) -> nn.Module:
-    """No normalisation."""
+    """In the place of a normalisation layer: none."""
     return nn.Identity()
 
 

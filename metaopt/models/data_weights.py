@@ -22,7 +22,7 @@ class Weighting(Protocol):
         ...
 
     def __call__(self, lam: Tensor) -> Tensor:
-        """``[N] -> [N]``."""
+        """A weight for each number of λ: ``[N] -> [N]``."""
         ...
 
 
@@ -37,7 +37,7 @@ class RawWeights:
     start: float = 1.0
 
     def __call__(self, lam: Tensor) -> Tensor:
-        """The weights."""
+        """λ itself, which may be negative."""
         return lam
 
 
@@ -52,7 +52,7 @@ class SigmoidWeights:
     start: float = 0.0
 
     def __call__(self, lam: Tensor) -> Tensor:
-        """The weights."""
+        """The logistic function of each λ."""
         return torch.sigmoid(lam)
 
 
@@ -67,7 +67,7 @@ class SoftmaxWeights:
     start: float = 0.0
 
     def __call__(self, lam: Tensor) -> Tensor:
-        """The weights."""
+        """N times the softmax over all examples."""
         return lam.shape[0] * torch.softmax(lam, 0)
 
 
@@ -111,7 +111,6 @@ class DataWeights(MetaModel):
     weighting: Weighting = RawWeights()
 
     def __post_init__(self) -> None:
-        """Check N."""
         checks.count(self, "examples", self.examples)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Learned feature-wise transformation (LFT)."""
+"""Learned feature-wise transformation (LFT): noise on features, of learned size."""
 
 from __future__ import annotations
 

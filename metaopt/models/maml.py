@@ -55,7 +55,6 @@ class MAML(MetaModel):
     weights: str | Sequence[str] | Callable[[str], bool] = "*"
 
     def __post_init__(self) -> None:
-        """Refuses a negative μ."""
         checks.non_negative(self, "proximity", self.proximity)
 
     @classmethod

@@ -46,7 +46,6 @@ class MetaSGD(MetaModel):
     rate: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         checks.positive(self, "rate", self.rate)
 
     @classmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from metaopt import checks
 from metaopt.functional import FunctionalModel, Params, functional
@@ -32,11 +34,14 @@ Coefficients: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Floor:
+class _Floor(ABC):
     floor: float = 0.0
 
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Weights ``[n]``, no less than the floor, from the numbers that the net gives."""
+
     def __post_init__(self) -> None:
-        """Check the floor."""
         checks.unit_interval(self, "floor", self.floor, closed="left")
 
 
@@ -48,8 +53,8 @@ class SigmoidAbove(_Floor):
         floor: f, in [0, 1).
     """
 
+    @override
     def __call__(self, x: Tensor) -> Tensor:
-        """The weights."""
         return self.floor + (1 - self.floor) * torch.sigmoid(x)
 
 
@@ -63,8 +68,8 @@ class SigmoidClamped(_Floor):
         floor: f, in [0, 1).
     """
 
+    @override
     def __call__(self, x: Tensor) -> Tensor:
-        """The weights."""
         return torch.sigmoid(x).clamp_min(self.floor)
 
 

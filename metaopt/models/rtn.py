@@ -1,4 +1,4 @@
-"""Representation transformation network (MetaXL)."""
+"""Representation transformation network (MetaXL): a learned map between two layers."""
 
 from __future__ import annotations
 

@@ -49,7 +49,6 @@ class Warp:
     kernel_size: int = 3
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         checks.count(self, "layers", self.layers)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"a warp keeps the size of the image, so its kernel_size is odd, got {self.kernel_size}")
@@ -162,7 +161,7 @@ class WarpGrad(MetaModel):
 
 
 class _Residual(nn.Sequential):
-    """``x + f(x)``."""
+    """A block with a shortcut around it, ``x + f(x)``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input + super().forward(input)

@@ -56,7 +56,7 @@ class CheckpointedTape:
 
     @property
     def steps(self) -> int:
-        """Steps taken so far."""
+        """How many steps the run has taken so far."""
         return len(self.batches)
 
 

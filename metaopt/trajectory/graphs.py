@@ -1,4 +1,4 @@
-"""Every step's graph."""
+"""The graph of every step is kept: no step is evaluated twice."""
 
 from __future__ import annotations
 

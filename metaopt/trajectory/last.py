@@ -1,4 +1,4 @@
-"""The last K states."""
+"""The last K states: a bounded window of the run."""
 
 from __future__ import annotations
 

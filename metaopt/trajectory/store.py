@@ -73,7 +73,7 @@ class OnDevice(Elsewhere):
     device: str
 
     def put(self, state: InnerState) -> Away:
-        """A copy there."""
+        """A copy of the state on that device."""
         there = tree.map(lambda x: x.to(self.device, copy=True) if isinstance(x, Tensor) else x, state)
         return Away(there, _home(state))
 
