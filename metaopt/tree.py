@@ -324,10 +324,11 @@ def lerp(a: Tree, b: Tree, weight: float) -> Tree:
 
 def dot(a: Tree, b: Tree) -> Tensor:
     """Inner product over all floating-point leaves (a missing leaf counts as zero)."""
-    pairs = [(x, y) for x, y in zip(leaves(a), leaves(b), strict=True) if is_float(x) and is_float(y)]
-    if not pairs:
+    pairs = zip(leaves(a), leaves(b), strict=True)
+    terms = [(x * y).sum() for x, y in pairs if is_float(x) and is_float(y)]
+    if not terms:
         return torch.zeros(())
-    return torch.stack([(x * y).sum() for x, y in pairs]).sum()
+    return torch.stack(terms).sum()
 
 
 def norm(a: Tree) -> Tensor:

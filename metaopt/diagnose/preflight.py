@@ -85,11 +85,15 @@ class Preflight(Result):
 
     @override
     def rows(self) -> list[dict[str, Any]]:
-        tried = [(look.what, "ok" if look.good else "LOOK", look.found, look.remedy) for look in self.looks]
+        rows = []
+        for look in self.looks:
+            verdict = "ok" if look.good else "LOOK"
+            rows.append({"what": look.what, "": verdict, "found": look.found, "remedy": look.remedy})
         for forecast in self.forecasts:
+            what = f"RMD over {forecast.trajectory}, T = {self.horizon}"
             found = f"{forecast.bytes / 2**20:.1f} MiB, {forecast.seconds:.2g} s"
-            tried.append((f"RMD over {forecast.trajectory}, T = {self.horizon}", "forecast", found, ""))
-        return [dict(zip(("what", "", "found", "remedy"), row, strict=True)) for row in tried]
+            rows.append({"what": what, "": "forecast", "found": found, "remedy": ""})
+        return rows
 
     @override
     def draw(self, axes: Any) -> None:

@@ -71,10 +71,13 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, problem: Problem) -> Sizes:
         """The sizes of a problem."""
-        state = problem.w0 if isinstance(problem.w0, InnerState) else problem.step.init(problem.w0, problem.lam)
+        state = problem.w0
+        if not isinstance(state, InnerState):
+            state = problem.step.init(problem.w0, problem.lam)
         held = tree.floats((state.w, state.slots))
+        held_bytes = sum(x.numel() * x.element_size() for x in held)
         numbers = sum(x.numel() for x in tree.floats(problem.lam))
-        return cls(problem.T, numbers, sum(x.numel() * x.element_size() for x in held))
+        return cls(problem.T, numbers, held_bytes)
 
 
 def suggest_estimator(

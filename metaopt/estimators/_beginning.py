@@ -94,9 +94,12 @@ def check_resumed(step: Step, state: InnerState, lam: Tree) -> None:
 
 def reads(live: InnerState, lam: Tree) -> bool:
     """Whether the state depends on λ."""
-    total = torch.stack([x.sum().double() for x in tree.floats(live)]).sum()
     leaves = [x for x in tree.floats(lam) if x.requires_grad]
-    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True) if leaves else ()
+    if not leaves:
+        return False
+    sums = [x.sum().double() for x in tree.floats(live)]
+    total = torch.stack(sums).sum()
+    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     return any(x is not None for x in found)
 
 

@@ -34,8 +34,10 @@ def mixed_difference(step: Step, at: Moment, u: Tree, radius: float) -> Tree:
     Error: :math:`O(r^2)` from the third derivative, plus rounding of relative size ``eps / r``.
     """
     size = tree.norm(u)
-    epsilon = radius / torch.where(size > 0, size, torch.ones_like(size))
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    epsilon = radius / size
     shift = tree.scale(epsilon, u)
-    above = lam_gradient(step, at.moved(tree.add(at.state.w, shift)))
-    below = lam_gradient(step, at.moved(tree.sub(at.state.w, shift)))
+    w = at.state.w
+    above = lam_gradient(step, at.moved(tree.add(w, shift)))
+    below = lam_gradient(step, at.moved(tree.sub(w, shift)))
     return tree.map(lambda a, b: None if a is None or b is None else (a - b) / (2 * epsilon), above, below)

@@ -96,13 +96,18 @@ class BOME(AlongOneOuterLoss):
         loss, outer_y, direct = outer.gradient(y, lam)
         at_y, inner_y, inner_lam = _inner_gradient(step, at.moved(y))
         at_w = lam_gradient(step, at)
+
         penalty = tree.map(lambda a, b: None if a is None or b is None else a - b, inner_lam, at_w)
-        multiplier = self._multiplier((outer_y, tree.filled(direct, lam)), (inner_y, tree.filled(penalty, lam)))
+        slope_of_outer = (outer_y, tree.filled(direct, lam))
+        slope_of_penalty = (inner_y, tree.filled(penalty, lam))
+        multiplier = self._multiplier(slope_of_outer, slope_of_penalty)
         with at.replayed(), torch.no_grad():
             gap = at_y - step.loss(state.w, lam, at.batch)
         terms = Terms(loss, direct, tree.scale(multiplier, penalty), info=Barrier(multiplier, gap))
+
         descent = tree.add(outer_y, tree.scale(multiplier, inner_y))
-        return carry._replace(own=Second(tree.sub(y, tree.scale(self.rate, descent)), terms))
+        new_y = tree.sub(y, tree.scale(self.rate, descent))
+        return carry._replace(own=Second(new_y, terms))
 
     @override
     def differentiate(
@@ -116,7 +121,8 @@ class BOME(AlongOneOuterLoss):
         """κ; 0 where the penalty has no slope."""
         squared = tree.dot(penalty, penalty)
         along = tree.dot(outer, penalty)
-        return torch.where(squared > 0, (self.eta - along / squared).clamp_min(0.0), torch.zeros_like(squared))
+        wanted = (self.eta - along / squared).clamp_min(0.0)
+        return torch.where(squared > 0, wanted, torch.zeros_like(squared))
 
 
 def _inner_gradient(step: Step, at: Moment) -> tuple[Tensor, Tree, Tree]:
@@ -125,5 +131,6 @@ def _inner_gradient(step: Step, at: Moment) -> tuple[Tensor, Tree, Tree]:
         w, lam = tree.attach((at.state.w, at.lam))
         loss = step.loss(w, lam, at.batch)
         flat, spec = tree.flatten((w, lam))
-        by_w, by_lam = tree.unflatten(torch.autograd.grad(loss, flat, allow_unused=True), spec)
+        gradient = torch.autograd.grad(loss, flat, allow_unused=True)
+        by_w, by_lam = tree.unflatten(gradient, spec)
     return loss.detach(), tree.filled(by_w, at.state.w), by_lam

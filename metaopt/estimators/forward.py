@@ -58,7 +58,9 @@ class ForwardMode(Estimator):
     ) -> tuple[InnerState, ForwardCarry]:
         """A step, and ``Z ← A Z + B`` from its graph."""
         point = step.linearize(state, lam, batch)
-        at_once = point.columns_at_once if carry.columns_at_once is None else carry.columns_at_once
+        at_once = carry.columns_at_once
+        if at_once is None:
+            at_once = point.columns_at_once
         Z = point.pushforward(carry.Z, carry.basis, columns_at_once=at_once, bound=self.bound_on_products)
         used = carry.used if all(carry.used) else _seen(carry.used, Z, point, state, lam)
         return point.state, ForwardCarry(Z, carry.basis, used, at_once)
@@ -165,7 +167,8 @@ def _entries(columns: Tensor, lam: Tree, used: tuple[bool, ...]) -> Tree:
 def _seen(used: tuple[bool, ...], Z: InnerState, point: Linearized, state: InnerState, lam: Tree) -> tuple[bool, ...]:
     """``used``, brought up to date: a leaf is used if it has moved the state, or else if Φ's own pullback knows it."""
     flat = tree.leaves(lam)
-    moved = torch.stack([columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)]).any(0)
+    by_leaf = [columns.unsqueeze(-1).flatten(1).any(1) for columns in tree.floats(Z)]
+    moved = torch.stack(by_leaf).any(0)
     columns_of = moved.split([leaf.numel() for leaf in flat])
     now = tuple(before or bool(column.any()) for before, column in zip(used, columns_of, strict=True))
     if all(now):

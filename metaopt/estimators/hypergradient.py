@@ -70,8 +70,12 @@ class Hypergradient(NamedTuple):
         title = f"Hypergradient: outer loss {float(self.outer_loss):.6g} after {self.state.t} steps, {self.cost}"
         if not tree.floats(self.total):
             return Table(title, ("w0", "|initial|"), tuple(_norms(self.initial)))
-        parts = [_norms(part) for part in (self.total, self.direct, self.indirect)]
-        rows = [(total[0], total[1], direct[1], indirect[1]) for total, direct, indirect in zip(*parts, strict=True)]
+        totals = _norms(self.total)
+        directs = _norms(self.direct)
+        indirects = _norms(self.indirect)
+        rows = []
+        for (name, total), (_, direct), (_, indirect) in zip(totals, directs, indirects, strict=True):
+            rows.append((name, total, direct, indirect))
         return Table(title, ("lam", "|total|", "|direct|", "|indirect|"), tuple(rows))
 
     def __repr__(self) -> str:

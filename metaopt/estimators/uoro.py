@@ -98,8 +98,9 @@ def _combine(moved: InnerState, theta: Tree, nu: InnerState, product: Tree) -> t
     """The new factors. A ratio of norms that is 0 or undefined stands at 1: any value is unbiased."""
     old = _balance(tree.norm(theta), tree.norm(moved))
     fresh = _balance(tree.norm(product), tree.norm(nu))
-    s = tree.add(tree.scale(old, moved), tree.scale(fresh, nu))
-    return s, tree.add(tree.scale(1 / old, theta), tree.scale(1 / fresh, product))
+    new_s = tree.add(tree.scale(old, moved), tree.scale(fresh, nu))
+    new_theta = tree.add(tree.scale(1 / old, theta), tree.scale(1 / fresh, product))
+    return new_s, new_theta
 
 
 def _balance(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -58,10 +58,11 @@ class _Substitution(TorchFunctionMode):
         self._stand_ins = stand_ins
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(id(leaf) in self._stand_ins for leaf in tree.leaves((args, kwargs or {}))):
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree.map(lambda x: self._stand_ins.get(id(x), x), (tuple(args), dict(kwargs or {})))
-        return func(*args, **kwargs)
+        given = (tuple(args), dict(kwargs or {}))
+        if any(id(leaf) in self._stand_ins for leaf in tree.leaves(given)):
+            given = tree.map(lambda x: self._stand_ins.get(id(x), x), given)
+        positional, named = given
+        return func(*positional, **named)
 
 
 @dataclass(frozen=True)

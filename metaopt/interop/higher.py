@@ -93,18 +93,17 @@ class FromHigher(Optimizer):
         grouped = [[None] * len(group["params"]) for group in live.param_groups]
         for i, place in enumerate(self.places):
             live.param_groups[place.group]["params"][place.position] = flat[i]
-            live.state[place.group][place.position] = self._state(
-                place, {name: before[name][i] for name in place.slots}, t - 1
-            )
+            own = {name: before[name][i] for name in place.slots}
+            live.state[place.group][place.position] = self._state(place, own, t - 1)
             grouped[place.group][place.position] = gradients[i]
         live._update(grouped)
         states = [live.state[place.group][place.position] for place in self.places]
         new_w = [live.param_groups[place.group]["params"][place.position] for place in self.places]
-        after = {
-            name: [state.get(name, old) for state, old in zip(states, leaves, strict=True)]
-            for name, leaves in before.items()
-        }
-        return tree.unflatten(new_w, spec), {name: tree.unflatten(leaves, spec) for name, leaves in after.items()}
+        after = {}
+        for name, leaves in before.items():
+            new = [state.get(name, old) for state, old in zip(states, leaves, strict=True)]
+            after[name] = tree.unflatten(new, spec)
+        return tree.unflatten(new_w, spec), after
 
     def _state(self, place: Place, slots: dict[str, Tensor], taken: int) -> dict[str, Any]:
         """One parameter's state; before the first step an empty one, which ``higher`` fills."""

@@ -55,9 +55,11 @@ def forward(layer: Any, input: Tensor) -> Tensor:
 
 def _by_batch(layer: Any, input: Tensor) -> Tensor:
     layer._check_input_dim(input)
-    if layer.weight is None or layer.bias is None or not _lean(input, layer.weight, layer.bias):
-        return nn.functional.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
-    return _Normalised.apply(input, layer.weight, layer.bias, layer.eps)
+    weight = layer.weight
+    bias = layer.bias
+    if weight is None or bias is None or not _lean(input, weight, bias):
+        return nn.functional.batch_norm(input, None, None, weight, bias, True, 0.0, layer.eps)
+    return _Normalised.apply(input, weight, bias, layer.eps)
 
 
 def _move(layer: Any, x: Tensor) -> None:
@@ -176,8 +178,12 @@ def _composed(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor,
     """``(x̄, γ̄, β̄)`` from plain operations."""
     over = [axis for axis in range(x.ndim) if axis != 1]
     at = x - x.mean(over, keepdim=True)
-    s = (at.pow(2).mean(over, keepdim=True) + eps).rsqrt()
+    variance = at.pow(2).mean(over, keepdim=True)
+    s = (variance + eps).rsqrt()
     x_hat = at * s
-    g_x = (g * x_hat).mean(over, keepdim=True)
-    x_bar = _channels(weight, x) * s * (g - g.mean(over, keepdim=True) - x_hat * g_x)
-    return x_bar, (g * x_hat).sum(over), g.sum(over)
+
+    along = g * x_hat
+    g_x = along.mean(over, keepdim=True)
+    g_1 = g.mean(over, keepdim=True)
+    x_bar = _channels(weight, x) * s * (g - g_1 - x_hat * g_x)
+    return x_bar, along.sum(over), g.sum(over)

@@ -29,12 +29,16 @@ def forward(layer: nn.MaxPool2d, input: Tensor) -> Tensor:
 
 
 def _halves(layer: nn.MaxPool2d) -> bool:
-    plain_windows = layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1)) and not layer.return_indices
-    return plain_windows and layer.kernel_size in (2, (2, 2)) and layer.stride in (2, (2, 2))
+    halves = layer.kernel_size in (2, (2, 2)) and layer.stride in (2, (2, 2))
+    without_edges = layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1))
+    return halves and without_edges and not layer.return_indices
 
 
 def _lean(x: Tensor) -> bool:
-    even = x.ndim == 4 and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    if x.ndim != 4:
+        return False
+    height, width = x.shape[-2:]
+    even = height % 2 == 0 and width % 2 == 0
     return even and x.is_cpu and plain(x) and eager()
 
 
@@ -47,9 +51,11 @@ class _Pool(torch.autograd.Function):
         top, bottom = _rows(torch.maximum(left, right))
         right_of_top, right_of_bottom = _rows(right > left)
         lower = bottom > top
-        height, width = x.shape[-2:]
-        corner = torch.arange(height * width).view(height, width)[::2, ::2]
         chosen_right = right_of_top ^ (lower & (right_of_top ^ right_of_bottom))
+
+        height, width = x.shape[-2:]
+        numbers = torch.arange(height * width).view(height, width)
+        corner = numbers[::2, ::2]
         indices = chosen_right.long().add_(corner).add_(lower, alpha=width)
         ctx.save_for_backward(x, indices)
         return torch.maximum(top, bottom)

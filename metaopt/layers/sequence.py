@@ -44,15 +44,33 @@ def orders(module: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     module of the user's own may do so; a layer that follows in the same sequence is looked at.
     """
     sequences = [layer for layer in module.modules() if _is_sequence(layer)]
+    if _is_sequence(module):
+        chains = [list(_flat(module))]
+    else:
+        chains = [list(layer.children()) for layer in sequences]
+
     followers: dict[int, nn.Module] = {}
-    chains = [list(_flat(module))] if _is_sequence(module) else [list(layer.children()) for layer in sequences]
     for chain in chains:
-        for index, layer in enumerate(chain):
-            after = next((other for other in chain[index + 1 :] if type(other) not in _SAME or _watched(other)), None)
-            if after is not None:
-                followers[id(layer)] = after
-    found = [(sequence, _reordered(sequence, followers)) for sequence in sequences]
-    return [(sequence, order) for sequence, order in found if order != list(sequence.children())]
+        followers |= _followers(chain)
+
+    found = []
+    for sequence in sequences:
+        order = _reordered(sequence, followers)
+        if order != list(sequence.children()):
+            found.append((sequence, order))
+    return found
+
+
+def _followers(chain: list[nn.Module]) -> dict[int, nn.Module]:
+    """For each layer, by its id, the next one that does more than hand its input on."""
+    found = {}
+    after = None
+    for layer in reversed(chain):
+        if after is not None:
+            found.setdefault(id(layer), after)
+        if type(layer) not in _SAME or _watched(layer):
+            after = layer
+    return found
 
 
 def _reordered(sequence: nn.Module, followers: dict[int, nn.Module]) -> list[nn.Module]:
@@ -71,8 +89,9 @@ def _is_new(layer: nn.Module) -> bool:
 
 def _commute(relu: nn.Module, pool: nn.Module) -> bool:
     """In place, a ReLU may be seen by others; so may be what a hook is given."""
-    plain = type(relu) is nn.ReLU and not relu.inplace and type(pool) is nn.MaxPool2d and not pool.return_indices
-    return plain and not _watched(relu) and not _watched(pool)
+    plain_relu = type(relu) is nn.ReLU and not relu.inplace
+    plain_pool = type(pool) is nn.MaxPool2d and not pool.return_indices
+    return plain_relu and plain_pool and not _watched(relu) and not _watched(pool)
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from tqdm import tqdm
@@ -75,7 +75,10 @@ class History:
         row |= {_norm_of(name): norm for name, norm in report.norms.items()}
         for name, leaf in zip(tree.dotted_names(report.lam), tree.leaves(report.lam), strict=True):
             name = name or "lam"
-            row[name if leaf.numel() == 1 else f"|{name}|"] = float(leaf.norm() if leaf.numel() > 1 else leaf)
+            if leaf.numel() == 1:
+                row[name] = float(leaf)
+            else:
+                row[f"|{name}|"] = float(leaf.norm())
         row |= {"seconds": report.seconds, "bytes": report.bytes, "skipped": report.skipped}
         self.rows.append(row)
 
@@ -104,9 +107,14 @@ class History:
     def table(self, last: int | None = None) -> Table:
         """One line per report, or of the last ones."""
         rows = self.rows if last is None else self.rows[-last:]
-        cells = tuple([tuple([row.get(name, math.nan) for name in self.columns]) for row in rows])
-        title = f"{len(self)} reports" if len(rows) == len(self) else f"the last {len(rows)} of {len(self)} reports"
-        return Table(title, self.columns, cells)
+        title = f"{len(self)} reports"
+        if len(rows) < len(self):
+            title = f"the last {len(rows)} of {title}"
+        columns = self.columns
+        cells = []
+        for row in rows:
+            cells.append(tuple(row.get(name, math.nan) for name in columns))
+        return Table(title, columns, tuple(cells))
 
     def figure(self) -> Figure:
         """Outer loss, hyperparameters, and the norms of the hypergradient, one panel each."""
@@ -166,8 +174,10 @@ def _number(value: Tensor | None) -> float:
 
 
 def _postfix(report: Report) -> str:
-    if report.outer_loss is None:
-        return f"skipped {report.skipped}" if report.skipped else ""
-    norm = math.sqrt(sum(value**2 for value in report.norms.values()))
-    parts: list[Any] = [f"outer loss {float(report.outer_loss):.4g}", f"|hypergradient| {norm:.3g}"]
-    return ", ".join(parts + [f"skipped {report.skipped}"] * (report.skipped > 0))
+    parts = []
+    if report.outer_loss is not None:
+        norm = math.hypot(*report.norms.values())
+        parts += [f"outer loss {float(report.outer_loss):.4g}", f"|hypergradient| {norm:.3g}"]
+    if report.skipped:
+        parts += [f"skipped {report.skipped}"]
+    return ", ".join(parts)

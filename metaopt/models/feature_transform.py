@@ -127,6 +127,7 @@ class _Transform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *[1] * (x.ndim - 2))
-        sizes = nn.functional.softplus(torch.stack([self.gamma, self.beta]), beta=100)
+        learned = torch.stack([self.gamma, self.beta])
+        sizes = nn.functional.softplus(learned, beta=100)
         factor, shift = (self.noise * sizes).unbind(0)
         return (1 + factor.reshape(shape)) * x + shift.reshape(shape)

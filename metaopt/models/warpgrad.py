@@ -58,9 +58,12 @@ class Warp:
         modules: list[nn.Module] = []
         for index in range(self.layers):
             layer, channels = self._layer(below)
-            parts = [layer, self.norm(channels)] + ([self.activation()] if index < self.layers - 1 else [])
+            parts = [layer, self.norm(channels)]
+            if index < self.layers - 1:
+                parts.append(self.activation())
             modules += [part for part in parts if not isinstance(part, nn.Identity)]
-        return _Residual(*modules) if self.residual else nn.Sequential(*modules)
+        kind = _Residual if self.residual else nn.Sequential
+        return kind(*modules)
 
     def _layer(self, below: nn.Module) -> tuple[nn.Module, int]:
         if isinstance(below, nn.Linear):

@@ -45,13 +45,17 @@ class Accumulate(Wrapper):
         """Adds the gradient to the sum; at every k-th step the wrapped optimiser gets the mean."""
         total = tree.add(slots["sum"], g)
         terms = tree.map(lambda count, x: count if x is None else count + 1, slots["terms"], g)
+        inner = slots["inner"]
         if t % self.every:
-            return w, {"sum": total, "terms": terms, "inner": slots["inner"]}
+            return w, {"sum": total, "terms": terms, "inner": inner}
+
         mean = tree.map(lambda x, count: x / self.every if count else None, total, terms)
-        w, inner = self.optimizer.update(mean, w, slots["inner"], lam, t // self.every)
+        updates = t // self.every
+        w, inner = self.optimizer.update(mean, w, inner, lam, updates)
         return w, _empty(total, inner)
 
 
 def _empty(like: Tree, inner: Tree) -> Tree:
     """The slots where no gradient has been added yet."""
-    return {"sum": tree.zeros_like(like), "terms": tree.map(lambda _: 0, like), "inner": inner}
+    terms = tree.map(lambda _: 0, like)
+    return {"sum": tree.zeros_like(like), "terms": terms, "inner": inner}

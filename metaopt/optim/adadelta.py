@@ -56,7 +56,10 @@ class Adadelta(Optimizer):
         rho = hyper["rho"]
         eps = hyper["eps"]
         g, w = decayed(g, w, hyper, decoupled=False)
+        before = slots["delta"]
+
         second = rho * slots["second"] + (1 - rho) * g * g
-        delta = safe.sqrt(slots["delta"] + eps) / safe.sqrt(second + eps) * g
-        size = rho * slots["delta"] + (1 - rho) * delta * delta
+        ratio = safe.sqrt(before + eps) / safe.sqrt(second + eps)
+        delta = ratio * g
+        size = rho * before + (1 - rho) * delta * delta
         return w - hyper["lr"] * delta, {"second": second, "delta": size}

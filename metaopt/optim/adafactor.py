@@ -89,21 +89,34 @@ class Adafactor(Optimizer):
     @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
         eps1, eps2 = hyper["eps"]
-        eps1 = torch.finfo(w.dtype).eps if eps1 is None else eps1
+        if eps1 is None:
+            eps1 = torch.finfo(w.dtype).eps
         share = t ** hyper["beta2_decay"]
         rate = torch.minimum(safe.like(hyper["lr"], w), safe.like(t**-0.5, w))
         size = rate * torch.maximum(safe.like(eps2, w), _rms(w))
         _, w = decayed(g, w, hyper, decoupled=True)
+
         new = dict(slots)
         squared = g * g
         if g.ndim > 1:
-            row = new["row"] = slots["row"] + share * (squared.mean(-1, keepdim=True) - slots["row"])
-            column = new["column"] = slots["column"] + share * (squared.mean(-2, keepdim=True) - slots["column"])
-            estimate = row @ column / torch.maximum(row.mean(-2, keepdim=True), safe.like(eps1, w))
+            row = _moved(slots["row"], squared.mean(-1, keepdim=True), share)
+            column = _moved(slots["column"], squared.mean(-2, keepdim=True), share)
+            new |= {"row": row, "column": column}
+            mean = torch.maximum(row.mean(-2, keepdim=True), safe.like(eps1, w))
+            estimate = row @ column / mean
         else:
-            estimate = new["second"] = slots["second"] + share * (squared - slots["second"])
-        update = g * torch.maximum(estimate, safe.like(eps1 * eps1, w)).rsqrt()
-        return w - size / torch.maximum(safe.like(1.0, w), _rms(update) / hyper["d"]) * update, new
+            estimate = _moved(slots["second"], squared, share)
+            new["second"] = estimate
+
+        floor = safe.like(eps1 * eps1, w)
+        update = g * torch.maximum(estimate, floor).rsqrt()
+        clip = torch.maximum(safe.like(1.0, w), _rms(update) / hyper["d"])
+        return w - size / clip * update, new
+
+
+def _moved(mean: Tensor, value: Tensor, share: Any) -> Tensor:
+    """A running mean, after it has taken in a share of the new value."""
+    return mean + share * (value - mean)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -64,5 +64,6 @@ class Adagrad(Optimizer):
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
         g, w = decayed(g, w, hyper, decoupled=False)
         total = slots["sum"] + g * g
+        scale = safe.with_eps(safe.sqrt(total), hyper["eps"])
         rate = hyper["lr"] / (1 + (t - 1) * hyper["lr_decay"])
-        return w - rate * g / safe.with_eps(safe.sqrt(total), hyper["eps"]), {"sum": total}
+        return w - rate * g / scale, {"sum": total}

@@ -58,7 +58,10 @@ class Adam(Optimizer):
 
     @override
     def init_leaf(self, w: Tensor) -> Slots:
-        return {**zeros(w), "largest": torch.zeros_like(w)} if self.amsgrad else zeros(w)
+        slots = zeros(w)
+        if self.amsgrad:
+            slots["largest"] = torch.zeros_like(w)
+        return slots
 
     @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
@@ -68,5 +71,7 @@ class Adam(Optimizer):
         new = {"first": first, "second": second}
         if self.amsgrad:
             second = new["largest"] = torch.maximum(slots["largest"], second)
-        scale = safe.with_eps(safe.sqrt(second) / (1 - beta2**t) ** 0.5, hyper["eps"])
-        return w - hyper["lr"] / (1 - beta1**t) * first / scale, new
+        deviation = safe.sqrt(second) / (1 - beta2**t) ** 0.5
+        scale = safe.with_eps(deviation, hyper["eps"])
+        rate = hyper["lr"] / (1 - beta1**t)
+        return w - rate * first / scale, new

@@ -57,5 +57,7 @@ class Adamax(Optimizer):
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=False)
         first = slots["first"] + (1 - beta1) * (g - slots["first"])
-        largest = torch.maximum(beta2 * slots["largest"], safe.with_eps(g.abs(), hyper["eps"]))
-        return w - hyper["lr"] / (1 - beta1**t) * first / largest, {"first": first, "largest": largest}
+        size = safe.with_eps(g.abs(), hyper["eps"])
+        largest = torch.maximum(beta2 * slots["largest"], size)
+        rate = hyper["lr"] / (1 - beta1**t)
+        return w - rate * first / largest, {"first": first, "largest": largest}

@@ -65,7 +65,12 @@ class ASGD(Optimizer):
 
     @override
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
+        lr = hyper["lr"]
+        lambd = hyper["lambd"]
+        average = slots["average"]
         g, w = decayed(g, w, hyper, decoupled=False)
-        rate = hyper["lr"] / (1 + hyper["lambd"] * hyper["lr"] * (t - 1)) ** hyper["alpha"]
-        w = w * (1 - hyper["lambd"] * rate) - rate * g
-        return w, {"average": slots["average"] + (w - slots["average"]) / max(1.0, t - 1 - self.t0)}
+
+        rate = lr / (1 + lambd * lr * (t - 1)) ** hyper["alpha"]
+        w = w * (1 - lambd * rate) - rate * g
+        averaged = max(1.0, t - 1 - self.t0)
+        return w, {"average": average + (w - average) / averaged}

@@ -48,8 +48,7 @@ class EMA(Wrapper):
     def update(self, g: Tree, w: Tree, slots: Tree, lam: Tree, t: int) -> tuple[Tree, Tree]:
         w, inner = self.optimizer.update(g, w, slots["inner"], lam, t)
         flat, spec = tree.flatten(w)
+        before = tree.leaves(slots["average"])
         decays = per_leaf(self.decay, lam, t, spec, "decay")
-        average = [
-            decay * a + (1 - decay) * x for decay, a, x in zip(decays, tree.leaves(slots["average"]), flat, strict=True)
-        ]
+        average = [decay * a + (1 - decay) * x for decay, a, x in zip(decays, before, flat, strict=True)]
         return w, {"average": tree.unflatten(average, spec), "inner": inner}

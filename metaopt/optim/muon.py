@@ -91,18 +91,26 @@ class Muon(Optimizer):
         momentum = slots["momentum"] + (1 - mu) * (g - slots["momentum"])
         direction = g + mu * (momentum - g) if self.nesterov else momentum
         rows, columns = w.shape
-        match = self.adjust_lr_fn == "match_rms_adamw"
-        ratio = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1.0, rows / columns))
+        if self.adjust_lr_fn == "match_rms_adamw":
+            ratio = 0.2 * math.sqrt(max(rows, columns))
+        else:
+            ratio = math.sqrt(max(1.0, rows / columns))
         _, w = decayed(g, w, hyper, decoupled=True)
-        return w - hyper["lr"] * ratio * self._orthogonalised(direction), {"momentum": momentum}
+        rate = hyper["lr"] * ratio
+        return w - rate * self._orthogonalised(direction), {"momentum": momentum}
 
     def _orthogonalised(self, direction: Tensor) -> Tensor:
         a, b, c = self.ns_coefficients
         x = direction if self.dtype is None else direction.to(self.dtype)
         tall = x.shape[0] > x.shape[1]
-        x = x.mT if tall else x
-        x = x / torch.maximum(safe.sqrt((x * x).sum()) if self.dtype is None else x.norm(), safe.like(self.eps, x))
+        if tall:
+            x = x.mT
+        size = safe.sqrt((x * x).sum()) if self.dtype is None else x.norm()
+        x = x / torch.maximum(size, safe.like(self.eps, x))
         for _ in range(self.ns_steps):
             gram = x @ x.mT
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x.mT if tall else x).to(direction.dtype)
+            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.addmm(x, polynomial, x, beta=a)
+        if tall:
+            x = x.mT
+        return x.to(direction.dtype)

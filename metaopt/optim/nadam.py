@@ -69,8 +69,15 @@ class NAdam(Optimizer):
         beta1, beta2 = hyper["betas"]
         g, w = decayed(g, w, hyper, decoupled=self.decoupled_weight_decay)
         first, second = moments(g, slots, beta1, beta2)
-        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * hyper["momentum_decay"])) for s in (t, t + 1))
+
+        decay = hyper["momentum_decay"]
+        mu = beta1 * (1 - 0.5 * 0.96 ** (t * decay))
+        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * decay))
         product = slots["product"] * mu
+        of_gradient = (1 - mu) / (1 - product)
+        of_moment = mu_next / (1 - product * mu_next)
+        direction = of_gradient * g + of_moment * first
+
         scale = safe.with_eps(safe.sqrt(second / (1 - beta2**t)), hyper["eps"])
-        direction = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * first
-        return w - hyper["lr"] * direction / scale, {"first": first, "second": second, "product": product}
+        new = {"first": first, "second": second, "product": product}
+        return w - hyper["lr"] * direction / scale, new

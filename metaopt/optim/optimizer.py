@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
@@ -179,8 +179,12 @@ class Optimizer:
         values = {name: getattr(self, name) for name in self.hypers}
         if all([isinstance(value, (int, float)) for value in values.values()]):
             return [values] * spec.num_leaves
-        leaves = [per_leaf(value, lam, t, spec, name, pair=name in self.pairs) for name, value in values.items()]
-        return [dict(zip(values, of_one, strict=True)) for of_one in zip(*leaves, strict=True)]
+        found: list[dict[str, Any]] = [{} for _ in range(spec.num_leaves)]
+        for name, value in values.items():
+            leaves = per_leaf(value, lam, t, spec, name, pair=name in self.pairs)
+            for of_one, leaf in zip(found, leaves, strict=True):
+                of_one[name] = leaf
+        return found
 
     @property
     def steps_taken(self) -> int:
@@ -249,13 +253,20 @@ def per_leaf(value: Any, lam: Tree, t: int, spec: tree.Spec, name: str, *, pair:
 def _check_fits(value: Tensor, spec: tree.Spec, name: str) -> None:
     """One tensor for all weights must broadcast to each of them."""
     for i, leaf in enumerate(tree.leaves(spec.like)):
-        own = leaf.shape[leaf.ndim - value.ndim :] if value.ndim <= leaf.ndim else ()
-        if len(own) != value.ndim or any([n not in (1, m) for n, m in zip(value.shape, own, strict=True)]):
+        if not _broadcasts(value.shape, leaf.shape):
+            weight = tree.names(spec.like)[i]
             raise ValueError(
-                f"{name} is one tensor of shape {tuple(value.shape)}, which does not fit the weight "
-                f"{tree.names(spec.like)[i]} of shape {tuple(leaf.shape)}: give one number, a pytree like the weights, "
-                "patterns of their names, or a value per step with mo.by(..., per_step=True)"
+                f"{name} is one tensor of shape {tuple(value.shape)}, which does not fit the weight {weight} of shape "
+                f"{tuple(leaf.shape)}: give one number, a pytree like the weights, patterns of their names, or a value "
+                "per step with mo.by(..., per_step=True)"
             )
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    if len(shape) > len(to):
+        return False
+    last = to[len(to) - len(shape) :]
+    return all([n in (1, m) for n, m in zip(shape, last, strict=True)])
 
 
 def per_layer(values: Mapping[str, Any], spec: tree.Spec, name: str) -> list[Any]:

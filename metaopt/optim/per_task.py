@@ -44,9 +44,10 @@ class PerTask(Wrapper):
         Raises:
             ValueError: if the weights have no common leading axis.
         """
-        sizes = [tuple(leaf.shape[:1]) for leaf in tree.leaves(w)]
-        if len(set(sizes)) > 1 or () in sizes:
-            shapes = dict(zip(tree.names(w), [tuple(leaf.shape) for leaf in tree.leaves(w)], strict=True))
+        shapes = [tuple(leaf.shape) for leaf in tree.leaves(w)]
+        axes = {shape[:1] for shape in shapes}
+        if len(axes) > 1 or () in axes:
+            shapes = dict(zip(tree.names(w), shapes, strict=True))
             raise ValueError(f"PerTask: all weights need the same leading task axis, their shapes are {shapes}")
         return {"inner": _over_tasks(self.optimizer.init, w)}
 
@@ -69,10 +70,13 @@ def _over_tasks(fn: Callable[..., Tree], *arguments: Tree) -> Tree:
     def tensors_alone(*tensors: Tensor) -> tuple[Tensor, ...]:
         supply = iter(tensors)
         full = [next(supply) if mapped else leaf for mapped, leaf in zip(is_tensor, flat, strict=True)]
-        out, out_spec = tree.flatten(fn(*tree.unflatten(full, spec)))
+        arguments = tree.unflatten(full, spec)
+        out, out_spec = tree.flatten(fn(*arguments))
         shared.extend([None if isinstance(leaf, Tensor) else (leaf,) for leaf in out])
         specs.append(out_spec)
         return tuple([leaf for leaf in out if isinstance(leaf, Tensor)])
 
-    mapped = iter(torch.vmap(tensors_alone)(*[leaf for leaf in flat if isinstance(leaf, Tensor)]))
-    return tree.unflatten([next(mapped) if leaf is None else leaf[0] for leaf in shared], specs[0])
+    tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+    mapped = iter(torch.vmap(tensors_alone)(*tensors))
+    full = [next(mapped) if leaf is None else leaf[0] for leaf in shared]
+    return tree.unflatten(full, specs[0])

@@ -66,7 +66,11 @@ class RAdam(Optimizer):
         bias = 1 - beta2**t
         limit = 2 / (1 - beta2) - 1
         rho = limit - 2 * t * beta2**t / bias
-        if (rho.detach() if isinstance(rho, Tensor) else rho) > 5:
-            rectified = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
-            step = step * rectified * bias**0.5 / safe.with_eps(safe.sqrt(second), hyper["eps"])
+        settled = rho.detach() if isinstance(rho, Tensor) else rho
+        if settled > 5:
+            now = (rho - 4) * (rho - 2) * limit
+            in_the_limit = (limit - 4) * (limit - 2) * rho
+            rectified = (now / in_the_limit) ** 0.5
+            scale = safe.with_eps(safe.sqrt(second), hyper["eps"])
+            step = step * rectified * bias**0.5 / scale
         return w - step, {"first": first, "second": second}

@@ -68,9 +68,16 @@ class Rprop(Optimizer):
     def update_leaf(self, g: Tensor, w: Tensor, slots: Slots, hyper: dict[str, Any], t: int) -> tuple[Tensor, Slots]:
         minus, plus = (safe.like(eta, w) for eta in hyper["etas"])
         smallest, largest = (safe.like(size, w) for size in hyper["step_sizes"])
-        size = slots["size"] + hyper["lr"] if t == 1 else slots["size"]
+        size = slots["size"]
+        if t == 1:
+            size = size + hyper["lr"]
+
         agreement = g * slots["previous"]
-        factor = torch.where(agreement > 0, plus, torch.where(agreement < 0, minus, torch.ones_like(w)))
-        size = torch.minimum(torch.maximum(size * factor, smallest), largest)
-        g = torch.where(agreement < 0, torch.zeros_like(g), g)
+        turned = agreement < 0
+        factor = torch.where(turned, minus, torch.ones_like(w))
+        factor = torch.where(agreement > 0, plus, factor)
+        size = torch.maximum(size * factor, smallest)
+        size = torch.minimum(size, largest)
+
+        g = torch.where(turned, torch.zeros_like(g), g)
         return w - g.sign() * size, {"previous": g, "size": size}

@@ -18,12 +18,15 @@ def sqrt(x: Tensor) -> Tensor:
     tensor([0.0000, 0.2500])
     """
     positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    at = torch.where(positive, x, 1.0)  # the derivative of what is not taken must be finite, too
+    return torch.where(positive, at.sqrt(), 0.0)
 
 
 def like(value: float | Tensor, x: Tensor) -> Tensor:
     """A hyperparameter as a tensor of the dtype and device of ``x``."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device)
 
 
 def with_eps(x: Tensor, eps: float | Tensor) -> Tensor:
@@ -34,4 +37,6 @@ def with_eps(x: Tensor, eps: float | Tensor) -> Tensor:
     """
     if isinstance(eps, Tensor) or eps == 0:
         return x + eps
-    return x + max(eps, torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)  # the smallest number there is
+    numbers = torch.finfo(x.dtype)
+    smallest = numbers.smallest_normal * numbers.eps
+    return x + max(eps, smallest)

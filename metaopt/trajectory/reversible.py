@@ -191,7 +191,9 @@ def _moved(rate: Any, v: Tensor) -> Tensor:
 
 
 def _floats(x: list[Tensor], v: list[Tensor], like: InnerState, t: int) -> InnerState:
-    spec = tree.flatten(like.w)[1]
-    weights = [to_float(fixed, leaf.dtype) for fixed, leaf in zip(x, tree.leaves(like.w), strict=True)]
-    velocities = [to_float(fixed, leaf.dtype) for fixed, leaf in zip(v, tree.leaves(like.w), strict=True)]
-    return InnerState(tree.unflatten(weights, spec), {"momentum": tree.unflatten(velocities, spec)}, t)
+    flat, spec = tree.flatten(like.w)
+
+    def floats(numbers: list[Tensor]) -> Tree:
+        return tree.unflatten([to_float(fixed, leaf.dtype) for fixed, leaf in zip(numbers, flat, strict=True)], spec)
+
+    return InnerState(floats(x), {"momentum": floats(v)}, t)
