@@ -70,9 +70,9 @@ def check(
 def check_estimator(
     estimator: Estimator, *, problems: Sequence[Callable[..., Case]] = CLOSED_FORMS, tolerance: float, seed: int
 ) -> Report:
-    """Its own formula on every case at horizons 1, 2 and 6.
+    """Hold an estimator to its own formula on every case at horizons 1, 2 and 6.
 
-    The closed form where it claims, or theory says, that it is exact.
+    It is also held to the closed form where it claims, or theory says, that it is exact.
     """
     rows: list[Row] = []
     skipped: list[str] = []
@@ -88,7 +88,7 @@ def check_estimator(
 
 
 def check_on(problem: Problem, estimator: Estimator, tolerance: float) -> Report:
-    """An estimator beside autograd through the loop of one problem."""
+    """Hold an estimator to autograd through the loop of one problem."""
     name = f"{estimator!r} on {problem!r}"
     if not estimator.exact:
         reason = f"{estimator!r} is an approximation here: mo.diagnose.compare measures how close it comes"
@@ -102,9 +102,10 @@ def check_on(problem: Problem, estimator: Estimator, tolerance: float) -> Report
 
 
 def class_rows(kind: type[Estimator], *, tolerance: float = 1e-10, seed: int = 0) -> Iterator[Row]:
-    """An estimator's class as its row in :data:`metaopt.verify.formulas.ENTRIES` makes it for each case.
+    """Hold an estimator's class to its formula on every case.
 
-    A class without a row fails.
+    Its row in :data:`metaopt.verify.formulas.ENTRIES` makes the estimators. A class without a row
+    fails.
     """
     formula = formula_of(kind)
     if formula is None:

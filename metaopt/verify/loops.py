@@ -296,7 +296,7 @@ def delay_line(size: int) -> Loop:
 
 
 def loops() -> list[Loop]:
-    """All of them, the cheap ones first."""
+    """The loops that whole runs are verified on, the cheap ones first."""
     return [
         delay_line(3),
         small_net(learned=False),

@@ -124,7 +124,7 @@ def _unrolled(chosen: list[Loop]) -> Iterator[Row]:
 
 # -- parts ---------------------------------------------------------------------------------------
 def compared(what: str, loop: Loop, estimator: Estimator) -> Iterator[Row]:
-    """The estimator's run on a loop, held to the loop."""
+    """Hold an estimator's run on a loop to autograd through that loop."""
     got = answer(loop, estimator, HORIZON)
     want = loop.truth(HORIZON)
     yield from _rows(what, loop, got, want)

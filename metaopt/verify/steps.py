@@ -99,7 +99,7 @@ class _Probe:
     generator: torch.Generator
 
     def again(self) -> None:
-        """What the step draws is drawn again."""
+        """Restore the random state, so that the step draws the same numbers."""
         replay.restore(self.rng)
 
     def noise(self, like: Tree) -> Tree:
@@ -135,7 +135,7 @@ class _Probe:
         return self._joined(state_bar, lam_bar), lam_bar
 
     def parts(self, cotangent: InnerState) -> Tensor:
-        """The same, each part asked for alone."""
+        """``(αA, αB)`` as one vector, each part from a separate call."""
         self.again()
         state_bar, _ = self.step.vjp(self.state, self.lam, self.batch, cotangent, wrt="state")
         self.again()
