@@ -1,4 +1,4 @@
-"""Task distributions."""
+"""Task distributions, readers of data sets, and label noise."""
 
 from metaopt.tasks import fonts, label_noise, sinusoid
 from metaopt.tasks.datasets import cifar10, cifar100, fashion_mnist, folder, mnist

@@ -26,7 +26,10 @@ def check_file(path: Path, remedy: str, md5: str | None = None) -> None:
     """Raise an error that names the file and the remedy where it is missing or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {remedy}")
-    if md5 is not None and (found := hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()) != md5:
+    if md5 is None:
+        return
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if found != md5:
         raise ValueError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it and {remedy}")
 
 

@@ -35,15 +35,17 @@ def cifar10(root: str | Path, part: Part = "train", *, download: bool = False) -
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged (by its MD5).
     """
-    return _cifar(_torchvision.datasets().CIFAR10, Path(root), part, download)
+    reader = _torchvision.datasets().CIFAR10
+    return _cifar(reader, Path(root), part, download)
 
 
 def cifar100(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
     """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 3×32×32, in ``cifar-100-python/``.
 
-    As :func:`cifar10`.
+    The arguments and errors are those of :func:`cifar10`.
     """
-    return _cifar(_torchvision.datasets().CIFAR100, Path(root), part, download)
+    reader = _torchvision.datasets().CIFAR100
+    return _cifar(reader, Path(root), part, download)
 
 
 def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
@@ -66,7 +68,7 @@ def fashion_mnist(root: str | Path, part: Part = "train", *, download: bool = Fa
 def mnist(root: str | Path, part: Part = "train", *, download: bool = False) -> LabelledImages:
     """MNIST: 10 digits, 60,000 training and 10,000 test images of 1×28×28, in ``MNIST/raw/``.
 
-    LeCun et al. 1998; as :func:`fashion_mnist`.
+    LeCun et al. 1998. The arguments and errors are those of :func:`fashion_mnist`.
     """
     return _idx("MNIST", _MNIST, Path(root), part, download)
 
@@ -80,22 +82,28 @@ def folder(path: str | Path, size: int = 64) -> LabelledImages:
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder; it should hold one sub-folder of images per class")
-    return LabelledImages.of(_torchvision.datasets().ImageFolder(path, loader=partial(open_image, size=size)))
+    loader = partial(open_image, size=size)
+    dataset = _torchvision.datasets().ImageFolder(path, loader=loader)
+    return LabelledImages.of(dataset)
 
 
 def _cifar(reader: Any, root: Path, part: Part, download: bool) -> LabelledImages:
     place = root / reader.base_folder
     if download:
         fetch(partial(reader, root, download=True), place, reader.url)
-    for name, md5 in [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]:
-        check_file(place / name, f"unpack {reader.url} in {root}, or pass download=True", md5)
+    remedy = f"unpack {reader.url} in {root}, or pass download=True"
+    meta = (reader.meta["filename"], reader.meta["md5"])
+    for name, md5 in [*reader.train_list, *reader.test_list, meta]:
+        check_file(place / name, remedy, md5)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, about the published pickles
         read = [reader(root, train=train) for train in parts(part, True, False)]
-    images = torch.from_numpy(np.concatenate([dataset.data for dataset in read])).movedim(3, 1).contiguous()
-    return LabelledImages(
-        images, torch.tensor([label for dataset in read for label in dataset.targets]), tuple(read[0].classes)
-    )
+    pixels = np.concatenate([dataset.data for dataset in read])
+    images = torch.from_numpy(pixels).movedim(3, 1).contiguous()
+    labels = [label for dataset in read for label in dataset.targets]
+    names = tuple(read[0].classes)
+    return LabelledImages(images, torch.tensor(labels), names)
 
 
 def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> LabelledImages:
@@ -105,9 +113,15 @@ def _idx(name: str, source: str, root: Path, part: Part, download: bool) -> Labe
     place = root / name / "raw"
     if download:
         fetch(partial(reader, root, download=True), place, source)
-    contents = [_idx_part(module.mnist, place, piece, source) for piece in parts(part, "train", "t10k")]
-    images, labels = (torch.cat(tensors) for tensors in zip(*contents, strict=True))
-    return LabelledImages(images.unsqueeze(1), labels, tuple(reader.classes))
+
+    images = []
+    labels = []
+    for piece in parts(part, "train", "t10k"):
+        piece_images, piece_labels = _idx_part(module.mnist, place, piece, source)
+        images.append(piece_images)
+        labels.append(piece_labels)
+    pixels = torch.cat(images).unsqueeze(1)
+    return LabelledImages(pixels, torch.cat(labels), tuple(reader.classes))
 
 
 def _idx_part(reader: Any, place: Path, name: str, source: str) -> tuple[Tensor, Tensor]:
@@ -117,17 +131,17 @@ def _idx_part(reader: Any, place: Path, name: str, source: str) -> tuple[Tensor,
         (f"{name}-images-idx3-ubyte", reader.read_image_file),
         (f"{name}-labels-idx1-ubyte", reader.read_label_file),
     ):
-        packed = (
-            f"gunzip the {file}.gz that is there"
-            if (place / f"{file}.gz").exists()
-            else f"unpack the files of {source} there"
-        )
-        check_file(place / file, f"{packed}, or pass download=True")
+        path = place / file
+        if (place / f"{file}.gz").exists():
+            remedy = f"gunzip the {file}.gz that is there"
+        else:
+            remedy = f"unpack the files of {source} there"
+        check_file(path, f"{remedy}, or pass download=True")
         try:
-            contents.append(read(str(place / file)))
+            contents.append(read(str(path)))
         except Exception as error:  # whatever a wrong header leads to
             raise ValueError(
-                f"{place / file} is damaged, it is not an idx file of the expected kind; fetch it again"
+                f"{path} is damaged, it is not an idx file of the expected kind; fetch it again"
             ) from error
     images, labels = contents
     if len(images) != len(labels):

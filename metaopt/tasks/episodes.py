@@ -23,7 +23,7 @@ class Corruption(Protocol):
     """Label noise, as in :mod:`metaopt.tasks.label_noise`."""
 
     def __call__(self, labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
-        """Noisy labels."""
+        """The labels with noise; an equal seed gives equal noise."""
         ...
 
 
@@ -76,7 +76,7 @@ class Episodes:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        """Check the sizes."""
+        """Refuse sizes that make no task, or that the data cannot serve."""
         if min(self.ways, self.shots, self.test_shots, self.batch_size) < 1 or self.crop < 0:
             raise ValueError(
                 f"ways, shots, test_shots and batch_size must be positive and crop not negative, got "
@@ -90,17 +90,20 @@ class Episodes:
                 f"batch_size={self.batch_size} is more than the {smallest} examples that a task has; lower it or "
                 "raise shots and test_shots"
             )
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Refuse data where a class has too few images."""
+        names = self.data.names
+        counts = self.data.counts().tolist()
         needed = self.shots + self.test_shots
-        poor = [
-            f"{name!r} has {n}"
-            for name, n in zip(self.data.names, self.data.counts().tolist(), strict=True)
-            if n < needed
-        ]
+        poor = [f"{name!r} has {n}" for name, n in zip(names, counts, strict=True) if n < needed]
         if poor:
+            shown = ", ".join(poor[:3])
+            more = ", …" if len(poor) > 3 else ""
             raise ValueError(
-                f"{self.shots} + {self.test_shots} examples per class are needed, but class "
-                f"{', '.join(poor[:3])}{', …' if len(poor) > 3 else ''} "
-                f"({len(poor)} of {len(self.data.names)} classes); lower shots or test_shots, or leave them out with "
+                f"{self.shots} + {self.test_shots} examples per class are needed, but class {shown}{more} "
+                f"({len(poor)} of {len(names)} classes); lower shots or test_shots, or leave them out with "
                 "data.classes(…)"
             )
 
@@ -113,12 +116,14 @@ class Episodes:
         classes = torch.stack([chosen for _, chosen in drawn])
         train = rows[..., : self.shots].flatten(1)
         test = rows[..., self.shots :].flatten(1)
-        clean = torch.arange(self.ways).repeat_interleave(self.shots).expand(tasks, -1)
-        noisy = (
-            clean
-            if self.corruption is None
-            else torch.stack([self._corrupt(y, seed, task) for task, y in enumerate(clean)])
-        )
+
+        numbers = torch.arange(self.ways)
+        clean = numbers.repeat_interleave(self.shots).expand(tasks, -1)
+        of_test = numbers.repeat_interleave(self.test_shots).expand(tasks, -1)
+        noisy = clean
+        if self.corruption is not None:
+            noisy = torch.stack([self._corrupt(y, seed, task) for task, y in enumerate(clean)])
+
         return Episode(
             setting=self,
             seed=seed,
@@ -127,12 +132,13 @@ class Episodes:
             test_rows=test,
             train_labels=noisy.to(self.device),
             clean_labels=clean.to(self.device),
-            test_labels=torch.arange(self.ways).repeat_interleave(self.test_shots).expand(tasks, -1).to(self.device),
+            test_labels=of_test.to(self.device),
         )
 
     def as_floats(self, images: Tensor) -> Tensor:
         """Bytes as numbers in [-1, 1]."""
-        return images.to(self.dtype).div_(127.5).sub_(1.0)
+        numbers = images.to(self.dtype)
+        return numbers.div_(127.5).sub_(1.0)
 
     @cached_property
     def images(self) -> Tensor:
@@ -141,23 +147,30 @@ class Episodes:
 
     @cached_property
     def _members(self) -> list[Tensor]:
-        """Rows of each class."""
+        """The rows of each class, in the order of the data."""
         labels = self.data.labels.cpu()
-        return list(
-            torch.split(labels.argsort(stable=True), torch.bincount(labels, minlength=len(self.data.names)).tolist())
-        )
+        by_class = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=len(self.data.names))
+        return list(torch.split(by_class, counts.tolist()))
 
     def _draw(self, seed: int, task: int) -> tuple[Tensor, Tensor]:
         """Rows ``[ways, shots + test_shots]`` and classes ``[ways]`` of one task."""
         generator = _generator(seed, task, stream=0)
-        chosen = torch.randperm(len(self.data.names), generator=generator)[: self.ways]
+        order = torch.randperm(len(self.data.names), generator=generator)
+        chosen = order[: self.ways]
         needed = self.shots + self.test_shots
-        members = [self._members[c] for c in chosen.tolist()]
-        return torch.stack([rows[torch.randperm(len(rows), generator=generator)[:needed]] for rows in members]), chosen
+
+        drawn = []
+        for number in chosen.tolist():
+            members = self._members[number]
+            order = torch.randperm(len(members), generator=generator)
+            drawn.append(members[order[:needed]])
+        return torch.stack(drawn), chosen
 
     def _corrupt(self, labels: Tensor, seed: int, task: int) -> Tensor:
         assert self.corruption is not None
-        return self.corruption(labels, self.ways, self.rate, _generator(seed, task, stream=1).initial_seed())
+        generator = _generator(seed, task, stream=1)
+        return self.corruption(labels, self.ways, self.rate, generator.initial_seed())
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,41 +208,61 @@ class Episode:
 
     @property
     def test(self) -> ImageBatch:
-        """All test examples."""
+        """All test examples, with clean labels."""
         return self._batch(self.test_rows, self.test_labels)
 
     def batches(self, t: int) -> ImageBatch:
         """The augmented training minibatch of step ``t``, drawn without replacement."""
         generator = _generator(self.seed, t, stream=2)
+        setting = self.setting
         index = self._minibatch(self.train_rows.shape[1], generator)
-        x = self.setting.images[self.train_rows.gather(1, index)]
-        x = _augmented(x.flatten(0, 1), self.setting.crop, self.setting.flip, generator).view_as(x)
-        return ImageBatch(self.setting.as_floats(x), self.train_labels.gather(1, index))
+        rows = self.train_rows.gather(1, index)
+        labels = self.train_labels.gather(1, index)
+
+        images = setting.images[rows]
+        moved = _augmented(images.flatten(0, 1), setting.crop, setting.flip, generator)
+        x = setting.as_floats(moved.view_as(images))
+        return ImageBatch(x, labels)
 
     def outer_batches(self, t: int) -> ImageBatch:
         """The test minibatch of step ``t``, drawn without replacement, not augmented."""
-        index = self._minibatch(self.test_rows.shape[1], _generator(self.seed, t, stream=3))
-        return self._batch(self.test_rows.gather(1, index), self.test_labels.gather(1, index))
+        generator = _generator(self.seed, t, stream=3)
+        index = self._minibatch(self.test_rows.shape[1], generator)
+        rows = self.test_rows.gather(1, index)
+        labels = self.test_labels.gather(1, index)
+        return self._batch(rows, labels)
 
     def _minibatch(self, size: int, generator: torch.Generator) -> Tensor:
-        order = torch.rand(self.tasks, size, generator=generator).argsort(1)
-        return order[:, : self.setting.batch_size].to(self.train_rows.device)
+        keys = torch.rand(self.tasks, size, generator=generator)
+        order = keys.argsort(1)
+        chosen = order[:, : self.setting.batch_size]
+        return chosen.to(self.train_rows.device)
 
     def _batch(self, rows: Tensor, labels: Tensor) -> ImageBatch:
-        return ImageBatch(self.setting.as_floats(self.setting.images[rows]), labels)
+        images = self.setting.images[rows]
+        x = self.setting.as_floats(images)
+        return ImageBatch(x, labels)
 
 
 def _augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Images ``[n, C, H, W]``, each at its own offset in a black margin of ``crop`` pixels, and mirrored or not."""
     n, channels, height, width = images.shape
     shift = torch.randint(2 * crop + 1, (2, n, 1), generator=generator)
-    mirrored = (torch.rand(n, 1, generator=generator) < 0.5) & flip
+    coins = torch.rand(n, 1, generator=generator)
+    mirrored = (coins < 0.5) & flip
+
     columns = torch.arange(width).expand(n, -1)
-    columns = torch.where(mirrored, width - 1 - columns, columns) + shift[1]
+    columns = torch.where(mirrored, width - 1 - columns, columns)
+    columns = columns + shift[1]
     rows = torch.arange(height) + shift[0]
-    pixels = (rows.unsqueeze(2) * (width + 2 * crop) + columns.unsqueeze(1)).view(n, 1, -1).to(images.device)
-    padded = torch.nn.functional.pad(images, (crop, crop, crop, crop)).flatten(2)
-    return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+
+    padded_width = width + 2 * crop
+    pixels = rows.unsqueeze(2) * padded_width + columns.unsqueeze(1)
+    pixels = pixels.view(n, 1, -1).to(images.device)
+
+    padded = torch.nn.functional.pad(images, (crop, crop, crop, crop))
+    taken = padded.flatten(2).gather(2, pixels.expand(-1, channels, -1))
+    return taken.view(images.shape)
 
 
 def _generator(seed: int, number: int, *, stream: int) -> torch.Generator:
@@ -237,5 +270,8 @@ def _generator(seed: int, number: int, *, stream: int) -> torch.Generator:
 
     On the CPU, so that every device sees the same numbers.
     """
-    words = np.random.SeedSequence([seed % 2**64, number % 2**64, stream]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+    sequence = np.random.SeedSequence([seed % 2**64, number % 2**64, stream])
+    words = sequence.generate_state(2, np.uint32)
+    high = int(words[0])
+    low = int(words[1])
+    return torch.Generator().manual_seed(high << 32 | low)

@@ -78,7 +78,12 @@ def fonts(files: Sequence[str | Path] | None = None) -> list[Font]:
         shipped = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
         files = [*sorted(findSystemFonts()), *shipped]
     by_name = {Path(file).name: Path(file) for file in files}  # matplotlib's own copy where a file is there twice
-    found = [font for _, path in sorted(by_name.items()) if (font := _read(path)) is not None]
+
+    found = []
+    for _, path in sorted(by_name.items()):
+        font = _read(path)
+        if font is not None:
+            found.append(font)
     return found
 
 
@@ -93,10 +98,12 @@ def split_families(families: Sequence[str], counts: Sequence[int], seed: int) ->
         raise ValueError(
             f"cannot split {len(names)} families into parts of {tuple(counts)}; install more fonts or ask for fewer"
         )
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(names), generator=generator).tolist()
     parts = []
     for count in counts:
-        parts.append(tuple(names[i] for i in sorted(order[:count])))
+        chosen = sorted(order[:count])
+        parts.append(tuple(names[i] for i in chosen))
         order = order[count:]
     return tuple(parts)
 
@@ -122,4 +129,5 @@ def _family(name: str) -> str:
     for pattern, family in _ONE_FAMILY.items():
         if re.fullmatch(pattern, name, re.I):
             return family
-    return " ".join(_CUTS.sub(" ", name).split()) or name
+    words = _CUTS.sub(" ", name).split()
+    return " ".join(words) or name

@@ -5,10 +5,13 @@ rotation, shear, scale and shift, about what different hands would do. Scaling m
 alike (c and C, o and 0, Latin and Cyrillic а): of such homoglyphs only the first is kept.
 Split by character, by font family, or by both::
 
-    known, unseen = split_families({font.family for font in fonts()}, (4, 3), seed=0) train, valid,
-    test = split_classes(glyphs(families=known), (90, 30, 50), seed=0) other =
-    glyphs(families=unseen) test = other.classes([name for name in test.names if name in
-    other.names])  # unseen characters in unseen families
+    families = {font.family for font in fonts()}
+    known, unseen = split_families(families, (4, 3), seed=0)
+    train, valid, test = split_classes(glyphs(families=known), (90, 30, 50), seed=0)
+
+    other = glyphs(families=unseen)
+    common = [name for name in test.names if name in other.names]
+    test = other.classes(common)  # unseen characters in unseen families
 """
 
 from __future__ import annotations
@@ -74,21 +77,21 @@ class Glyphs(LabelledImages):
 
     def rows(self, index: Tensor) -> Self:
         """Only these images, in this order."""
-        return replace(super().rows(index), families=self.families[index])
+        kept = super().rows(index)
+        return replace(kept, families=self.families[index])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
-        return replace(super().to(device), families=self.families.to(device))
+        """The same images and labels on another device."""
+        moved = super().to(device)
+        return replace(moved, families=self.families.to(device))
 
     def of_families(self, names: Iterable[str]) -> Self:
         """Only images from these font families; all classes keep their numbers."""
-        unknown = set(names := tuple(names)) - set(self.family_names)
-        if unknown:
-            raise ValueError(
-                f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(self.family_names)}"
-            )
-        wanted = torch.tensor([name in names for name in self.family_names], device=self.families.device)
-        return self.rows(wanted[self.families].nonzero().squeeze(1))
+        chosen = set(names)
+        _check_families(chosen, self.family_names)
+        wanted = torch.tensor([name in chosen for name in self.family_names], device=self.families.device)
+        index = wanted[self.families].nonzero().squeeze(1)
+        return self.rows(index)
 
 
 def glyphs(
@@ -122,19 +125,33 @@ def glyphs(
     """
     if size < 8 or per_class < 1:
         raise ValueError(f"size must be at least 8 pixels and per_class positive, got {size} and {per_class}")
+    if characters is None:
+        characters = CHARACTERS
+    characters = "".join(dict.fromkeys(characters))  # each once
     available = fonts(files)
-    characters = "".join(dict.fromkeys(CHARACTERS if characters is None else characters))
     names = tuple(sorted({font.family for font in available}))
     chosen = names if families is None else tuple(sorted(set(families)))
-    if unknown := set(chosen) - set(names):
-        raise ValueError(f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    setting = f"{_FORMAT} {size} {characters} {chosen} {per_class} {jitter} {seed}"
-    inventory = " ".join(f"{font.path.name}:{font.path.stat().st_size}" for font in available)
-    key = hashlib.sha256(f"{setting} | {inventory} | {PIL.__version__}".encode()).hexdigest()[:16]
+    _check_families(chosen, names)
+
+    key = _key(f"{_FORMAT} {size} {characters} {chosen} {per_class} {jitter} {seed}", available)
     path = _cache_directory(cache) / f"glyphs-{size}-{key}.pt"
     if not path.exists():
-        _save(_make(available, characters, chosen, size, per_class, jitter, seed), path)
+        made = _make(available, characters, chosen, size, per_class, jitter, seed)
+        _save(made, path)
     return _load(path)
+
+
+def _key(setting: str, available: list[Font]) -> str:
+    """A hash of all that the images depend on: the setting, the fonts and the version of Pillow."""
+    inventory = " ".join(f"{font.path.name}:{font.path.stat().st_size}" for font in available)
+    content = f"{setting} | {inventory} | {PIL.__version__}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _check_families(chosen: Iterable[str], names: tuple[str, ...]) -> None:
+    unknown = set(chosen) - set(names)
+    if unknown:
+        raise ValueError(f"no such font family: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
 
 
 def _make(
@@ -146,11 +163,11 @@ def _make(
     jitter: bool,
     seed: int,
 ) -> Glyphs:
-    sheets = [
-        (font, _sheet(font, characters, size))
-        for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False, delay=1)
-    ]
-    sheets = [(font, sheet) for font, sheet in sheets if len(sheet) > 1]
+    sheets = []
+    for font in tqdm(available, desc=f"glyphs of {len(available)} fonts", leave=False, delay=1):
+        sheet = _sheet(font, characters, size)
+        if len(sheet) > 1:
+            sheets.append((font, sheet))
     if not sheets:
         raise ValueError(f"none of {len(available)} fonts has the characters {characters!r}")
     kept = _without_homoglyphs([sheet for _, sheet in sheets], characters)
@@ -164,8 +181,10 @@ def _make(
         if not len(distinct) or (not jitter and len(distinct) < per_class):
             continue
         index = _spread(origin, per_class, generator)
-        moved = _jittered(distinct[index], generator) if jitter else distinct[index]
-        images.append(_reduced(moved))
+        drawn = distinct[index]
+        if jitter:
+            drawn = _jittered(drawn, generator)
+        images.append(_reduced(drawn))
         labels.append(torch.full((per_class,), len(names)))
         origins.append(origin[index])
         names.append(character)
@@ -186,9 +205,16 @@ def _sheet(font: Font, characters: str, size: int) -> Sheet:
         return {}  # a bitmap font without this size
     sheet = {}
     for character in characters:
-        if ord(character) in font.characters and (drawing := _drawn(face, character, side)) is not None:
+        if ord(character) not in font.characters:
+            continue
+        drawing = _drawn(face, character, side)
+        if drawing is not None:
             sheet[character] = drawing
-    return sheet if len({drawing.image.numpy().tobytes() for drawing in sheet.values()}) > len(sheet) // 2 else {}
+
+    different = {drawing.image.numpy().tobytes() for drawing in sheet.values()}
+    if len(different) <= len(sheet) // 2:
+        return {}
+    return sheet
 
 
 def _drawn(face: ImageFont.FreeTypeFont, character: str, side: int) -> Drawing | None:
@@ -201,32 +227,47 @@ def _drawn(face: ImageFont.FreeTypeFont, character: str, side: int) -> Drawing |
     ink = image.getbbox()
     if ink is None:
         return None
-    scale = _BOX * side / max(ink[2] - ink[0], ink[3] - ink[1])
-    width, height = (max(1, round(scale * (ink[i + 2] - ink[i]))) for i in (0, 1))
+
+    left, top, right, bottom = ink
+    scale = _BOX * side / max(right - left, bottom - top)
+    width = max(1, round(scale * (right - left)))
+    height = max(1, round(scale * (bottom - top)))
+    scaled = image.resize((width, height), Image.Resampling.BOX, box=ink)
+
     canvas = Image.new("L", (side, side))
-    canvas.paste(
-        image.resize((width, height), Image.Resampling.BOX, box=ink), ((side - width) // 2, (side - height) // 2)
-    )
-    return Drawing(_pixels(canvas), _pixels(image.resize((_GRID, _GRID), Image.Resampling.BOX, box=ink)))
+    corner = ((side - width) // 2, (side - height) // 2)
+    canvas.paste(scaled, corner)
+    shape = image.resize((_GRID, _GRID), Image.Resampling.BOX, box=ink)
+    return Drawing(_pixels(canvas), _pixels(shape))
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+    content = bytearray(image.tobytes())
+    pixels = torch.frombuffer(content, dtype=torch.uint8)
+    return pixels.view(image.height, image.width)
 
 
 def _without_homoglyphs(sheets: list[Sheet], characters: str) -> str:
     """The characters less those that look like an earlier one: correlation > 0.9 in > 30 % of the fonts."""
-    known = [c for c in characters if any(c in sheet for sheet in sheets)]
+    drawn = {c for sheet in sheets for c in sheet}
+    known = [c for c in characters if c in drawn]
     number = {character: i for i, character in enumerate(known)}
-    alike, both = torch.zeros(2, len(known), len(known))
+    alike = torch.zeros(len(known), len(known))
+    both = torch.zeros(len(known), len(known))
+
     for sheet in sheets:
+        shapes = torch.stack([drawing.shape for drawing in sheet.values()])
+        small = shapes.float().flatten(1)
+        centred = small - small.mean(1, keepdim=True)
+        unit = torch.nn.functional.normalize(centred)
+        correlation = unit @ unit.T
+
         index = torch.tensor([number[c] for c in sheet])
-        small = torch.stack([drawing.shape for drawing in sheet.values()]).float().flatten(1)
-        unit = torch.nn.functional.normalize(small - small.mean(1, keepdim=True))
         rows = index.unsqueeze(1)
         columns = index.unsqueeze(0)
-        alike[rows, columns] += (unit @ unit.T > _ALIKE).float()
+        alike[rows, columns] += (correlation > _ALIKE).float()
         both[rows, columns] += 1
+
     twins = alike > _SHARE * both
     kept: list[int] = []
     for i in range(len(known)):
@@ -244,12 +285,19 @@ def _distinct(sheets: list[tuple[Font, Sheet]], character: str, families: tuple[
     for font, sheet in sheets:
         if character in sheet:
             image = sheet[character].image
-            seen.setdefault(image.numpy().tobytes(), (image, font.family))
+            content = image.numpy().tobytes()
+            seen.setdefault(content, (image, font.family))
+
     number = {family: i for i, family in enumerate(families)}
-    pairs = [(image, number[family]) for image, family in seen.values() if family in number]
-    if not pairs:
+    images = []
+    origin = []
+    for image, family in seen.values():
+        if family in number:
+            images.append(image)
+            origin.append(number[family])
+    if not images:
         return torch.empty(0, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    return torch.stack([image for image, _ in pairs]), torch.tensor([family for _, family in pairs])
+    return torch.stack(images), torch.tensor(origin)
 
 
 def _spread(origin: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -260,12 +308,23 @@ def _spread(origin: Tensor, count: int, generator: torch.Generator) -> Tensor:
     queues = []
     for family in origin.unique():
         members = (origin == family).nonzero().squeeze(1)
-        queues.append(members[torch.randperm(len(members), generator=generator)])
+        order = torch.randperm(len(members), generator=generator)
+        queues.append(members[order])
+
     if count <= len(origin):  # enough different ones: each once, in turns
-        ranked = [(rank, f, int(i)) for f, queue in enumerate(queues) for rank, i in enumerate(queue)]
-        return torch.tensor([i for _, _, i in sorted(ranked)[:count]])
-    turns = [queues[turn % len(queues)] for turn in range(count)]
-    return torch.stack([queue[turn // len(queues) % len(queue)] for turn, queue in enumerate(turns)])
+        ranked = []
+        for f, queue in enumerate(queues):
+            for rank, i in enumerate(queue.tolist()):
+                ranked.append((rank, f, i))
+        first = sorted(ranked)[:count]
+        return torch.tensor([i for _, _, i in first])
+
+    drawn = []
+    for turn in range(count):
+        queue = queues[turn % len(queues)]
+        rank = turn // len(queues)
+        drawn.append(queue[rank % len(queue)])
+    return torch.stack(drawn)
 
 
 def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -277,27 +336,35 @@ def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
     draw = 2 * torch.rand(6, n, generator=generator) - 1
     angle = draw[0] * math.radians(12)
     shear = 0.15 * draw[1]
-    stretch_x, stretch_y = (1 / (0.975 + 0.175 * draw[i]) for i in (2, 3))
+    stretch_x = 1 / (0.975 + 0.175 * draw[2])
+    stretch_y = 1 / (0.975 + 0.175 * draw[3])
+    shift_x = 0.14 * draw[4]
+    shift_y = 0.14 * draw[5]
+
     cos = angle.cos()
     sin = angle.sin()
-    first = torch.stack([stretch_x * cos, stretch_x * (shear * cos - sin), 0.14 * draw[4]], 1)
-    second = torch.stack([stretch_y * sin, stretch_y * (shear * sin + cos), 0.14 * draw[5]], 1)
-    grid = torch.nn.functional.affine_grid(
-        torch.stack([first, second], 1), [n, 1, *images.shape[1:]], align_corners=False
-    )
-    moved = torch.nn.functional.grid_sample(images.unsqueeze(1).float(), grid, align_corners=False)
+    first = torch.stack([stretch_x * cos, stretch_x * (shear * cos - sin), shift_x], 1)
+    second = torch.stack([stretch_y * sin, stretch_y * (shear * sin + cos), shift_y], 1)
+    maps = torch.stack([first, second], 1)
+
+    grid = torch.nn.functional.affine_grid(maps, [n, 1, *images.shape[1:]], align_corners=False)
+    pixels = images.unsqueeze(1).float()
+    moved = torch.nn.functional.grid_sample(pixels, grid, align_corners=False)
     return moved.squeeze(1).round().to(torch.uint8)
 
 
 def _reduced(images: Tensor) -> Tensor:
     """Oversampled ``[n, S, S]`` to ``[n, 1, size, size]``."""
-    return torch.nn.functional.avg_pool2d(images.unsqueeze(1).float(), _OVERSAMPLING).round().to(torch.uint8)
+    pixels = images.unsqueeze(1).float()
+    means = torch.nn.functional.avg_pool2d(pixels, _OVERSAMPLING)
+    return means.round().to(torch.uint8)
 
 
 def _cache_directory(cache: str | Path | None) -> Path:
     if cache is not None:
         return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaopt"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "metaopt"
 
 
 def _save(data: Glyphs, path: Path) -> None:
@@ -305,8 +372,9 @@ def _save(data: Glyphs, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {f.name: getattr(data, f.name) for f in fields(data)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as unfinished:
-        torch.save(content, Path(unfinished, path.name))
-        os.replace(Path(unfinished, path.name), path)
+        written = Path(unfinished, path.name)
+        torch.save(content, written)
+        os.replace(written, path)
 
 
 def _load(path: Path) -> Glyphs:

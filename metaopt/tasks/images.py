@@ -49,11 +49,12 @@ class LabelledImages:
                 f"labels must be int64 [{len(self.images)}], one per image, got {self.labels.dtype} "
                 f"{list(self.labels.shape)}; see LabelledImages.of"
             )
-        if len(self.labels) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < len(self.names)):
-            raise ValueError(
-                f"labels lie in {int(self.labels.min())} … {int(self.labels.max())}, but there are {len(self.names)} "
-                "class names"
-            )
+        if not len(self.labels):
+            return
+        lowest = int(self.labels.min())
+        highest = int(self.labels.max())
+        if lowest < 0 or highest >= len(self.names):
+            raise ValueError(f"labels lie in {lowest} … {highest}, but there are {len(self.names)} class names")
 
     @classmethod
     def of(cls, dataset: Any, names: Sequence[str] | None = None) -> LabelledImages:
@@ -83,31 +84,46 @@ class LabelledImages:
                     "mode in the dataset's transform"
                 )
             labels.append(int(label))
+
         found = names or getattr(dataset, "classes", None) or range(max(labels) + 1)
-        return LabelledImages(torch.stack(images), torch.tensor(labels), tuple(str(name) for name in found))
+        texts = tuple(str(name) for name in found)
+        return LabelledImages(torch.stack(images), torch.tensor(labels), texts)
 
     def classes(self, chosen: Sequence[int] | Sequence[str]) -> Self:
         """Only these classes, by number or by name, renumbered in this order."""
-        if unknown := [name for name in chosen if isinstance(name, str) and name not in self.names]:
+        unknown = [name for name in chosen if isinstance(name, str) and name not in self.names]
+        if unknown:
             raise ValueError(f"no class is called {', '.join(map(repr, unknown))}; there are {', '.join(self.names)}")
+
+        count = len(self.names)
         indices = [self.names.index(c) if isinstance(c, str) else int(c) for c in chosen]
-        if not indices or len(set(indices)) < len(indices) or not all(0 <= i < len(self.names) for i in indices):
+        distinct = len(set(indices)) == len(indices)
+        inside = all(0 <= i < count for i in indices)
+        if not indices or not distinct or not inside:
             raise ValueError(
-                f"classes must be distinct numbers in 0 … {len(self.names) - 1}, or names, and at least one; got "
-                f"{list(chosen)}"
+                f"classes must be distinct numbers in 0 … {count - 1}, or names, and at least one; got {list(chosen)}"
             )
-        renumbered = torch.full((len(self.names),), -1, device=self.labels.device)
-        renumbered[indices] = torch.arange(len(indices), device=self.labels.device)
-        kept = self.rows((renumbered[self.labels] >= 0).nonzero().squeeze(1))
-        return replace(kept, labels=renumbered[kept.labels], names=tuple(self.names[i] for i in indices))
+
+        device = self.labels.device
+        renumbered = torch.full((count,), -1, device=device)
+        renumbered[indices] = torch.arange(len(indices), device=device)
+
+        wanted = renumbered[self.labels] >= 0
+        kept = self.rows(wanted.nonzero().squeeze(1))
+        names = tuple(self.names[i] for i in indices)
+        return replace(kept, labels=renumbered[kept.labels], names=names)
 
     def rows(self, index: Tensor) -> Self:
         """Only these images, in this order."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        images = self.images[index]
+        labels = self.labels[index]
+        return replace(self, images=images, labels=labels)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        """The same images and labels on another device."""
+        images = self.images.to(device)
+        labels = self.labels.to(device)
+        return replace(self, images=images, labels=labels)
 
     def counts(self) -> Tensor:
         """Images per class, int64 ``[classes]``."""
@@ -117,8 +133,9 @@ class LabelledImages:
         return len(self.labels)
 
     def __repr__(self) -> str:
+        name = type(self).__name__
         size = _size(self.images[0]) if len(self) else "?"
-        return f"{type(self).__name__}({len(self)} images of {size}, {len(self.names)} classes)"
+        return f"{name}({len(self)} images of {size}, {len(self.names)} classes)"
 
 
 def split_classes(data: Data, counts: Sequence[int], seed: int) -> tuple[Data, ...]:
@@ -134,7 +151,8 @@ def split_classes(data: Data, counts: Sequence[int], seed: int) -> tuple[Data, .
     order = torch.randperm(len(data.names), generator=generator).tolist()
     parts = []
     for count in counts:
-        parts.append(data.classes(sorted(order[:count])))
+        chosen = sorted(order[:count])
+        parts.append(data.classes(chosen))
         order = order[count:]
     return tuple(parts)
 
@@ -142,14 +160,18 @@ def split_classes(data: Data, counts: Sequence[int], seed: int) -> tuple[Data, .
 def as_uint8(image: Any, number: int = 0) -> Tensor:
     """A PIL image, array or tensor as uint8 ``[C, H, W]``; ``number`` is for the error message."""
     if isinstance(image, Image.Image):
-        image = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        image = np.array(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise TypeError(
                 f"image {number}: an array must be uint8 [H, W] or [H, W, C], got {image.dtype} {list(image.shape)}"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(image))
-        return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(2, 0).contiguous()
+        if pixels.ndim == 2:
+            return pixels.unsqueeze(0)
+        return pixels.movedim(2, 0).contiguous()
     if not isinstance(image, Tensor) or image.ndim != 3:
         raise TypeError(
             f"image {number}: expected a PIL image, an array or a tensor [C, H, W], got "

@@ -41,15 +41,21 @@ def _corrupt(labels: Tensor, classes: int, rate: float, seed: int, *, others: in
         raise ValueError(f"rate is a probability, got {rate}")
     if classes < max(2, others + 1):
         raise ValueError(f"{classes} classes are too few to draw {max(1, others)} other(s) from")
-    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(f"labels must lie in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}")
+    if labels.numel():
+        lowest = int(labels.min())
+        highest = int(labels.max())
+        if lowest < 0 or highest >= classes:
+            raise ValueError(f"labels must lie in 0 … {classes - 1}, got {lowest} … {highest}")
+
     generator = torch.Generator().manual_seed(seed)
     clean = labels.detach().cpu().long()
-    shifts = torch.stack([torch.randperm(classes - 1, generator=generator) + 1 for _ in range(classes)])
+    orders = [torch.randperm(classes - 1, generator=generator) for _ in range(classes)]
+    shifts = torch.stack(orders) + 1
     hit = torch.rand(clean.shape, generator=generator) < rate
     if others == 0:
         drawn = torch.randint(classes, clean.shape, generator=generator)
     else:
         other = torch.randint(others, clean.shape, generator=generator)
-        drawn = (clean + shifts[clean, other]) % classes
+        shifted = clean + shifts[clean, other]
+        drawn = shifted % classes
     return torch.where(hit, drawn, clean).to(labels)

@@ -55,11 +55,13 @@ class Sinusoid:
         """``tasks`` stacked tasks; the same seed gives the same tasks, and the global random state is not used."""
         if tasks < 1:
             raise ValueError(f"at least one task is needed, got {tasks}")
+        points = self.shots + self.test_points
         generator = torch.Generator().manual_seed(seed)
         amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
         phase = math.pi * torch.rand(tasks, 1, 1, generator=generator)
-        x = 10.0 * torch.rand(tasks, self.shots + self.test_points, 1, generator=generator) - 5.0
+        x = 10.0 * torch.rand(tasks, points, 1, generator=generator) - 5.0
         y = amplitude * torch.sin(x - phase)
+
         train = SinusoidBatch(x[:, : self.shots], y[:, : self.shots])
         test = SinusoidBatch(x[:, self.shots :], y[:, self.shots :])
         return SinusoidTasks(train, test)

@@ -39,14 +39,19 @@ def tiny_imagenet(root: str | Path, part: Part = "train", *, size: int = 64, dow
     remedy = f"unpack {_URL} in {root}, or pass download=True"
     for name in ("wnids.txt", "words.txt"):
         check_file(place / name, remedy)
+
     wnids = (place / "wnids.txt").read_text().split()
     classes = {wnid: i for i, wnid in enumerate(wnids)}
     lines = (place / "words.txt").read_text().splitlines()
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    found = [pair for list_files in parts(part, _training, _validation) for pair in list_files(place, classes, remedy)]
+
+    found = []
+    for list_files in parts(part, _training, _validation):
+        found += list_files(place, classes, remedy)
     images = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     for i, (file, _) in enumerate(tqdm(found, desc="TinyImageNet", leave=False, delay=1)):
-        images[i] = as_uint8(open_image(file, size))
+        image = open_image(file, size)
+        images[i] = as_uint8(image)
     labels = torch.tensor([label for _, label in found])
     names = tuple(words.get(wnid, wnid) for wnid in classes)
     return LabelledImages(images, labels, names)

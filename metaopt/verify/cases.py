@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaopt.inner.contract import Step
 from metaopt.inner.step import inner_step
 from metaopt.optim.sgd import SGD
 from metaopt.problem import Problem
@@ -25,15 +26,11 @@ class Case(Problem):
     """A bilevel problem, and what is known about it.
 
     Attributes:
-        exact: horizon T to the exact hypergradient, a pytree like λ; ``None`` where no closed form
-            is known.
-        constant_jacobians: whether A and B depend on the state (then DrMAD is an approximation) or
-            not (then it is exact).
+        exact: horizon T to the exact hypergradient, a pytree like λ, where a closed form is known.
+        constant_jacobians: whether A and B are the same at every state, so that DrMAD is exact.
         converged: whether ``w0`` minimises the inner loss already.
-        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, where there is
-            one.
-        evograd_limit: horizon T to what EvoGrad with infinitely many copies (Gaussian, σ = 1, τ =
-            ½) gives, where that is known.
+        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, if there is one.
+        evograd_limit: horizon T to EvoGrad's limit for many copies (Gaussian, σ = 1, τ = ½), if known.
     """
 
     _: KW_ONLY
@@ -62,9 +59,11 @@ def draw_quadratic(size: int, conditioning: float, seed: int, *, diagonal: bool 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    eigenvalues = torch.logspace(0, -torch.log10(torch.tensor(conditioning)).item(), size, dtype=torch.float64)
-    basis = torch.eye(size, dtype=torch.float64) if diagonal else torch.linalg.qr(normal(size, size))[0]
-    return Quadratic(basis @ torch.diag(eigenvalues) @ basis.T, normal(size), normal(size), normal(size))
+    decades = torch.log10(torch.tensor(conditioning)).item()
+    eigenvalues = torch.logspace(0, -decades, size, dtype=torch.float64)
+    basis = _eye(size) if diagonal else torch.linalg.qr(normal(size, size)).Q
+    H = basis @ torch.diag(eigenvalues) @ basis.T
+    return Quadratic(H, w0=normal(size), lam=normal(size), target=normal(size))
 
 
 def quadratic(
@@ -86,11 +85,11 @@ def quadratic(
 
     def exact(T: int) -> Tensor:
         M = torch.linalg.matrix_power(contraction, T)
-        return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
+        return _hypergradient(M, q)
 
-    step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr))
+    step = inner_step(lambda w, lam, batch: _bowl(w - lam, q.H), SGD(lr=lr))
     name = "quadratic, diagonal" if diagonal else "quadratic"
-    return Case(step, _to(q.target), q.w0, q.lam, [None] * horizon, name=name, exact=exact, constant_jacobians=True)
+    return _case(step, q, horizon, name=name, exact=exact, constant_jacobians=True)
 
 
 def non_commuting(
@@ -98,8 +97,7 @@ def non_commuting(
 ) -> Case:
     r"""1, with one Hessian per batch: :math:`dw_T/d\lambda = I - \prod_{t=T}^{1} (I - \eta H_t)`.
 
-    The batch of step t is :math:`H_t`. These do not commute, so the product has to be in descending
-    order.
+    The batch of step t is :math:`H_t`. These do not commute, so the product is in descending order.
     """
     q = draw_quadratic(size, conditioning, seed)
     batches = [draw_quadratic(size, conditioning, 1000 + seed + t).H for t in range(horizon)]
@@ -108,12 +106,11 @@ def non_commuting(
         M = _eye(size)
         for H in batches[:T]:
             M = (_eye(size) - lr * H) @ M
-        return (_eye(size) - M).T @ (q.lam + M @ (q.w0 - q.lam) - q.target)
+        return _hypergradient(M, q)
 
-    step = inner_step(lambda w, lam, H: 0.5 * (w - lam) @ H @ (w - lam), SGD(lr=lr))
-    return Case(
-        step, _to(q.target), q.w0, q.lam, batches, name="non-commuting Hessians", exact=exact, constant_jacobians=True
-    )
+    step = inner_step(lambda w, lam, H: _bowl(w - lam, H), SGD(lr=lr))
+    case = _case(step, q, horizon, batches=batches, name="non-commuting Hessians", exact=exact)
+    return replace(case, constant_jacobians=True)
 
 
 def momentum(
@@ -130,16 +127,16 @@ def momentum(
     """
     q = draw_quadratic(size, conditioning, seed)
     eye = _eye(size)
-    block = torch.cat([torch.cat([eye - lr * q.H, -lr * mu * eye], 1), torch.cat([q.H, mu * eye], 1)])
+    upper = torch.cat([eye - lr * q.H, -lr * mu * eye], 1)
+    lower = torch.cat([q.H, mu * eye], 1)
+    M = torch.cat([upper, lower])
 
     def exact(T: int) -> Tensor:
-        m = torch.linalg.matrix_power(block, T)[:size, :size]
-        return (eye - m).T @ (q.lam + m @ (q.w0 - q.lam) - q.target)
+        power = torch.linalg.matrix_power(M, T)
+        return _hypergradient(power[:size, :size], q)
 
-    step = inner_step(lambda w, lam, _: 0.5 * (w - lam) @ q.H @ (w - lam), SGD(lr=lr, momentum=mu))
-    return Case(
-        step, _to(q.target), q.w0, q.lam, [None] * horizon, name="momentum", exact=exact, constant_jacobians=True
-    )
+    step = inner_step(lambda w, lam, batch: _bowl(w - lam, q.H), SGD(lr=lr, momentum=mu))
+    return _case(step, q, horizon, name="momentum", exact=exact, constant_jacobians=True)
 
 
 def log_l2(
@@ -147,10 +144,8 @@ def log_l2(
 ) -> Case:
     r"""3. :math:`L = \tfrac12 \sum_i h_i (w_i-a_i)^2 + \tfrac12 \sum_i e^{\lambda_i} w_i^2`.
 
-    The outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`.
-
-    Per coordinate, with :math:`c = h + e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c` and
-    :math:`dc/d\lambda = e^\lambda`:
+    The outer loss adds :math:`\tfrac{\rho}2 |\lambda|^2`. Per coordinate, with :math:`c = h +
+    e^\lambda,\; r = 1 - \eta c,\; w^* = ha/c` and :math:`dc/d\lambda = e^\lambda`:
 
     .. math::
         w_T = w^* + r^T (w_0 - w^*), \qquad
@@ -163,14 +158,15 @@ def log_l2(
 
     def exact(T: int) -> Tensor:
         w_T, slope = _shrunk(h, a, lam.exp(), q.w0, lr, T)
-        return (w_T - q.target) * slope * lam.exp() + direct * lam
-
-    step = inner_step(lambda w, lam, _: 0.5 * (h * (w - a) ** 2).sum() + 0.5 * (lam.exp() * w**2).sum(), SGD(lr=lr))
+        alpha = w_T - q.target
+        return alpha * slope * lam.exp() + direct * lam
 
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
-        return 0.5 * ((w - q.target) ** 2).sum() + 0.5 * direct * (lam**2).sum()
+        distance = 0.5 * ((w - q.target) ** 2).sum()
+        return distance + 0.5 * direct * (lam**2).sum()
 
-    return Case(step, outer_loss, q.w0, lam, [None] * horizon, name="log-L2, direct term", exact=exact)
+    step = inner_step(lambda w, lam, batch: _shrinking(w, h, a, lam.exp()), SGD(lr=lr))
+    return _case(step, q, horizon, lam=lam, outer_loss=outer_loss, name="log-L2, direct term", exact=exact)
 
 
 def learning_rate(
@@ -185,18 +181,11 @@ def learning_rate(
 
     def exact(T: int) -> Tensor:
         before = torch.linalg.matrix_power(contraction, T - 1) @ q.w0
-        return -T * (contraction @ before - q.target) @ q.H @ before
+        alpha = contraction @ before - q.target
+        return -T * alpha @ q.H @ before
 
-    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam))
-    return Case(
-        step,
-        _to(q.target),
-        q.w0,
-        torch.tensor(lr, dtype=torch.float64),
-        [None] * horizon,
-        name="learning rate",
-        exact=exact,
-    )
+    step = inner_step(lambda w, lam, batch: _bowl(w, q.H), SGD(lr=lambda lam, t: lam))
+    return _case(step, q, horizon, lam=torch.tensor(lr, dtype=torch.float64), name="learning rate", exact=exact)
 
 
 def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6) -> Case:
@@ -210,27 +199,27 @@ def schedule(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: i
     def product(skip: int | None, T: int) -> Tensor:
         w = q.w0
         for s in range(T):
-            w = w if s == skip else w - rates[s] * (q.H @ w)
+            if s != skip:
+                w = w - rates[s] * (q.H @ w)
         return w
 
     def exact(T: int) -> Tensor:
         alpha = product(None, T) - q.target
-        return torch.stack(
-            [-alpha @ q.H @ product(t, T) if t < T else torch.zeros((), dtype=torch.float64) for t in range(horizon)]
-        )
+        slopes = [torch.zeros((), dtype=torch.float64)] * horizon
+        for t in range(T):
+            slopes[t] = -alpha @ q.H @ product(t, T)
+        return torch.stack(slopes)
 
-    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w, SGD(lr=lambda lam, t: lam[t - 1]))
-    return Case(step, _to(q.target), q.w0, rates, [None] * horizon, name="schedule", exact=exact)
+    step = inner_step(lambda w, lam, batch: _bowl(w, q.H), SGD(lr=lambda lam, t: lam[t - 1]))
+    return _case(step, q, horizon, lam=rates, name="schedule", exact=exact)
 
 
 def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.3) -> Case:
     r"""5. :math:`L = \tfrac12 w^\top H w - b^\top w + \tfrac12 e^\lambda |w|^2`, started at its minimum.
 
-    That is :math:`w^* = K^{-1} b` with :math:`K = H + e^\lambda`.
-
-    Every state is :math:`w^*`, with :math:`A = I - \eta K,\; B = -\eta e^\lambda w^*`, so T steps
-    give
-    :math:`-\alpha (I - A^T) K^{-1} e^\lambda w^*`; the limit :math:`T \to \infty` is implicit differentiation's answer.
+    That is :math:`w^* = K^{-1} b` with :math:`K = H + e^\lambda`. Every state is :math:`w^*`, with
+    :math:`A = I - \eta K,\; B = -\eta e^\lambda w^*`, so T steps give :math:`-\alpha (I - A^T)
+    K^{-1} e^\lambda w^*`. The limit :math:`T \to \infty` is implicit differentiation's answer.
     """
     q = draw_quadratic(size, conditioning, seed)
     lam = torch.tensor(-0.5, dtype=torch.float64)
@@ -238,21 +227,18 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
     minimum = torch.linalg.solve(K, q.w0)
 
     def exact(T: int) -> Tensor:
+        alpha = minimum - q.target
         M = torch.linalg.matrix_power(_eye(size) - lr * K, T)
-        return -(minimum - q.target) @ (_eye(size) - M) @ torch.linalg.solve(K, lam.exp() * minimum)
+        limit = torch.linalg.solve(K, lam.exp() * minimum)
+        return -alpha @ (_eye(size) - M) @ limit
 
-    step = inner_step(lambda w, lam, _: 0.5 * w @ q.H @ w - q.w0 @ w + 0.5 * lam.exp() * (w @ w), SGD(lr=lr))
-    return Case(
-        step,
-        _to(q.target),
-        minimum,
-        lam,
-        [None] * horizon,
-        name="ridge at its minimum",
-        exact=exact,
-        constant_jacobians=True,
-        converged=True,
-    )
+    def inner_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        fit = _bowl(w, q.H) - q.w0 @ w
+        return fit + 0.5 * lam.exp() * (w @ w)
+
+    step = inner_step(inner_loss, SGD(lr=lr))
+    case = _case(step, q, horizon, w0=minimum, lam=lam, name="ridge at its minimum", exact=exact)
+    return replace(case, constant_jacobians=True, converged=True)
 
 
 def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
@@ -270,9 +256,9 @@ def isotropic(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: 
         w_T, slope = _shrunk(h, q.lam, lam, q.w0, lr, T)
         return (w_T - q.target) @ slope
 
-    step = inner_step(lambda w, lam, _: 0.5 * h * ((w - q.lam) ** 2).sum() + 0.5 * lam * (w**2).sum(), SGD(lr=lr))
+    step = inner_step(lambda w, lam, batch: _shrinking(w, h, q.lam, lam), SGD(lr=lr))
     gamma = float(1.0 - lr * (h + lam))
-    return Case(step, _to(q.target), q.w0, lam, [None] * horizon, name="isotropic", exact=exact, contraction=gamma)
+    return _case(step, q, horizon, lam=lam, name="isotropic", exact=exact, contraction=gamma)
 
 
 def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int = 6, *, lr: float = 0.2) -> Case:
@@ -300,18 +286,25 @@ def population(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon:
     minimum = 1 / (1 + lam)
 
     def exact(T: int) -> Tensor:
-        return (1 - (1 - 2 * lr * c * (1 + lam)) ** T) * (lam - 1) / (lam + 1) ** 3
+        r = 1 - 2 * lr * c * (1 + lam)
+        share = 1 - r**T
+        return share * (lam - 1) / (lam + 1) ** 3
 
     def limit(T: int) -> Tensor:
         precision = 1 + 4 * c * (1 + lam)
         theta = (minimum + 4 * c) / precision
-        return -2 * (theta - 0.5) * 4 * c * theta / precision
+        slope = -4 * c * theta / precision
+        return 2 * (theta - 0.5) * slope
 
-    step = inner_step(lambda w, lam, _: (c * ((w - 1) ** 2 + lam * w**2)).sum(), SGD(lr=lr))
-    problem = Case(
-        step, lambda w, lam, _: ((w - 0.5) ** 2).sum(), minimum, lam, [None] * horizon, name="EvoGrad's", exact=exact
-    )
-    return replace(problem, constant_jacobians=True, converged=True, evograd_limit=limit)
+    def inner_loss(x: Tree, lam: Tree, batch: Any) -> Tensor:
+        return (c * ((x - 1) ** 2 + lam * x**2)).sum()
+
+    def outer_loss(x: Tree, lam: Tree, batch: Any) -> Tensor:
+        return ((x - 0.5) ** 2).sum()
+
+    step = inner_step(inner_loss, SGD(lr=lr))
+    case = _case(step, q, horizon, w0=minimum, lam=lam, outer_loss=outer_loss, name="EvoGrad's", exact=exact)
+    return replace(case, constant_jacobians=True, converged=True, evograd_limit=limit)
 
 
 def drifting(
@@ -333,43 +326,54 @@ def drifting(
         \frac{dw_T}{d\lambda_i} = \eta \sum_{t \in i} r^{T-t} c_t.
 
     For k = 0 the steps of a window contribute :math:`\eta\, \alpha c_t`: noisy measurements with
-    linear drift. Their mean has the error of
-    :func:`metaopt.estimators.fds.shared_window_error`. Micaelli & Storkey 2021, `arXiv 2007.07869
-    <https://arxiv.org/abs/2007.07869>`__.
+    linear drift. Their mean has the error of :func:`metaopt.estimators.fds.shared_window_error`.
+    Micaelli & Storkey 2021, `arXiv 2007.07869 <https://arxiv.org/abs/2007.07869>`__.
     """
     q = draw_quadratic(size, conditioning, seed)
     k = 1 / conditioning
+    r = 1 - lr * k
     windows = -(-horizon // window)
     lam = 0.5 + 0.5 * torch.sin(q.lam[0] + torch.arange(windows, dtype=torch.float64))
-    batches = [(t // window, q.lam + drift * t * (q.H @ q.target)) for t in range(horizon)]
-
-    def shares(T: int) -> Tensor:
-        """``η r^{T-t} c_t`` in the row of its window."""
-        rows = torch.zeros(windows, size, dtype=torch.float64)
-        for t, (i, c) in enumerate(batches[:T], start=1):
-            rows[i] += lr * (1 - lr * k) ** (T - t) * c
-        return rows
+    direction = q.H @ q.target
+    batches = [(t // window, q.lam + drift * t * direction) for t in range(horizon)]
 
     def exact(T: int) -> Tensor:
-        return shares(T) @ ((1 - lr * k) ** T * q.w0 + lam @ shares(T) - q.target)
+        slopes = torch.zeros(windows, size, dtype=torch.float64)
+        for t, (i, c) in enumerate(batches[:T], start=1):
+            slopes[i] += lr * r ** (T - t) * c
+        w_T = r**T * q.w0 + lam @ slopes
+        return slopes @ (w_T - q.target)
 
-    step = inner_step(lambda w, lam, batch: 0.5 * k * (w @ w) - lam[batch[0]] * (batch[1] @ w), SGD(lr=lr))
-    return Case(step, _to(q.target), q.w0, lam, batches, name="drifting, shared", exact=exact, constant_jacobians=True)
+    def inner_loss(w: Tree, lam: Tree, batch: tuple[int, Tensor]) -> Tensor:
+        i, c = batch
+        return 0.5 * k * (w @ w) - lam[i] * (c @ w)
+
+    step = inner_step(inner_loss, SGD(lr=lr))
+    case = _case(step, q, horizon, lam=lam, batches=batches, name="drifting, shared", exact=exact)
+    return replace(case, constant_jacobians=True)
 
 
-CLOSED_FORMS: list[Callable[..., Case]] = [
-    quadratic,
-    non_commuting,
-    momentum,
-    log_l2,
-    learning_rate,
-    schedule,
-    ridge,
-    isotropic,
-    population,
-    drifting,
-]
+CLOSED_FORMS: list[Callable[..., Case]] = [quadratic, non_commuting, momentum, log_l2, learning_rate, schedule]
 """Every closed form at horizon T: functions of ``(size, conditioning, seed, horizon)``."""
+CLOSED_FORMS += [ridge, isotropic, population, drifting]
+
+
+def _case(step: Step, q: Quadratic, horizon: int, **given: Any) -> Case:
+    """A run from ``q.w0``, without batches, judged by its distance from the target; ``given`` replaces any of it."""
+
+    def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        return 0.5 * ((w - q.target) ** 2).sum()
+
+    usual = {"outer_loss": outer_loss, "w0": q.w0, "lam": q.lam, "batches": [None] * horizon}
+    return Case(step, **(usual | given))
+
+
+def _hypergradient(M: Tensor, q: Quadratic) -> Tensor:
+    """The hypergradient where ``w_T = λ + M (w_0 - λ)``."""
+    w_T = q.lam + M @ (q.w0 - q.lam)
+    alpha = w_T - q.target
+    slope = _eye(len(M)) - M
+    return slope.T @ alpha
 
 
 def _shrunk(h: Tensor, a: Tensor, penalty: Tensor, w0: Tensor, lr: float, T: int) -> tuple[Tensor, Tensor]:
@@ -377,13 +381,20 @@ def _shrunk(h: Tensor, a: Tensor, penalty: Tensor, w0: Tensor, lr: float, T: int
     c = h + penalty
     r = 1 - lr * c
     minimum = h * a / c
-    slope = -h * a / c**2 * (1 - r**T) - lr * T * r ** (T - 1) * (w0 - minimum)
-    return minimum + r**T * (w0 - minimum), slope
+    offset = w0 - minimum
+    by_minimum = -h * a / c**2 * (1 - r**T)
+    by_rate = lr * T * r ** (T - 1) * offset
+    return minimum + r**T * offset, by_minimum - by_rate
+
+
+def _shrinking(w: Tensor, h: Tensor, a: Tensor, penalty: Tensor) -> Tensor:
+    fit = 0.5 * (h * (w - a) ** 2).sum()
+    return fit + 0.5 * (penalty * w**2).sum()
+
+
+def _bowl(x: Tensor, H: Tensor) -> Tensor:
+    return 0.5 * x @ H @ x
 
 
 def _eye(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64)
-
-
-def _to(target: Tensor) -> Callable[[Tree, Tree, Any], Tensor]:
-    return lambda w, lam, batch: 0.5 * ((w - target) ** 2).sum()

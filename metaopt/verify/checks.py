@@ -58,7 +58,8 @@ def check(
     """
     if isinstance(subject, Problem):
         _, stream = opened(subject.batches, subject.horizon, subject.step.steps_at_once)
-        return check_step(subject.step, subject.w0, subject.lam, next(stream), tolerance=tolerance, seed=seed)
+        first = next(stream)
+        return check_step(subject.step, subject.w0, subject.lam, first, tolerance=tolerance, seed=seed)
     if isinstance(subject, Estimator) and problem is not None:
         return check_on(problem, subject, tolerance)
     if isinstance(subject, Estimator):
@@ -69,9 +70,9 @@ def check(
 def check_estimator(
     estimator: Estimator, *, problems: Sequence[Callable[..., Case]] = CLOSED_FORMS, tolerance: float, seed: int
 ) -> Report:
-    """Its own formula on every case at horizons 1, 2 and 6.
+    """Hold an estimator to its own formula on every case at horizons 1, 2 and 6.
 
-    The closed form where it claims, or theory says, that it is exact.
+    It is also held to the closed form where it claims, or theory says, that it is exact.
     """
     rows: list[Row] = []
     skipped: list[str] = []
@@ -87,21 +88,24 @@ def check_estimator(
 
 
 def check_on(problem: Problem, estimator: Estimator, tolerance: float) -> Report:
-    """An estimator beside autograd through the loop of one problem."""
+    """Hold an estimator to autograd through the loop of one problem."""
     name = f"{estimator!r} on {problem!r}"
     if not estimator.exact:
-        return Report(
-            name, (), (f"{estimator!r} is an approximation here: mo.diagnose.compare measures how close it comes",)
-        )
+        reason = f"{estimator!r} is an approximation here: mo.diagnose.compare measures how close it comes"
+        return Report(name, rows=(), skipped=(reason,))
+
     got = vector(problem.hypergradient(estimator).total)
     want = vector(through_loop(problem, problem.T))
-    return Report(name, (Row(f"T = {problem.T}", "autograd through the loop", relative_error(got, want), tolerance),))
+    error = relative_error(got, want)
+    row = Row(f"T = {problem.T}", "autograd through the loop", error, tolerance)
+    return Report(name, rows=(row,))
 
 
 def class_rows(kind: type[Estimator], *, tolerance: float = 1e-10, seed: int = 0) -> Iterator[Row]:
-    """An estimator's class as its row in :data:`metaopt.verify.formulas.ENTRIES` makes it for each case.
+    """Hold an estimator's class to its formula on every case.
 
-    A class without a row fails.
+    Its row in :data:`metaopt.verify.formulas.ENTRIES` makes the estimators. A class without a row
+    fails.
     """
     formula = formula_of(kind)
     if formula is None:
@@ -137,15 +141,20 @@ def _on(problem: Case, estimator: Estimator, horizon: int, tolerance: float) -> 
     try:
         got = vector(_total(problem, horizon, estimator))
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        return [Row(case, "runs at all", float("inf"), tolerance, f"{type(error).__name__}: {error}")]
+        note = f"{type(error).__name__}: {error}"
+        return [Row(case, "runs at all", float("inf"), tolerance, note)]
+
     rows = []
     if formula is not None:
         own = formula.hypergradient(problem, horizon, estimator)
-        rows.append(Row(case, "own formula", relative_error(got, own), tolerance))
+        error = relative_error(got, own)
+        rows.append(Row(case, "own formula", error, tolerance))
+
     why = _exact_here(formula, problem, horizon, estimator)
     if why is not None and problem.exact is not None:
         closed = vector(problem.exact(horizon))
-        rows.append(Row(case, "closed form", relative_error(got, closed), tolerance, why))
+        error = relative_error(got, closed)
+        rows.append(Row(case, "closed form", error, tolerance, why))
     return rows
 
 

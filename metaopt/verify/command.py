@@ -31,18 +31,24 @@ def run(name: str | None = None, *, first: bool = False) -> bool:
     known = subjects()
     chosen = [subject for subject in known if name in (None, subject.name)]
     if not chosen:
-        raise ValueError(f"nothing is called {name!r}; there are {', '.join(subject.name for subject in known)}")
+        names = ", ".join(subject.name for subject in known)
+        raise ValueError(f"nothing is called {name!r}; there are {names}")
+
     start = time.perf_counter()
     reports = list(_reports(chosen, first=first))
-    _print(summary(reports) if name is None else reports[0].table)
+    table = summary(reports) if name is None else reports[0].table
+    _print(table)
+
     failures = [(report, row) for report in reports for row in report.failures]
     for report, row in failures[:SHOWN]:
         print(f"{report.name} failed on {row.case} against {row.against}: error {row.error:.2e} {row.note}".rstrip())
     if len(failures) > SHOWN:
         print(f"… and {len(failures) - SHOWN} more; metaopt verify NAME shows every comparison")
+
     count = sum(len(report.rows) for report in reports)
     verdict = f"{len(failures)} FAILED" if failures else "all passed"
-    print(f"{count} comparisons, {verdict}, {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    print(f"{count} comparisons, {verdict}, {seconds:.0f} s")
     return all(report.passed for report in reports)
 
 
@@ -61,20 +67,29 @@ def summary(reports: list[Report]) -> Table:
     """One line per subject: how many comparisons passed, the worst error, and what it was held to."""
     cells: list[tuple[str, ...]] = []
     for report in reports:
-        passed = len(report.rows) - len(report.failures)
-        cells.append(
-            (report.name, f"{passed} of {len(report.rows)}", f"{worst(report.rows).error:.0e}", _held_to(report))
-        )
+        count = len(report.rows)
+        passed = count - len(report.failures)
+        error = worst(report.rows).error
+        cells.append((report.name, f"{passed} of {count}", f"{error:.0e}", _held_to(report)))
     bad = frozenset(number for number, report in enumerate(reports) if not report.passed)
-    return Table("Everything held to a reference", ("what", "passed", "worst", "held to"), tuple(cells), bad)
+    head = ("what", "passed", "worst", "held to")
+    return Table("Everything held to a reference", head, tuple(cells), bad)
 
 
 def _held_to(report: Report) -> str:
     """The references, and where theory makes an approximation exact."""
+    notes: dict[str, dict[str, None]] = {}  # dicts keep the order, and each note once
+    for row in report.rows:
+        if row.against not in PROPERTIES:
+            of_reference = notes.setdefault(row.against, {})
+            if row.note:
+                of_reference[row.note] = None
+
     parts = []
-    for against in dict.fromkeys(row.against for row in report.rows if row.against not in PROPERTIES):
-        notes = dict.fromkeys(row.note for row in report.rows if row.against == against and row.note)
-        where = f" ({', '.join(notes)})" if against == "closed form" and notes else ""
+    for against, of_reference in notes.items():
+        where = ""
+        if against == "closed form" and of_reference:
+            where = f" ({', '.join(of_reference)})"
         parts.append(f"{against}{where}")
     return ", ".join(parts)
 

@@ -1,6 +1,6 @@
 """Each estimator's own formula, written out with dense matrices.
 
-What it is held to, whether or not that is the true hypergradient.
+An estimator is held to its formula, whether or not that is the true hypergradient.
 
 To verify a new estimator, add one row to :data:`ENTRIES`.
 """
@@ -66,7 +66,8 @@ class Formula(NamedTuple):
         """Both terms, over flattened λ."""
         last = states(problem, horizon)[-1]
         alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
-        return direct + self.indirect(problem, horizon, estimator, alpha)
+        indirect = self.indirect(problem, horizon, estimator, alpha)
+        return direct + indirect
 
 
 class WholeFormula(NamedTuple):
@@ -94,32 +95,46 @@ def _first_order(problem: Case, horizon: int, estimator: FirstOrder, alpha: Tens
 
 
 def _all_steps(problem: Case, horizon: int, estimator: Estimator, alpha: Tensor) -> Tensor:
-    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon))
+    return _last_steps(problem, horizon, alpha, last=horizon)
+
+
+def _last_steps(problem: Case, horizon: int, alpha: Tensor, *, last: int) -> Tensor:
+    run = states(problem, horizon)
+    steps = along(problem, run, horizon, last=last)
+    return dense_sweep(alpha, steps)
 
 
 def _shared(problem: Case, horizon: int, estimator: FDS) -> Tensor:
     """Both terms divided by the window."""
-    alpha, direct = outer_cotangent(problem.outer_loss, states(problem, horizon)[-1], problem.lam, problem.outer_batch)
-    return (direct + _all_steps(problem, horizon, estimator, alpha)) / estimator.window
+    last = states(problem, horizon)[-1]
+    alpha, direct = outer_cotangent(problem.outer_loss, last, problem.lam, problem.outer_batch)
+    indirect = _all_steps(problem, horizon, estimator, alpha)
+    return (direct + indirect) / estimator.window
 
 
 def _one_step(problem: Case, horizon: int, estimator: OneStep, alpha: Tensor) -> Tensor:
-    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=1))
+    return _last_steps(problem, horizon, alpha, last=1)
 
 
 def _truncated(problem: Case, horizon: int, estimator: TruncatedRMD, alpha: Tensor) -> Tensor:
     if estimator.steps == 0:
         return torch.zeros_like(vector(problem.lam))
-    return dense_sweep(alpha, along(problem, states(problem, horizon), horizon, last=estimator.steps))
+    return _last_steps(problem, horizon, alpha, last=estimator.steps)
 
 
 def _straight_line(problem: Case, horizon: int, estimator: DrMAD, alpha: Tensor) -> Tensor:
-    first, last = (states(problem, horizon)[i] for i in (0, horizon))
+    run = states(problem, horizon)
+    first = run[0]
+    last = run[-1]
     line = []
-    for t in range(1, horizon + 1):
-        part = (t - 1) / horizon
-        line.append(tree.add(tree.scale(1 - part, first), tree.scale(part, last))._replace(t=t - 1))
-    return dense_sweep(alpha, along(problem, line, horizon))
+    for t in range(horizon):
+        part = t / horizon
+        of_first = tree.scale(1 - part, first)
+        of_last = tree.scale(part, last)
+        between = tree.add(of_first, of_last)
+        line.append(between._replace(t=t))
+    steps = along(problem, line, horizon)
+    return dense_sweep(alpha, steps)
 
 
 def _implicit(problem: Case, horizon: int, estimator: IFT, alpha: Tensor) -> Tensor:
@@ -128,17 +143,25 @@ def _implicit(problem: Case, horizon: int, estimator: IFT, alpha: Tensor) -> Ten
     Both derivatives come from the loss itself.
     """
     solver = estimator.solver
-    H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
-    total = power = alpha[: len(H)]
-    damping = getattr(solver, "damping", 0.0) * torch.eye(len(H), dtype=H.dtype)
+    H, mixed = _at_the_end(problem, horizon)
+    alpha = alpha[: len(H)]
+    eye = torch.eye(len(H), dtype=H.dtype)
+    H = H + getattr(solver, "damping", 0.0) * eye
     if not isinstance(solver, (Neumann, Identity)):
-        return -torch.linalg.solve(H + damping, total) @ mixed
-    H = H + damping
-    if isinstance(solver.rate, PowerIteration):
-        rate = solver.rate.spectrum(lambda v: v @ H, total).rate
-    else:
-        rate = solver.rate if solver.rate is not None else _rate(problem)
-    for _ in range(solver.terms if isinstance(solver, Neumann) else 0):
+        solution = torch.linalg.solve(H, alpha)
+        return -solution @ mixed
+
+    rate = solver.rate
+    if isinstance(rate, PowerIteration):
+        spectrum = rate.spectrum(lambda v: v @ H, alpha)
+        rate = spectrum.rate
+    elif rate is None:
+        rate = _rate(problem)
+
+    terms = solver.terms if isinstance(solver, Neumann) else 0
+    total = alpha
+    power = alpha
+    for _ in range(terms):
         power = power - rate * (power @ H)
         total = total + power
     return -rate * (total @ mixed)
@@ -149,8 +172,10 @@ def _preconditioned(problem: Case, horizon: int, estimator: SAMA, alpha: Tensor)
 
     SGD's preconditioner is its rate (the finite difference has no error on a quadratic).
     """
-    H, mixed = _second_derivatives(problem, states(problem, horizon)[-1].w, problem.batches[horizon - 1])
-    return -_rate(problem) * (alpha[: len(H)] @ mixed)
+    H, mixed = _at_the_end(problem, horizon)
+    rate = _rate(problem)
+    alpha_w = alpha[: len(H)]
+    return -rate * (alpha_w @ mixed)
 
 
 def _single_loop(problem: Case, horizon: int, estimator: SOBA, alpha: Tensor) -> Tensor:
@@ -161,7 +186,8 @@ def _single_loop(problem: Case, horizon: int, estimator: SOBA, alpha: Tensor) ->
     for t in range(1, horizon + 1):
         alpha_t, _ = outer_cotangent(problem.outer_loss, run[t], problem.lam, problem.outer_batch)
         H, mixed = _second_derivatives(problem, run[t].w, problem.batches[t - 1])
-        v = v - estimator.rate * (H @ v + alpha_t[: len(H)])
+        residual = H @ v + alpha_t[: len(H)]
+        v = v - estimator.rate * residual
     assert mixed is not None
     return v @ mixed
 
@@ -170,33 +196,52 @@ def _projected(problem: Case, horizon: int, estimator: ForwardGradient, alpha: T
     """The mean of ``(g · v) v`` over the directions, with g the exact indirect term."""
     g = _all_steps(problem, horizon, estimator, alpha)
     generator = torch.Generator().manual_seed(estimator.seed)
-    directions = torch.stack(
-        [sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)]
-    )
-    return (directions @ g) @ directions / len(directions)
+    drawn = [sampled.noise(problem.lam, estimator.noise, generator) for _ in range(estimator.directions)]
+    directions = torch.stack(drawn)
+    lengths = directions @ g
+    return lengths @ directions / len(directions)
+
+
+def _at_the_end(problem: Case, horizon: int) -> tuple[Tensor, Tensor]:
+    """``H`` and ``∂²L/∂w∂λ`` at the last weights, on the last batch."""
+    last = states(problem, horizon)[-1]
+    batch = problem.batches[horizon - 1]
+    return _second_derivatives(problem, last.w, batch)
 
 
 def _second_derivatives(problem: Case, w: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """``H`` and ``∂²L/∂w∂λ`` [|w|, |λ|] of the inner loss itself."""
     step = problem.step
     assert isinstance(step, InnerStep)
-    (H, mixed), _ = torch.autograd.functional.hessian(lambda w, lam: step.inner_loss(w, lam, batch), (w, problem.lam))
+
+    def loss(w: Tensor, lam: Tensor) -> Tensor:
+        return step.inner_loss(w, lam, batch)
+
+    rows_of_w, _ = torch.autograd.functional.hessian(loss, (w, problem.lam))
+    H, mixed = rows_of_w
     return H, mixed.reshape(len(H), -1)
 
 
 def _rate(problem: Case) -> float:
-    return getattr(getattr(problem.step, "optimizer", None), "lr", float("nan"))
+    optimizer = getattr(problem.step, "optimizer", None)
+    return getattr(optimizer, "lr", float("nan"))
 
 
 def _distilled(problem: Case, horizon: int, estimator: HyperDistill, alpha: Tensor) -> Tensor:
     """``θ Σ_i γ^{t-i} · α B(w*)`` with ``w*`` the γ-weighted mean of ``s_0 … s_{t-1}``; one batch, repeated."""
     run = states(problem, horizon)
     weights = [estimator.gamma ** (horizon - i) for i in range(1, horizon + 1)]
+    total = sum(weights)
+
     mean = tree.scale(0.0, run[0])
     for weight, state in zip(weights, run[:-1], strict=True):
-        mean = tree.add(mean, tree.scale(weight / sum(weights), state))
-    point = jacobians(problem.step, mean._replace(t=horizon - 1), problem.lam, problem.batches[horizon - 1])
-    return estimator.theta * sum(weights) * (alpha @ point.B)
+        part = tree.scale(weight / total, state)
+        mean = tree.add(mean, part)
+    mean = mean._replace(t=horizon - 1)
+
+    batch = problem.batches[horizon - 1]
+    point = jacobians(problem.step, mean, problem.lam, batch)
+    return estimator.theta * total * (alpha @ point.B)
 
 
 def _never(problem: Case, horizon: int, estimator: Any) -> str | None:
@@ -208,30 +253,45 @@ def _always(problem: Case, horizon: int, estimator: Any) -> str | None:
 
 
 def _when_complete(problem: Case, horizon: int, estimator: Any) -> str | None:
-    return "T ≤ K" if horizon <= getattr(estimator, "horizon", 1) else None
+    steps = getattr(estimator, "horizon", 1)
+    return "T ≤ K" if horizon <= steps else None
 
 
 def _when_alone(problem: Case, horizon: int, estimator: FDS) -> str | None:
-    return "W = 1, no bound" if estimator.window == 1 and estimator.bound is None else None
+    alone = estimator.window == 1 and estimator.bound is None
+    return "W = 1, no bound" if alone else None
 
 
 def _when_single(problem: Case, horizon: int, estimator: ForwardGradient) -> str | None:
-    return "one hyperparameter, signs" if vector(problem.lam).numel() == 1 and estimator.noise == "sign" else None
+    single = vector(problem.lam).numel() == 1
+    signs = estimator.noise == "sign"
+    return "one hyperparameter, signs" if single and signs else None
 
 
 def _when_constant(problem: Case, horizon: int, estimator: DrMAD) -> str | None:
-    return "A, B constant" if problem.constant_jacobians else "T = 1" if horizon == 1 else None
+    if problem.constant_jacobians:
+        return "A, B constant"
+    if horizon == 1:
+        return "T = 1"
+    return None
 
 
 def _when_series(problem: Case, horizon: int, estimator: IFT) -> str | None:
-    full = isinstance(estimator.solver, Neumann) and estimator.solver.terms == horizon - 1
-    return "converged, N = T-1" if problem.converged and full else None
+    solver = estimator.solver
+    full = isinstance(solver, Neumann) and solver.terms == horizon - 1
+    if problem.converged and full:
+        return "converged, N = T-1"
+    return None
 
 
 def _when_isotropic(problem: Case, horizon: int, estimator: HyperDistill) -> str | None:
     if estimator.theta != 1.0:
         return None
-    return "T = 1" if horizon == 1 else "isotropic" if problem.contraction == estimator.gamma else None
+    if horizon == 1:
+        return "T = 1"
+    if problem.contraction == estimator.gamma:
+        return "isotropic"
+    return None
 
 
 def _many_batches(problem: Case) -> str | None:
@@ -282,4 +342,7 @@ ENTRIES: dict[type[Estimator], Formula | WholeFormula] = {
 def formula_of(estimator: Estimator | type[Estimator]) -> Formula | WholeFormula | None:
     """The row of an estimator's class, or of the nearest base class that has one."""
     kind = estimator if isinstance(estimator, type) else type(estimator)
-    return next((ENTRIES[base] for base in kind.__mro__ if base in ENTRIES), None)
+    for base in kind.__mro__:
+        if base in ENTRIES:
+            return ENTRIES[base]
+    return None

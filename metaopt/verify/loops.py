@@ -7,7 +7,7 @@ in that function comes from ``metaopt.optim``, ``metaopt.inner`` or a trajectory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -77,24 +77,29 @@ class Loop:
             parts = self.start(w0)
             for t in range(1, horizon + 1):
                 if last is not None and t == horizon - last + 1:
-                    parts = [[x.detach() for x in part] for part in parts]
+                    parts = [_detached(part) for part in parts]
                 batch = p.batches(t) if callable(p.batches) else p.batches[t - 1]
                 parts = self.update(parts, lam, batch, t)
             generator = torch.get_rng_state()
-            w = tree.unflatten(parts[0], tree.flatten(w0)[1])
+
+            w = _shaped(parts[0], w0)
             loss = p.outer_loss(w, lam, p.outer_batch)
             inputs = tree.floats(lam) + tree.floats(w0)
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+
         filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
         count = len(tree.floats(lam))
-        return Truth(vector(filled[:count]), vector(filled[count:]), vector(tree.detach(w)), generator)
+        total = vector(filled[:count])
+        initial = vector(filled[count:])
+        return Truth(total, initial, vector(tree.detach(w)), generator)
 
 
 # -- update rules --------------------------------------------------------------------------------
 def gradient(loss: Callable[[Tree, Tree, Any], Tensor], w: Parts, like: Tree, lam: Tree, batch: Any) -> Parts:
     """The inner gradient with its graph."""
     w = [x if x.requires_grad else x.requires_grad_() for x in w]
-    return list(torch.autograd.grad(loss(tree.unflatten(w, tree.flatten(like)[1]), lam, batch), w, create_graph=True))
+    value = loss(_shaped(w, like), lam, batch)
+    return list(torch.autograd.grad(value, w, create_graph=True))
 
 
 def heavy_ball(w: Parts, v: Parts, g: Parts, *, lr: Any, momentum: Any, decay: Any, damp: float, t: int) -> list[Parts]:
@@ -102,7 +107,8 @@ def heavy_ball(w: Parts, v: Parts, g: Parts, *, lr: Any, momentum: Any, decay: A
     g = [x + decay * y for x, y in zip(g, w, strict=True)]
     share = 1.0 if t == 1 else 1.0 - damp
     v = [momentum * x + share * y for x, y in zip(v, g, strict=True)]
-    return [[x - lr * y for x, y in zip(w, v, strict=True)], v]
+    w = [x - lr * y for x, y in zip(w, v, strict=True)]
+    return [w, v]
 
 
 def adaptive(w: Parts, m: Parts, s: Parts, g: Parts, *, lr: Any, betas: Any, eps: float, t: int) -> list[Parts]:
@@ -112,8 +118,9 @@ def adaptive(w: Parts, m: Parts, s: Parts, g: Parts, *, lr: Any, betas: Any, eps
     s = [two * x + (1 - two) * y * y for x, y in zip(s, g, strict=True)]
     new = []
     for x, first, second in zip(w, m, s, strict=True):
-        corrected = first / (1 - one**t)
-        new.append(x - lr * corrected / ((second / (1 - two**t)).sqrt() + eps))
+        mean = first / (1 - one**t)
+        square = second / (1 - two**t)
+        new.append(x - lr * mean / (square.sqrt() + eps))
     return [new, m, s]
 
 
@@ -146,17 +153,13 @@ def small_net(*, learned: bool, dropout: float = 0.3, lazy: bool = False) -> Loo
         weight_decay=0.05,
         dampening=0.25,
     )
-    name = f"net, momentum, {'learned' if learned else 'fixed'} rate" + (", lazy batches" if lazy else "")
-    problem = Case(
-        inner_step(loss, optimizer),
-        outer_loss,
-        w0,
-        lam,
-        _drawn_batch if lazy else _batches(),
-        _batches()[0],
-        name=name,
-    )
-    return Loop(problem, _with_zeros(1), update, momentum_sgd=not learned, draws=5 if dropout or lazy else None)
+    step = inner_step(loss, optimizer)
+    fixed = _batches()
+    batches = _drawn_batch if lazy else fixed
+    name = f"net, momentum, {'learned' if learned else 'fixed'} rate{', lazy batches' if lazy else ''}"
+    problem = Case(step, outer_loss, w0, lam, batches, fixed[0], name=name)
+    draws = 5 if dropout or lazy else None
+    return Loop(problem, _with_zeros(1), update, momentum_sgd=not learned, draws=draws)
 
 
 def constant_momentum() -> Loop:
@@ -165,9 +168,10 @@ def constant_momentum() -> Loop:
 
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
         w, v = parts
-        return loop.update([w, [x.detach() for x in v]], lam, batch, t)
+        return loop.update([w, _detached(v)], lam, batch, t)
 
-    problem = replace(loop.problem, name="net, momentum held constant", step=ConstantSlots(loop.problem.step))
+    step = ConstantSlots(loop.problem.step)
+    problem = replace(loop.problem, name="net, momentum held constant", step=step)
     return replace(loop, problem=problem, update=update, momentum_sgd=False)
 
 
@@ -179,26 +183,33 @@ def reweighted_net() -> Loop:
 
     def losses(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return (torch.tanh(x @ w["a"]) @ w["b"] - y[:, 0]).square()
+        hidden = torch.tanh(x @ w["a"])
+        error = hidden @ w["b"] - y[:, 0]
+        return error.square()
 
     def weigh(losses: Tensor, lam: Tree) -> Tensor:
-        weights = torch.sigmoid(lam["slope"] * losses + lam["shift"])
+        scores = lam["slope"] * losses + lam["shift"]
+        weights = torch.sigmoid(scores)
         return weights / weights.sum()
 
     def inner_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return reweighted(losses(w, batch), lambda values: weigh(values, lam)).sum()
+        weighted = reweighted(losses(w, batch), lambda values: weigh(values, lam))
+        return weighted.sum()
 
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
         (w,) = parts
-        values = losses(tree.unflatten(w, tree.flatten(w0)[1]), batch)
-        g = torch.autograd.grad(values, w, weigh(values, lam), create_graph=True)
-        return [[x - 0.3 * y for x, y in zip(w, g, strict=True)]]
+        values = losses(_shaped(w, w0), batch)
+        weights = weigh(values, lam)
+        g = torch.autograd.grad(values, w, weights, create_graph=True)
+        new = [x - 0.3 * y for x, y in zip(w, g, strict=True)]
+        return [new]
 
     def outer_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         return losses(w, batch).mean()
 
     step = inner_step(inner_loss, SGD(lr=0.3))
-    problem = Case(step, outer_loss, w0, lam, _batches(), _batches()[0], name="reweighted examples")
+    batches = _batches()
+    problem = Case(step, outer_loss, w0, lam, batches, batches[0], name="reweighted examples")
     return Loop(problem, _with_zeros(0), update)
 
 
@@ -212,7 +223,9 @@ def adaptive_net() -> Loop:
         return adaptive(w, m, s, g, lr=0.05, betas=(0.8, 0.9), eps=1e-2, t=t)
 
     step = inner_step(loss, Adam(lr=0.05, betas=(0.8, 0.9), eps=1e-2))
-    return Loop(Case(step, outer_loss, w0, lam, _batches(), _batches()[0], name="net, Adam"), _with_zeros(2), update)
+    batches = _batches()
+    problem = Case(step, outer_loss, w0, lam, batches, batches[0], name="net, Adam")
+    return Loop(problem, _with_zeros(2), update)
 
 
 def wide(size: int) -> Loop:
@@ -220,10 +233,12 @@ def wide(size: int) -> Loop:
     normal = _normals(3)
     w0 = {"a": normal(size), "b": normal(7)}
     lam = {"a": normal(size), "b": normal(7)}
-    batches = [0.1 * normal(()) for _ in range(HORIZON)]
+    batches = [0.1 * normal() for _ in range(HORIZON)]
 
     def loss(w: Tree, lam: Tree, batch: Tensor) -> Tensor:
-        return _bowl(w["a"] - lam["a"] - batch) + _bowl(0.5 * (w["b"] - lam["b"]))
+        a = w["a"] - lam["a"] - batch
+        b = 0.5 * (w["b"] - lam["b"])
+        return _bowl(a) + _bowl(b)
 
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
         w, v = parts
@@ -233,33 +248,36 @@ def wide(size: int) -> Loop:
     step = inner_step(loss, SGD(lr=0.1, momentum=0.5))
 
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
-        return 0.5 * w["a"].square().mean() + w["b"].square().sum()
+        of_a = w["a"].square().mean()
+        of_b = w["b"].square().sum()
+        return 0.5 * of_a + of_b
 
     kib = 2 * 8 * (size + 7) // 1024
-    return Loop(
-        Case(step, outer_loss, w0, lam, batches, name=f"{kib} KiB of state, momentum"),
-        _with_zeros(1),
-        update,
-        momentum_sgd=True,
-    )
+    problem = Case(step, outer_loss, w0, lam, batches, name=f"{kib} KiB of state, momentum")
+    return Loop(problem, _with_zeros(1), update, momentum_sgd=True)
 
 
 def delay_line(size: int) -> Loop:
     """A custom step that hands tensors on: ``a' = b, b' = c, c' = tanh(a) + λ c``, and a slot likewise."""
     normal = _normals(4)
     w0 = {"a": normal(size), "b": normal(size), "c": normal(size)}
-    lam = {"gain": 0.2 * normal(size), "drift": normal(())}
+    lam = {"gain": 0.2 * normal(size), "drift": normal()}
 
     def turn(a: Tensor, b: Tensor, c: Tensor, s: Tensor, lam: Tree, batch: Any) -> tuple[Tensor, ...]:
-        return b, c, torch.tanh(a) + lam["gain"] * s + 0.1 * lam["drift"] * batch, c
+        gain = lam["gain"] * s
+        drift = 0.1 * lam["drift"] * batch
+        new = torch.tanh(a) + gain + drift
+        return b, c, new, c
 
     def fn(state: InnerState, lam: Tree, batch: Any) -> InnerState:
         w = state.w
-        a, b, c, s = turn(w["a"], w["b"], w["c"], state.slots["s"], lam, batch)
+        s = state.slots["s"]
+        a, b, c, s = turn(w["a"], w["b"], w["c"], s, lam, batch)
         return InnerState({"a": a, "b": b, "c": c}, {"s": s})
 
     def init(w: Tree, lam: Tree) -> InnerState:
-        return InnerState(w, {"s": torch.zeros_like(w["a"])})
+        s = torch.zeros_like(w["a"])
+        return InnerState(w, {"s": s})
 
     def update(parts: list[Parts], lam: Tree, batch: Any, t: int) -> list[Parts]:
         (a, b, c), (s,) = parts
@@ -267,21 +285,18 @@ def delay_line(size: int) -> Loop:
         return [w, [s]]
 
     def outer_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
-        return (w["a"] * w["b"]).mean() + w["c"].square().mean()
+        product = w["a"] * w["b"]
+        return product.mean() + w["c"].square().mean()
 
-    problem = Case(
-        custom_step(fn, init),
-        outer_loss,
-        w0,
-        lam,
-        [0.1 * t for t in range(HORIZON)],
-        name=f"{4 * 8 * size // 1024} KiB of state, handed on",
-    )
+    step = custom_step(fn, init)
+    batches = [0.1 * t for t in range(HORIZON)]
+    kib = 4 * 8 * size // 1024
+    problem = Case(step, outer_loss, w0, lam, batches, name=f"{kib} KiB of state, handed on")
     return Loop(problem, lambda w: [tree.leaves(w), [torch.zeros_like(w["a"])]], update)
 
 
 def loops() -> list[Loop]:
-    """All of them, the cheap ones first."""
+    """The loops that whole runs are verified on, the cheap ones first."""
     return [
         delay_line(3),
         small_net(learned=False),
@@ -302,17 +317,23 @@ def _net(dropout: float) -> tuple[Any, Any, Tree, Tree]:
     w0 = {"0.weight": normal(3, 5) / 3**0.5, "0.bias": 0.1 * normal(5), "1.weight": normal(5, 1) / 5**0.5}
     lam = {"penalty": 0.3 * normal(5), "shift": 0.2 * normal(3)}
 
-    def error(w: Tree, x: Tensor, y: Tensor, p: float) -> Tensor:
+    def mean_square(w: Tree, x: Tensor, y: Tensor, p: float) -> Tensor:
         hidden = torch.tanh(x @ w["0.weight"] + w["0.bias"])
-        return (torch.nn.functional.dropout(hidden, p) @ w["1.weight"] - y).square().mean()
+        kept = torch.nn.functional.dropout(hidden, p)
+        error = kept @ w["1.weight"] - y
+        return error.square().mean()
 
     def inner_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        penalty = (lam["penalty"].exp() * w["1.weight"][:, 0].square()).sum()
-        return error(w, x + lam["shift"], y, dropout) + 0.1 * penalty
+        fit = mean_square(w, x + lam["shift"], y, dropout)
+        squares = w["1.weight"][:, 0].square()
+        penalty = (lam["penalty"].exp() * squares).sum()
+        return fit + 0.1 * penalty
 
     def outer_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return error(w, *batch, 0.0) + 0.05 * lam["penalty"].square().sum()
+        x, y = batch
+        fit = mean_square(w, x, y, 0.0)
+        return fit + 0.05 * lam["penalty"].square().sum()
 
     return inner_loss, outer_loss, w0, lam
 
@@ -323,15 +344,20 @@ def _batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def _drawn_batch(t: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y = torch.randn(6, 1, dtype=torch.float64)
+    return x, y
 
 
 def _with_zeros(count: int) -> Callable[[Tree], list[Parts]]:
     """The weights, and lists of zeros like them."""
 
     def start(w: Tree) -> list[Parts]:
-        flat = tree.leaves(w)
-        return [flat, *[[torch.zeros_like(x) for x in flat] for _ in range(count)]]
+        parts = [tree.leaves(w)]
+        for _ in range(count):
+            zeros = [torch.zeros_like(x) for x in parts[0]]
+            parts.append(zeros)
+        return parts
 
     return start
 
@@ -339,15 +365,24 @@ def _with_zeros(count: int) -> Callable[[Tree], list[Parts]]:
 def _normals(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: Any) -> Tensor:
-        size: Sequence[int] = shape[0] if shape and isinstance(shape[0], tuple) else shape
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     return normal
 
 
 def _bowl(x: Tensor) -> Tensor:
-    return (1 + x.square()).sqrt().sum()
+    heights = (1 + x.square()).sqrt()
+    return heights.sum()
+
+
+def _shaped(flat: Parts, like: Tree) -> Tree:
+    _, structure = tree.flatten(like)
+    return tree.unflatten(flat, structure)
+
+
+def _detached(part: Parts) -> Parts:
+    return [x.detach() for x in part]
 
 
 def _number(value: float) -> Tensor:

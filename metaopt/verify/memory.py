@@ -49,7 +49,6 @@ class _Allocations(TorchDispatchMode):
     """Live bytes, and their peak, of the storages that operations return."""
 
     def __init__(self) -> None:
-        """Nothing is live yet."""
         super().__init__()
         self.live = 0
         self.peak = 0
@@ -61,6 +60,7 @@ class _Allocations(TorchDispatchMode):
         """Run the operation; count what is new."""
         named = kwargs or {}
         out = func(*args, **named)
+
         inputs = _tensors((args, tuple(named.values())))
         given = {id(x.untyped_storage()) for x in inputs}
         for x in _tensors(out):
@@ -83,4 +83,6 @@ class _Allocations(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
-    return (x for x in tree.leaves(values) if isinstance(x, Tensor) and x.layout == torch.strided)
+    for x in tree.leaves(values):
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            yield x

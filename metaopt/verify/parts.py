@@ -73,7 +73,9 @@ def _beside_torch(optimizer: Optimizer, make: Callable[[list[Tensor]], torch.opt
 
 def _loss(w: Tree, lam: Tree, x: Tensor) -> Tensor:
     hidden = torch.tanh(x @ w["a"] + w["b"])
-    return (hidden.square() * lam["b"].exp()).sum() + 0.3 * torch.cosh(w["a"] - lam["a"]).sum()
+    weighted = hidden.square() * lam["b"].exp()
+    penalty = torch.cosh(w["a"] - lam["a"])
+    return weighted.sum() + 0.3 * penalty.sum()
 
 
 def _point() -> tuple[Tree, Tree, Tensor]:
@@ -82,20 +84,31 @@ def _point() -> tuple[Tree, Tree, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    return {"a": normal(3, 2), "b": normal(2)}, {"a": normal(3, 2), "b": 0.3 * normal(2)}, normal(4, 3)
+    w = {"a": normal(3, 2), "b": normal(2)}
+    lam = {"a": normal(3, 2), "b": 0.3 * normal(2)}
+    x = normal(4, 3)
+    return w, lam, x
 
 
 # -- solvers -------------------------------------------------------------------------------------
 def solver_rows(name: str) -> Iterator[Row]:
     """``x K = α`` for a symmetric positive K with eigenvalues in [½, 1½], beside ``torch.linalg.solve``."""
     generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
-    K = basis @ torch.diag(torch.linspace(0.5, 1.5, 6, dtype=torch.float64)) @ basis.T
+    random = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(random)
+    eigenvalues = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    K = basis @ torch.diag(eigenvalues) @ basis.T
     alpha = torch.randn(6, generator=generator, dtype=torch.float64)
+    want = torch.linalg.solve(K, alpha)
+
     for case in SOLVERS:
-        if case.name.split(",")[0] == name:
-            found: Any = case.make().solve(lambda v: {"x": v["x"] @ K}, {"x": alpha})
-            error = relative_error(found.x["x"], torch.linalg.solve(K, alpha))
-            yield Row(case.name, "torch.linalg.solve", error, case.tolerance)
-            left = float((alpha - found.x["x"] @ K).norm() / alpha.norm())
-            yield Row(case.name, "its own residual", abs(left - float(found.residual)), max(case.tolerance, 1e-6))
+        if case.name.split(",")[0] != name:
+            continue
+        solver = case.make()
+        found: Any = solver.solve(lambda v: {"x": v["x"] @ K}, {"x": alpha})
+        x = found.x["x"]
+        yield Row(case.name, "torch.linalg.solve", relative_error(x, want), case.tolerance)
+
+        left = float((alpha - x @ K).norm() / alpha.norm())
+        difference = abs(left - float(found.residual))
+        yield Row(case.name, "its own residual", difference, max(case.tolerance, 1e-6))

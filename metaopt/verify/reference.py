@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
 
 
 def states(problem: Case, horizon: int) -> list[InnerState]:
-    """``s_0 … s_T``."""
+    """The states ``s_0 … s_T`` of a run, by plain calls of the step."""
     run = [problem.step.init(problem.w0, problem.lam)]
     for t in range(horizon):
         run.append(problem.step(run[-1], problem.lam, problem.batches[t]))
@@ -58,16 +58,10 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
         inputs = tree.floats(state_) + tree.floats(lam_)
         rows = []
         for entry in out:
-            row = (
-                torch.autograd.grad(entry, inputs, retain_graph=True, allow_unused=True)
-                if entry.requires_grad
-                else [None] * len(inputs)
-            )
-            rows.append(
-                torch.cat(
-                    [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(row, inputs, strict=True)]
-                )
-            )
+            row = [None] * len(inputs)
+            if entry.requires_grad:
+                row = torch.autograd.grad(entry, inputs, retain_graph=True, allow_unused=True)
+            rows.append(_flat(row, inputs))
     matrix = torch.stack(rows)
     size = len(out)
     return Jacobians(matrix[:, :size], matrix[:, size:])
@@ -76,7 +70,10 @@ def jacobians(step: Step, state: InnerState, lam: Tree, batch: Any) -> Jacobians
 def along(problem: Case, run: list[InnerState], horizon: int, *, last: int | None = None) -> list[Jacobians]:
     """Dense Jacobians of the last steps of a run at the given states ``s_0 … s_{T-1}``, oldest first."""
     first = 0 if last is None else max(horizon - last, 0)
-    return [jacobians(problem.step, run[t], problem.lam, problem.batches[t]) for t in range(first, horizon)]
+    found = []
+    for t in range(first, horizon):
+        found.append(jacobians(problem.step, run[t], problem.lam, problem.batches[t]))
+    return found
 
 
 def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: Any) -> tuple[Tensor, Tensor]:
@@ -85,18 +82,21 @@ def outer_cotangent(outer_loss: OuterLoss, state: InnerState, lam: Tree, batch: 
         w = tree.attach(state.w)
         lam_ = tree.attach(lam)
         inputs = tree.floats(w) + tree.floats(lam_)
-        gradients = torch.autograd.grad(outer_loss(w, lam_, batch), inputs, allow_unused=True)
-    flat = torch.cat(
-        [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(gradients, inputs, strict=True)]
-    )
+        loss = outer_loss(w, lam_, batch)
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    flat = _flat(gradients, inputs)
+
     n_w = vector(state.w).numel()
     n_state = vector(state).numel()
-    return torch.cat([flat[:n_w], flat.new_zeros(n_state - n_w)]), flat[n_w:]
+    on_slots = flat.new_zeros(n_state - n_w)
+    alpha = torch.cat([flat[:n_w], on_slots])
+    return alpha, flat[n_w:]
 
 
 def dense_sweep(alpha: Tensor, steps: Sequence[Jacobians]) -> Tensor:
     r"""Equation 3: :math:`\sum_t \alpha A_T \cdots A_{t+1} B_t` for the given steps (oldest first)."""
-    total = alpha.new_zeros(steps[-1].B.shape[1]) if steps else alpha.new_zeros(0)
+    size = steps[-1].B.shape[1] if steps else 0
+    total = alpha.new_zeros(size)
     for A, B in reversed(steps):
         total = total + alpha @ B
         alpha = alpha @ A
@@ -107,13 +107,18 @@ def through_loop(problem: Problem, horizon: int) -> Tree:
     """Plain autograd through all T steps and the outer loss."""
     with torch.enable_grad():
         lam = tree.attach(problem.lam)
-        state = problem.w0 if isinstance(problem.w0, InnerState) else problem.step.init(problem.w0, lam)
+        if isinstance(problem.w0, InnerState):
+            state = problem.w0
+        else:
+            state = problem.step.init(problem.w0, lam)
+
         for batch in islice(each(problem.batches, problem.horizon), horizon):
             state = problem.step(state, lam, batch)
         loss = problem.outer_loss(state.w, lam, problem.outer_batch)
         flat, spec = tree.flatten(lam)
         gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-    return tree.filled(tree.unflatten(gradients, spec), problem.lam)
+    answer = tree.unflatten(gradients, spec)
+    return tree.filled(answer, problem.lam)
 
 
 def finite_differences(problem: Case, horizon: int, radius: float = 1e-3) -> Estimate:
@@ -128,14 +133,32 @@ def finite_differences(problem: Case, horizon: int, radius: float = 1e-3) -> Est
         state = problem.step.init(problem.w0, lam)
         for t in range(horizon):
             state = problem.step(state, lam, problem.batches[t])
-        return problem.outer_loss(state.w, lam, problem.outer_batch).detach()
+        loss = problem.outer_loss(state.w, lam, problem.outer_batch)
+        return loss.detach()
 
     def central(h: float) -> Tensor:
-        shifts = h * torch.eye(flat.numel(), dtype=flat.dtype)
-        return torch.stack([(value(flat + e) - value(flat - e)) / (2 * h) for e in shifts])
+        slopes = []
+        for shift in h * torch.eye(flat.numel(), dtype=flat.dtype):
+            above = value(flat + shift)
+            below = value(flat - shift)
+            slopes.append((above - below) / (2 * h))
+        return torch.stack(slopes)
 
     coarse = central(radius)
     fine = central(radius / 2)
     better = fine + (fine - coarse) / 3
-    rounding = torch.finfo(flat.dtype).eps * float(value(flat).abs() + 1) / radius
-    return Estimate(better, float((better - fine).abs().max()) + 10 * rounding)
+    changed = (better - fine).abs().max()
+
+    size = float(value(flat).abs() + 1)
+    rounding = torch.finfo(flat.dtype).eps * size / radius
+    return Estimate(better, float(changed) + 10 * rounding)
+
+
+def _flat(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor:
+    """Gradients as one vector, zero where there is none."""
+    parts = []
+    for gradient, x in zip(gradients, inputs, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        parts.append(gradient.reshape(-1))
+    return torch.cat(parts)

@@ -54,7 +54,7 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether there were comparisons, and all passed."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
+        return bool(self.rows) and not self.failures
 
     @property
     def failures(self) -> tuple[Row, ...]:
@@ -72,12 +72,15 @@ class Report:
 
     @property
     def table(self) -> Table:
-        """One line per comparison."""
-        cells = [
-            ("ok" if row.passed else "FAIL", row.case, row.against, f"{row.error:.1e}", row.note) for row in self.rows
-        ]
+        """The verdict, and below it one line per comparison."""
+        cells = []
+        for row in self.rows:
+            verdict = "ok" if row.passed else "FAIL"
+            cells.append((verdict, row.case, row.against, f"{row.error:.1e}", row.note))
         bad = frozenset(number for number, row in enumerate(self.rows) if not row.passed)
-        return Table(f"{self.name}: {self.verdict}", ("", "case", "against", "error", "note"), tuple(cells), bad)
+        title = f"{self.name}: {self.verdict}"
+        head = ("", "case", "against", "error", "note")
+        return Table(title, head, tuple(cells), bad)
 
     @override
     def __repr__(self) -> str:
@@ -103,9 +106,14 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """``|got - want| / max(|want|, 1)``; infinite where the sizes differ."""
     if got.shape != want.shape:
         return float("inf")
-    return float((got - want).norm() / want.norm().clamp_min(1.0))
+    scale = want.norm().clamp_min(1.0)
+    return float((got - want).norm() / scale)
 
 
 def worst(rows: Iterable[Row]) -> Row:
     """The row that is furthest off for its tolerance; NaN is further than anything."""
-    return max(rows, key=lambda row: (not row.passed, row.error))
+
+    def badness(row: Row) -> tuple[bool, float]:
+        return not row.passed, row.error
+
+    return max(rows, key=badness)

@@ -67,7 +67,8 @@ def step_rows() -> dict[str, Callable[[], Iterator[Row]]]:
 def _through(change: Callable[[Any], Step], chosen: list[Loop]) -> Iterator[Row]:
     for loop in chosen:
         step = change(loop.problem.step)
-        yield from compared("RMD", replace(loop, problem=replace(loop.problem, step=step)), RMD())
+        problem = replace(loop.problem, step=step)
+        yield from compared("RMD", replace(loop, problem=problem), RMD())
 
 
 def _forward_over_reverse(step: InnerStep) -> Step:
@@ -77,7 +78,8 @@ def _forward_over_reverse(step: InnerStep) -> Step:
 def _chunks(chosen: list[Loop]) -> Iterator[Row]:
     for loop in chosen:
         batches = in_chunks(loop.problem.batches, 3)
-        problem = replace(loop.problem, step=chunked(loop.problem.step), batches=batches)
+        step = chunked(loop.problem.step)
+        problem = replace(loop.problem, step=step, batches=batches)
         got = answer(replace(loop, problem=problem), RMD(), len(batches))
         yield from _rows("chunks of 3", loop, got, loop.truth(HORIZON))
 
@@ -95,7 +97,8 @@ def _estimators(chosen: list[Loop]) -> Iterator[Row]:
         for last in (1, 5):
             truth = loop.truth(HORIZON, last)
             estimator = OneStep() if last == 1 else TruncatedRMD(last)
-            yield from _rows(f"last {last}", loop, answer(loop, estimator, HORIZON)._replace(initial=None), truth)
+            got = answer(loop, estimator, HORIZON)
+            yield from _rows(f"last {last}", loop, got._replace(initial=None), truth)
 
 
 def _unrolled(chosen: list[Loop]) -> Iterator[Row]:
@@ -107,19 +110,24 @@ def _unrolled(chosen: list[Loop]) -> Iterator[Row]:
         _seed(loop)
         state = unroll(p.step, w0, lam, p.batches, horizon=HORIZON)
         inputs = tree.floats(lam) + tree.floats(w0)
-        gradients = torch.autograd.grad(p.outer_loss(state.w, lam, p.outer_batch), inputs, allow_unused=True)
+        loss = p.outer_loss(state.w, lam, p.outer_batch)
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
+
         count = len(tree.floats(lam))
-        got = Answer(
-            vector(filled[:count]), vector(filled[count:]), vector(tree.detach(state.w)), torch.get_rng_state()
-        )
+        total = vector(filled[:count])
+        initial = vector(filled[count:])
+        reached = vector(tree.detach(state.w))
+        got = Answer(total, initial, reached, torch.get_rng_state())
         yield from _rows("unroll", loop, got, loop.truth(HORIZON))
 
 
 # -- parts ---------------------------------------------------------------------------------------
 def compared(what: str, loop: Loop, estimator: Estimator) -> Iterator[Row]:
-    """The estimator's run on a loop, held to the loop."""
-    yield from _rows(what, loop, answer(loop, estimator, HORIZON), loop.truth(HORIZON))
+    """Hold an estimator's run on a loop to autograd through that loop."""
+    got = answer(loop, estimator, HORIZON)
+    want = loop.truth(HORIZON)
+    yield from _rows(what, loop, got, want)
 
 
 def answer(loop: Loop, estimator: Estimator, horizon: int) -> Answer:
@@ -142,10 +150,15 @@ def _seed(loop: Loop) -> None:
 
 def _rows(what: str, loop: Loop, got: Answer, want: Any) -> Iterator[Row]:
     case = f"{what}: {loop.problem.name}"
-    yield Row(case, "plain torch", relative_error(got.reached, want.reached), TOLERANCE, "last weights")
-    yield Row(case, "plain torch", relative_error(got.total, want.total), TOLERANCE, "hypergradient")
+    error = relative_error(got.reached, want.reached)
+    yield Row(case, "plain torch", error, TOLERANCE, "last weights")
+
+    error = relative_error(got.total, want.total)
+    yield Row(case, "plain torch", error, TOLERANCE, "hypergradient")
+
     if got.initial is not None:
-        yield Row(case, "plain torch", relative_error(got.initial, want.initial), TOLERANCE, "initial weights")
+        error = relative_error(got.initial, want.initial)
+        yield Row(case, "plain torch", error, TOLERANCE, "initial weights")
     if loop.draws is not None:
         moved = 0.0 if torch.equal(got.generator, want.generator) else float("inf")
         yield Row(case, "plain torch", moved, 0.0, "random state afterwards")

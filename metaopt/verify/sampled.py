@@ -42,20 +42,34 @@ def evograd(problem: Case, horizon: int, estimator: EvoGrad) -> Tensor:
     \sum_j p_j\, \partial \ell_j) / \tau`.
     """
     run = states(problem, horizon)
+    number = horizon - 1 if estimator.around == "before" else horizon
+    base = run[number].w
+
     generator = torch.Generator().manual_seed(estimator.seed)
     draws = [noise(problem.w0, estimator.noise, generator, estimator.copies) for _ in range(horizon)]
-    base = run[horizon - 1 if estimator.around == "before" else horizon].w
     copies = vector(base) + estimator.sigma * draws[-1]
-    values = [_inner_loss(problem, unvector(copy, base), horizon) for copy in copies]
-    losses = torch.stack([loss for loss, _ in values])
-    slopes = torch.stack([slope for _, slope in values])
-    weights = (-losses / estimator.temperature).exp()
+
+    losses = []
+    slopes = []
+    for copy in copies:
+        loss, slope = _inner_loss(problem, unvector(copy, base), horizon)
+        losses.append(loss)
+        slopes.append(slope)
+
+    fitness = -torch.stack(losses) / estimator.temperature
+    weights = fitness.exp()
     weights = weights / weights.sum()
-    changes = -weights[:, None] * (slopes - weights @ slopes) / estimator.temperature
     theta = unvector(weights @ copies, base)
+
+    slopes = torch.stack(slopes)
+    excess = slopes - weights @ slopes
+    changes = -weights[:, None] * excess / estimator.temperature
+
     alpha, direct = outer_cotangent(problem.outer_loss, InnerState(theta), problem.lam, problem.outer_batch)
-    scale = 1 / estimator.effective_rate if estimator.unit_rate else 1.0
-    return direct + scale * ((copies @ alpha) @ changes)
+    indirect = (copies @ alpha) @ changes
+    if estimator.unit_rate:
+        indirect = indirect / estimator.effective_rate
+    return direct + indirect
 
 
 # -- a second run --------------------------------------------------------------------------------
@@ -69,15 +83,16 @@ def f2sa(problem: Case, horizon: int, estimator: F2SA) -> Tensor:
     for t in range(horizon):
         with torch.enable_grad():
             y_ = tree.attach(y)
-            loss = (
-                step.inner_loss(y_, lam, problem.batches[t]) + problem.outer_loss(y_, lam, problem.outer_batch) / kappa
-            )
-            (g,) = torch.autograd.grad(loss, y_)
+            inner = step.inner_loss(y_, lam, problem.batches[t])
+            outer = problem.outer_loss(y_, lam, problem.outer_batch)
+            (g,) = torch.autograd.grad(inner + outer / kappa, y_)
         y = y - estimator.rate * g
+
+    last = states(problem, horizon)[-1]
     _, direct = outer_cotangent(problem.outer_loss, InnerState(y), lam, problem.outer_batch)
-    return direct + kappa * (
-        _inner_loss(problem, y, horizon)[1] - _inner_loss(problem, states(problem, horizon)[-1].w, horizon)[1]
-    )
+    _, at_y = _inner_loss(problem, y, horizon)
+    _, at_w = _inner_loss(problem, last.w, horizon)
+    return direct + kappa * (at_y - at_w)
 
 
 def bome(problem: Case, horizon: int, estimator: BOME) -> Tensor:
@@ -89,42 +104,60 @@ def bome(problem: Case, horizon: int, estimator: BOME) -> Tensor:
     run = states(problem, horizon)
     n = vector(problem.w0).numel()
     assert isinstance(step, InnerStep)
-    z = move = torch.cat([vector(problem.w0), vector(problem.lam)])
+    z = torch.cat([vector(problem.w0), vector(problem.lam)])
+    move = z
+
+    def split(z: Tensor) -> tuple[Tree, Tree]:
+        y = unvector(z[:n], problem.w0)
+        lam = unvector(z[n:], problem.lam)
+        return y, lam
+
+    def outer(z: Tensor) -> Tensor:
+        y, lam = split(z)
+        return problem.outer_loss(y, lam, problem.outer_batch)
+
     for t in range(1, horizon + 1):
         w = tree.detach(run[t].w)
+        batch = problem.batches[t - 1]
 
-        def split(z: Tensor) -> tuple[Tree, Tree]:
-            return unvector(z[:n], problem.w0), unvector(z[n:], problem.lam)
-
-        def q(z: Tensor, w: Tree = w, batch: Any = problem.batches[t - 1]) -> Tensor:
+        def q(z: Tensor, w: Tree = w, batch: Any = batch) -> Tensor:
             y, lam = split(z)
-            return step.inner_loss(y, lam, batch) - step.inner_loss(w, lam, batch)
+            at_y = step.inner_loss(y, lam, batch)
+            at_w = step.inner_loss(w, lam, batch)
+            return at_y - at_w
 
-        f = torch.func.grad(lambda z: problem.outer_loss(*split(z), problem.outer_batch))(z)
+        f = torch.func.grad(outer)(z)
         slope = torch.func.grad(q)(z)
-        kappa = max(estimator.eta - float(f @ slope / (slope @ slope)), 0.0)
+        overlap = float(f @ slope / (slope @ slope))
+        kappa = max(estimator.eta - overlap, 0.0)
         move = f + kappa * slope
         if t < horizon:
-            z = torch.cat([z[:n] - estimator.rate * move[:n], z[n:]])
+            y = z[:n] - estimator.rate * move[:n]
+            z = torch.cat([y, z[n:]])
     return move[n:]
 
 
 # -- mirrored runs -------------------------------------------------------------------------------
 def one_noise(estimator: Evolution, noise: list[Tensor]) -> Mirrored:
     """AntitheticES, NRES: the first step's noise in every step."""
-    return Mirrored(0, [noise[0]] * len(noise), noise[0])
+    first = noise[0]
+    return Mirrored(start=0, epsilons=[first] * len(noise), xi=first)
 
 
 def restarted(estimator: TruncatedES, noise: list[Tensor]) -> Mirrored:
     """TruncatedES: from the nominal state at the last multiple of the window, with that step's noise."""
-    start = (len(noise) - 1) // estimator.window * estimator.window
-    return Mirrored(start, [noise[start]] * (len(noise) - start), noise[start])
+    windows_before = (len(noise) - 1) // estimator.window
+    start = windows_before * estimator.window
+    steps = len(noise) - start
+    return Mirrored(start, epsilons=[noise[start]] * steps, xi=noise[start])
 
 
 def persistent(estimator: PES, noise: list[Tensor]) -> Mirrored:
     """PES: new noise every window; ξ is the sum over windows."""
     fresh = noise[:: estimator.window]
-    return Mirrored(0, [fresh[t // estimator.window] for t in range(len(noise))], torch.stack(fresh).sum(0))
+    epsilons = [fresh[t // estimator.window] for t in range(len(noise))]
+    xi = torch.stack(fresh).sum(0)
+    return Mirrored(0, epsilons, xi)
 
 
 def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Case, int, Any], Tensor]:
@@ -136,14 +169,19 @@ def evolution(schedule: Callable[[Any, list[Tensor]], Mirrored]) -> Callable[[Ca
     """
 
     def hypergradient(problem: Case, horizon: int, estimator: Evolution) -> Tensor:
+        pairs = estimator.pairs
+        sigma = estimator.sigma
         generator = torch.Generator().manual_seed(estimator.seed)
-        drawn = [[noise(problem.lam, "gaussian", generator) for _ in range(estimator.pairs)] for _ in range(horizon)]
+        draws = [noise(problem.lam, "gaussian", generator) for _ in range(horizon * pairs)]
+
         run = states(problem, horizon)
         total = torch.zeros_like(vector(problem.lam))
-        for k in range(estimator.pairs):
-            mirrored = schedule(estimator, [of_step[k] for of_step in drawn])
-            above, below = (_perturbed_loss(problem, run, mirrored, sign * estimator.sigma) for sign in (1, -1))
-            total += mirrored.xi * (above - below) / (2 * estimator.sigma) / estimator.pairs
+        for k in range(pairs):
+            of_pair = draws[k::pairs]
+            mirrored = schedule(estimator, of_pair)
+            above = _perturbed_loss(problem, run, mirrored, sigma)
+            below = _perturbed_loss(problem, run, mirrored, -sigma)
+            total += mirrored.xi * (above - below) / (2 * sigma) / pairs
         return total
 
     return hypergradient
@@ -153,9 +191,11 @@ def _perturbed_loss(problem: Case, run: list[InnerState], mirrored: Mirrored, si
     state = run[mirrored.start]
     lam = problem.lam
     for t, epsilon in enumerate(mirrored.epsilons, start=mirrored.start):
-        lam = unvector(vector(problem.lam) + sigma * epsilon, problem.lam)
+        shifted = vector(problem.lam) + sigma * epsilon
+        lam = unvector(shifted, problem.lam)
         state = problem.step(state, lam, problem.batches[t])
-    return problem.outer_loss(state.w, lam, problem.outer_batch).detach()
+    loss = problem.outer_loss(state.w, lam, problem.outer_batch)
+    return loss.detach()
 
 
 # -- a random sketch -----------------------------------------------------------------------------
@@ -168,46 +208,60 @@ def uoro(problem: Case, horizon: int, estimator: UORO, alpha: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(estimator.seed)
     run = states(problem, horizon)
-    sketches = [
-        (torch.zeros_like(vector(run[0])), torch.zeros_like(vector(problem.lam))) for _ in range(estimator.sketches)
-    ]
+    s = torch.zeros_like(vector(run[0]))
+    theta = torch.zeros_like(vector(problem.lam))
+    sketches = [(s, theta)] * estimator.sketches
+
     for A, B in along(problem, run, horizon):
         for k, (s, theta) in enumerate(sketches):
             nu = noise(run[0], "sign", generator)
-            old = _ratio(theta, A @ s)
-            fresh = _ratio(nu @ B, nu)
-            sketches[k] = (old * (A @ s) + fresh * nu, theta / old + (nu @ B) / fresh)
-    return torch.stack([(alpha @ s) * theta for s, theta in sketches]).mean(0)
+            carried = A @ s
+            added = nu @ B
+            rho_0 = _ratio(theta, carried)
+            rho_1 = _ratio(added, nu)
+
+            s = rho_0 * carried + rho_1 * nu
+            theta = theta / rho_0 + added / rho_1
+            sketches[k] = (s, theta)
+
+    estimates = [(alpha @ s) * theta for s, theta in sketches]
+    return torch.stack(estimates).mean(0)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     defined = bool(above.any()) and bool(below.any())
-    return (above.norm() / below.norm()).sqrt() if defined else torch.ones((), dtype=above.dtype)
+    if not defined:
+        return torch.ones((), dtype=above.dtype)
+    squared = above.norm() / below.norm()
+    return squared.sqrt()
 
 
 # -- parts ---------------------------------------------------------------------------------------
 def noise(like: Tree, law: str, generator: torch.Generator, copies: int | None = None) -> Tensor:
     """Noise like a pytree, flattened (``[copies, n]`` where there are copies)."""
     drawn = []
+    batch = () if copies is None else (copies,)
     for leaf in tree.floats(like):
-        shape = leaf.shape if copies is None else (copies, *leaf.shape)
-        sign = law == "sign"
-        leaf_noise = (
-            2.0 * torch.randint(0, 2, shape, generator=generator) - 1
-            if sign
-            else torch.randn(shape, generator=generator, dtype=leaf.dtype)
-        )
-        drawn.append(
-            leaf_noise.to(leaf.dtype).reshape(-1) if copies is None else leaf_noise.to(leaf.dtype).reshape(copies, -1)
-        )
+        shape = (*batch, *leaf.shape)
+        if law == "sign":
+            bits = torch.randint(0, 2, shape, generator=generator)
+            leaf_noise = 2.0 * bits - 1
+        else:
+            leaf_noise = torch.randn(shape, generator=generator, dtype=leaf.dtype)
+
+        leaf_noise = leaf_noise.to(leaf.dtype)
+        flat = leaf_noise.reshape(*batch, -1)
+        drawn.append(flat)
     return torch.cat(drawn, -1)
 
 
 def _inner_loss(problem: Case, w: Tree, horizon: int) -> tuple[Tensor, Tensor]:
     """The inner loss at ``w`` on the last batch, and its gradient over flattened λ."""
     assert isinstance(problem.step, InnerStep)
+    batch = problem.batches[horizon - 1]
     with torch.enable_grad():
         lam = tree.attach(problem.lam)
-        loss = problem.step.inner_loss(tree.detach(w), lam, problem.batches[horizon - 1])
+        loss = problem.step.inner_loss(tree.detach(w), lam, batch)
         gradients = torch.autograd.grad(loss, tree.floats(lam))
-    return loss.detach(), vector(list(gradients))
+    slope = vector(list(gradients))
+    return loss.detach(), slope

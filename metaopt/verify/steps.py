@@ -57,7 +57,9 @@ def derivative_rows(
 ) -> list[Row]:
     """The derivatives of a step at one state, held to references that do not use them."""
     with replay.preserved(state):
-        probe = _Probe(step, state, lam, batch, replay.snapshot(state), torch.Generator().manual_seed(seed))
+        rng = replay.snapshot(state)
+        generator = torch.Generator().manual_seed(seed)
+        probe = _Probe(step, state, lam, batch, rng, generator)
         return list(_derivatives(probe, tolerance))
 
 
@@ -68,7 +70,9 @@ def _purity(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
         step(state, lam, batch)
     pairs = zip(tree.names(given), tree.leaves(before), tree.leaves(given), strict=True)
     changed = [name for name, x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
-    note = f"changed (state, lam, batch){', '.join(changed)}" if changed else ""
+    note = ""
+    if changed:
+        note = f"changed (state, lam, batch){', '.join(changed)}"
     return Row("purity", "its own inputs", float(len(changed)), 0.0, note)
 
 
@@ -78,7 +82,8 @@ def _replay(step: Step, state: InnerState, lam: Tree, batch: Any) -> Row:
         first = step(state, lam, batch)
         replay.restore(rng)
         second = step(state, lam, batch)
-    error = float((vector(first) - vector(second)).abs().max())
+    differences = (vector(first) - vector(second)).abs()
+    error = float(differences.max())
     return Row("replay", "a second call", error, 0.0, HIDDEN if error else "")
 
 
@@ -94,11 +99,11 @@ class _Probe:
     generator: torch.Generator
 
     def again(self) -> None:
-        """What the step draws is drawn again."""
+        """Restore the random state, so that the step draws the same numbers."""
         replay.restore(self.rng)
 
     def noise(self, like: Tree) -> Tree:
-        """A random direction."""
+        """A normal random direction for the tensors of a pytree."""
         return tree.map(self._noise, like)
 
     def _noise(self, x: Any) -> Any:
@@ -112,8 +117,14 @@ class _Probe:
         Slots move by a share of themselves: a second moment is tiny, and must stay positive in the
         differences.
         """
+
+        def share(x: Any, d: Any) -> Any:
+            if not tree.is_float(x):
+                return x
+            return x.abs() * d
+
         dot = self.noise(self.state)
-        slots = tree.map(lambda x, d: x.abs() * d if tree.is_float(x) else x, self.state.slots, dot.slots)
+        slots = tree.map(share, self.state.slots, dot.slots)
         return dot._replace(slots=slots)
 
     def pulled(self, cotangent: InnerState) -> tuple[Tensor, Tree]:
@@ -121,21 +132,28 @@ class _Probe:
         self.again()
         state_bar, lam_bar = self.step.vjp(self.state, self.lam, self.batch, cotangent)
         assert state_bar is not None
-        return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, self.lam))]), lam_bar
+        return self._joined(state_bar, lam_bar), lam_bar
 
     def parts(self, cotangent: InnerState) -> Tensor:
-        """The same, each part asked for alone."""
+        """``(αA, αB)`` as one vector, each part from a separate call."""
         self.again()
         state_bar, _ = self.step.vjp(self.state, self.lam, self.batch, cotangent, wrt="state")
         self.again()
         _, lam_bar = self.step.vjp(self.state, self.lam, self.batch, cotangent, wrt="lam")
-        return torch.cat([vector(state_bar), vector(tree.filled(lam_bar, self.lam))])
+        return self._joined(state_bar, lam_bar)
+
+    def _joined(self, state_bar: Tree, lam_bar: Tree) -> Tensor:
+        filled = tree.filled(lam_bar, self.lam)
+        return torch.cat([vector(state_bar), vector(filled)])
 
     def value(self, point: Tensor) -> Tensor:
         """The new state, flattened, at flattened ``(state, λ)``."""
         self.again()
         n = vector(self.state).numel()
-        return vector(self.step(unvector(point[:n], self.state), unvector(point[n:], self.lam), self.batch))
+        state = unvector(point[:n], self.state)
+        lam = unvector(point[n:], self.lam)
+        new = self.step(state, lam, self.batch)
+        return vector(new)
 
 
 def _derivatives(probe: _Probe, tolerance: float) -> Iterator[Row]:
@@ -153,29 +171,38 @@ def _derivatives(probe: _Probe, tolerance: float) -> Iterator[Row]:
     probe.again()
     pushed = vector(step.jvp(state, lam, batch, state_dot, lam_dot))
     dots = torch.cat([vector(state_dot), vector(lam_dot)])
-    error = relative_error((bar @ dots)[None], (vector(one) @ pushed)[None])
-    yield Row("dot product", "vjp · x = y · jvp", error, tolerance)
+    left = (bar @ dots)[None]
+    right = (vector(one) @ pushed)[None]
+    yield Row("dot product", "vjp · x = y · jvp", relative_error(left, right), tolerance)
 
     probe.again()
     A, B = jacobians(step, state, lam, batch)
-    dense = vector(one) @ torch.cat([A, B], 1)
+    J = torch.cat([A, B], 1)
+    dense = vector(one) @ J
+    parts = probe.parts(one)
     yield Row("vjp", "dense Jacobian", relative_error(bar, dense), tolerance)
-    yield Row("vjp, in parts", "dense Jacobian", relative_error(probe.parts(one), dense), tolerance)
+    yield Row("vjp, in parts", "dense Jacobian", relative_error(parts, dense), tolerance)
 
-    no_slots = vector(one._replace(slots=tree.zeros_like(one.slots))) @ torch.cat([A, B], 1)
+    no_slots = one._replace(slots=tree.zeros_like(one.slots))
+    dense = vector(no_slots) @ J
     weights_only, _ = probe.pulled(one._replace(slots=None))
-    yield Row("vjp, slots None", "dense Jacobian", relative_error(weights_only, no_slots), tolerance)
+    yield Row("vjp, slots None", "dense Jacobian", relative_error(weights_only, dense), tolerance)
 
-    yield Row("jvp", "differences", relative_error(pushed, _slope(probe, dots)), max(tolerance, DIFFERENCES))
-    both = probe.pulled(tree.add(tree.scale(2.0, one), two)._replace(t=state.t))[0]
-    sum_of_both = 2.0 * bar + probe.pulled(two)[0]
-    yield Row("pullback", "linearity", relative_error(both, sum_of_both), tolerance)
+    slope = _slope(probe, dots)
+    yield Row("jvp", "differences", relative_error(pushed, slope), max(tolerance, DIFFERENCES))
+
+    both = tree.add(tree.scale(2.0, one), two)
+    of_both, _ = probe.pulled(both._replace(t=state.t))
+    of_two, _ = probe.pulled(two)
+    yield Row("pullback", "linearity", relative_error(of_both, 2.0 * bar + of_two), tolerance)
 
 
 def _uses_lam(lam: Tree, lam_bar: Tree) -> Row:
     pairs = zip(tree.names(lam), tree.leaves(lam_bar), strict=True)
     unused = [name for name, leaf in pairs if leaf is None or not bool(leaf.any())]
-    note = f"Φ ignores lam at {', '.join(unused)}" if unused else ""
+    note = ""
+    if unused:
+        note = f"Φ ignores lam at {', '.join(unused)}"
     return Row("uses lam", "every leaf", float(len(unused)), 0.0, note)
 
 
@@ -184,7 +211,9 @@ def _slope(probe: _Probe, dots: Tensor, radius: float = 1e-5) -> Tensor:
     at = torch.cat([vector(probe.state), vector(probe.lam)])
 
     def central(h: float) -> Tensor:
-        return (probe.value(at + h * dots) - probe.value(at - h * dots)) / (2 * h)
+        above = probe.value(at + h * dots)
+        below = probe.value(at - h * dots)
+        return (above - below) / (2 * h)
 
     coarse = central(radius)
     fine = central(radius / 2)
@@ -193,7 +222,9 @@ def _slope(probe: _Probe, dots: Tensor, radius: float = 1e-5) -> Tensor:
 
 def _name(step: Step) -> str:
     fn: Callable[..., Any] | None = getattr(step, "fn", None)
-    return f"step {getattr(fn, '__name__', type(step).__name__)}"
+    kind = type(step).__name__
+    name = getattr(fn, "__name__", kind)
+    return f"step {name}"
 
 
 def _check_float64(w: Tree, lam: Tree) -> None:

@@ -67,13 +67,9 @@ def closed_forms(
     st = _hypothesis()
     sizes = {"size": st.integers(1, max_size), "conditioning": st.floats(1.0, max_conditioning)}
     make = st.sampled_from(list(makers))
-    return st.builds(
-        lambda make, **draw: make(**draw),
-        make,
-        seed=st.integers(0, 10_000),
-        horizon=st.integers(1, max_horizon),
-        **sizes,
-    )
+    seeds = st.integers(0, 10_000)
+    horizons = st.integers(1, max_horizon)
+    return st.builds(lambda make, **draw: make(**draw), make, seed=seeds, horizon=horizons, **sizes)
 
 
 def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
@@ -88,14 +84,20 @@ def pytrees(*, max_leaves: int = 4, max_side: int = 3) -> SearchStrategy[Tree]:
     """
     st = _hypothesis()
     shapes = st.lists(st.integers(1, max_side), max_size=2).map(tuple)
-    tensors = st.builds(
-        lambda shape, seed: _normal(torch.Generator().manual_seed(seed), *shape), shapes, st.integers(0, 10_000)
-    )
+    seeds = st.integers(0, 10_000)
+
+    def tensor(shape: tuple[int, ...], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return _normal(generator, *shape)
 
     def nested(inner: Any) -> Any:
-        named = st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3)
-        return named | st.lists(inner, min_size=1, max_size=3) | st.tuples(inner, inner)
+        names = st.sampled_from("abcd")
+        named = st.dictionaries(names, inner, min_size=1, max_size=3)
+        listed = st.lists(inner, min_size=1, max_size=3)
+        pairs = st.tuples(inner, inner)
+        return named | listed | pairs
 
+    tensors = st.builds(tensor, shapes, seeds)
     return st.recursive(tensors, nested, max_leaves=max_leaves)
 
 
@@ -123,41 +125,51 @@ def mlp_problems(
     widths = st.lists(st.integers(1, max_width), min_size=1, max_size=2)
     seeds = st.integers(0, 10_000)
     horizons = st.integers(1, max_horizon)
-    return st.builds(
-        _mlp, widths, st.sampled_from(list(optimizers)), pytrees() if lam is None else lam, seeds, horizons
-    )
+    chosen = st.sampled_from(list(optimizers))
+    if lam is None:
+        lam = pytrees()
+    return st.builds(_mlp, widths, chosen, lam, seeds, horizons)
 
 
 def _mlp(widths: list[int], optimizer: Optimizer, lam: Tree, seed: int, horizon: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
     sides = [*widths, 1]
-    w0 = {f"{i}.weight": _normal(generator, n, m) / math.sqrt(n) for i, (n, m) in enumerate(itertools.pairwise(sides))}
-    w0 |= {f"{i}.bias": 0.1 * _normal(generator, m) for i, m in enumerate(sides[1:])}
+    w0 = {}
+    for i, (n, m) in enumerate(itertools.pairwise(sides)):
+        w0[f"{i}.weight"] = _normal(generator, n, m) / math.sqrt(n)
+    for i, m in enumerate(sides[1:]):
+        w0[f"{i}.bias"] = 0.1 * _normal(generator, m)
 
     def error(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
         for i in range(len(widths)):
-            x = (torch.tanh(x) if i else x) @ w[f"{i}.weight"] + w[f"{i}.bias"]
+            if i > 0:
+                x = torch.tanh(x)
+            x = x @ w[f"{i}.weight"] + w[f"{i}.bias"]
         return (x - y).square().mean()
 
     def inner_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         weights = tree.leaves(w)
-        rates = tree.leaves(lam)
-        penalties = [_mixed(rate) * weights[i % len(weights)].square().mean() for i, rate in enumerate(rates)]
+        penalties = []
+        for i, rate in enumerate(tree.leaves(lam)):
+            weight = weights[i % len(weights)]
+            penalties.append(_mixed(rate) * weight.square().mean())
         return error(w, batch) + 0.1 * torch.stack(penalties).sum()
 
     def outer_loss(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return error(w, batch) + 0.05 * torch.stack([rate.square().sum() for rate in tree.leaves(lam)]).sum()
+        penalties = [rate.square().sum() for rate in tree.leaves(lam)]
+        return error(w, batch) + 0.05 * torch.stack(penalties).sum()
 
+    step = inner_step(inner_loss, optimizer)
     *batches, outer_batch = [(_normal(generator, 4, sides[0]), _normal(generator, 4, 1)) for _ in range(horizon + 1)]
-    return Case(
-        inner_step(inner_loss, optimizer), outer_loss, w0, lam, batches, outer_batch, name=f"MLP {sides}, seed {seed}"
-    )
+    return Case(step, outer_loss, w0, lam, batches, outer_batch, name=f"MLP {sides}, seed {seed}")
 
 
 def _mixed(rate: Tensor) -> Tensor:
     """A number to which every entry contributes differently."""
-    return (torch.sin(rate).reshape(-1) * torch.linspace(1.0, 2.0, rate.numel(), dtype=rate.dtype)).sum().exp()
+    waves = torch.sin(rate).reshape(-1)
+    shares = torch.linspace(1.0, 2.0, rate.numel(), dtype=rate.dtype)
+    return (waves * shares).sum().exp()
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -51,12 +51,17 @@ def subjects() -> list[Subject]:
 
 def _public(room: ModuleType, method: str, without: list[str]) -> list[str]:
     """Names of a room's classes that have the method, bases aside."""
-    names = [name for name in room.__all__ if name not in without]
-    return [name for name in names if isinstance(getattr(room, name), type) and hasattr(getattr(room, name), method)]
+    names = []
+    for name in room.__all__:
+        value = getattr(room, name)
+        if name not in without and isinstance(value, type) and hasattr(value, method):
+            names.append(name)
+    return names
 
 
 def _subject(room: str, name: str, table: list[Any], rows: Callable[[str], Iterator[Row]]) -> Subject:
-    if any(case.name.split(",")[0] == name for case in table):
+    known = {case.name.split(",")[0] for case in table}
+    if name in known:
         return Subject(room, name, lambda: rows(name))
     missing = Row("(none)", "its row", float("inf"), 0.0, f"{name} has no row in metaopt.verify.tables")
     return Subject(room, name, lambda: iter([missing]))
@@ -68,9 +73,9 @@ def _rows_of(kind: type[Estimator]) -> Callable[[], Iterator[Row]]:
 
 def public_estimators() -> dict[str, type[Estimator]]:
     """The concrete estimators at the front door, by name."""
-    found = {name: getattr(estimators, name) for name in estimators.__all__}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
-    }
+    found = {}
+    for name in estimators.__all__:
+        value = getattr(estimators, name)
+        if isinstance(value, type) and issubclass(value, Estimator) and value is not Estimator:
+            found[name] = value
+    return found
