@@ -15,7 +15,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.diagnose import results
 from metaopt.diagnose.smoothness import agreement
-from metaopt.verify import cases, reference
+from metaopt.verify import case, cases, reference
 from metaopt.verify.memory import peak_bytes
 
 F64 = torch.float64
@@ -207,7 +207,7 @@ def test_momentum_counts_among_the_cotangent():
     assert plain.lags[0].cotangent != plain.lags[1].cotangent
     problem = cases.momentum(horizon=2, size=1, conditioning=1.0)
     lags = mo.diagnose.norms(problem).lags
-    alpha = float((reference.states(problem, 2)[-1].w - cases.draw_quadratic(1, 1.0, 0).target).abs())
+    alpha = float((reference.states(problem, 2)[-1].w - case.draw_quadratic(1, 1.0, 0).target).abs())
     assert lags[1].cotangent == pytest.approx(alpha * math.hypot(1 - 0.3, 0.3 * 0.7))  # (1 - ηh, -ημ)
     assert heavy.rate != plain.rate
 

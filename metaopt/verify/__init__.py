@@ -1,6 +1,7 @@
 """Proving an estimator or a step, ours or a user's: closed forms, plain torch, slow references, checks."""
 
 from metaopt.verify import (
+    case,
     cases,
     command,
     formulas,
@@ -15,7 +16,7 @@ from metaopt.verify import (
     subjects,
     tables,
 )
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 from metaopt.verify.checks import check
 from metaopt.verify.command import run
 from metaopt.verify.formulas import Formula, WholeFormula
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Row",
     "WholeFormula",
+    "case",
     "cases",
     "check",
     "command",

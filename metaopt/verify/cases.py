@@ -8,8 +8,8 @@ derivation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,53 +17,8 @@ from torch import Tensor
 from metaopt.inner.contract import Step
 from metaopt.inner.step import inner_step
 from metaopt.optim.sgd import SGD
-from metaopt.problem import Problem
 from metaopt.tree import Tree
-
-
-@dataclass(frozen=True, repr=False)
-class Case(Problem):
-    """A bilevel problem, and what is known about it.
-
-    Attributes:
-        exact: horizon T to the exact hypergradient, a pytree like λ, where a closed form is known.
-        constant_jacobians: whether A and B are the same at every state, so that DrMAD is exact.
-        converged: whether ``w0`` minimises the inner loss already.
-        contraction: γ for which HyperDistill with θ = 1 is exact at every horizon, if there is one.
-        evograd_limit: horizon T to EvoGrad's limit for many copies (Gaussian, σ = 1, τ = ½), if known.
-    """
-
-    _: KW_ONLY
-    exact: Callable[[int], Tree] | None = None
-    constant_jacobians: bool = False
-    converged: bool = False
-    contraction: float | None = None
-    evograd_limit: Callable[[int], Tree] | None = None
-
-
-class Quadratic(NamedTuple):
-    """The random parts of a quadratic problem, float64."""
-
-    H: Tensor
-    w0: Tensor
-    lam: Tensor
-    target: Tensor
-
-
-def draw_quadratic(size: int, conditioning: float, seed: int, *, diagonal: bool = False) -> Quadratic:
-    """A symmetric positive H with eigenvalues spread over ``[1/conditioning, 1]``, and random vectors."""
-    if size < 1 or conditioning < 1:
-        raise ValueError(f"size and conditioning must be at least 1, got size={size}, conditioning={conditioning}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    decades = torch.log10(torch.tensor(conditioning)).item()
-    eigenvalues = torch.logspace(0, -decades, size, dtype=torch.float64)
-    basis = _eye(size) if diagonal else torch.linalg.qr(normal(size, size)).Q
-    H = basis @ torch.diag(eigenvalues) @ basis.T
-    return Quadratic(H, w0=normal(size), lam=normal(size), target=normal(size))
+from metaopt.verify.case import Case, Quadratic, draw_quadratic, identity
 
 
 def quadratic(
@@ -81,7 +36,7 @@ def quadratic(
     :math:`dw_T/d\lambda = I - M` with :math:`M = (I - \eta H)^T`.
     """
     q = draw_quadratic(size, conditioning, seed, diagonal=diagonal)
-    contraction = _eye(size) - lr * q.H
+    contraction = identity(size) - lr * q.H
 
     def exact(T: int) -> Tensor:
         M = torch.linalg.matrix_power(contraction, T)
@@ -103,9 +58,9 @@ def non_commuting(
     batches = [draw_quadratic(size, conditioning, 1000 + seed + t).H for t in range(horizon)]
 
     def exact(T: int) -> Tensor:
-        M = _eye(size)
+        M = identity(size)
         for H in batches[:T]:
-            M = (_eye(size) - lr * H) @ M
+            M = (identity(size) - lr * H) @ M
         return _hypergradient(M, q)
 
     step = inner_step(lambda w, lam, H: _bowl(w - lam, H), SGD(lr=lr))
@@ -126,7 +81,7 @@ def momentum(
         \frac{dw_T}{d\lambda} = I - (M^T)_{00}
     """
     q = draw_quadratic(size, conditioning, seed)
-    eye = _eye(size)
+    eye = identity(size)
     upper = torch.cat([eye - lr * q.H, -lr * mu * eye], 1)
     lower = torch.cat([q.H, mu * eye], 1)
     M = torch.cat([upper, lower])
@@ -177,7 +132,7 @@ def learning_rate(
     :math:`w_T = (I-\eta H)^T w_0`, so :math:`dw_T/d\eta = -T H (I-\eta H)^{T-1} w_0`.
     """
     q = draw_quadratic(size, conditioning, seed)
-    contraction = _eye(size) - lr * q.H
+    contraction = identity(size) - lr * q.H
 
     def exact(T: int) -> Tensor:
         before = torch.linalg.matrix_power(contraction, T - 1) @ q.w0
@@ -223,14 +178,14 @@ def ridge(size: int = 4, conditioning: float = 5.0, seed: int = 0, horizon: int 
     """
     q = draw_quadratic(size, conditioning, seed)
     lam = torch.tensor(-0.5, dtype=torch.float64)
-    K = q.H + lam.exp() * _eye(size)
+    K = q.H + lam.exp() * identity(size)
     minimum = torch.linalg.solve(K, q.w0)
 
     def exact(T: int) -> Tensor:
         alpha = minimum - q.target
-        M = torch.linalg.matrix_power(_eye(size) - lr * K, T)
+        M = torch.linalg.matrix_power(identity(size) - lr * K, T)
         limit = torch.linalg.solve(K, lam.exp() * minimum)
-        return -alpha @ (_eye(size) - M) @ limit
+        return -alpha @ (identity(size) - M) @ limit
 
     def inner_loss(w: Tree, lam: Tree, batch: Any) -> Tensor:
         fit = _bowl(w, q.H) - q.w0 @ w
@@ -353,9 +308,19 @@ def drifting(
     return replace(case, constant_jacobians=True)
 
 
-CLOSED_FORMS: list[Callable[..., Case]] = [quadratic, non_commuting, momentum, log_l2, learning_rate, schedule]
+CLOSED_FORMS: list[Callable[..., Case]] = [
+    quadratic,
+    non_commuting,
+    momentum,
+    log_l2,
+    learning_rate,
+    schedule,
+    ridge,
+    isotropic,
+    population,
+    drifting,
+]
 """Every closed form at horizon T: functions of ``(size, conditioning, seed, horizon)``."""
-CLOSED_FORMS += [ridge, isotropic, population, drifting]
 
 
 def _case(step: Step, q: Quadratic, horizon: int, **given: Any) -> Case:
@@ -372,7 +337,7 @@ def _hypergradient(M: Tensor, q: Quadratic) -> Tensor:
     """The hypergradient where ``w_T = λ + M (w_0 - λ)``."""
     w_T = q.lam + M @ (q.w0 - q.lam)
     alpha = w_T - q.target
-    slope = _eye(len(M)) - M
+    slope = identity(len(M)) - M
     return slope.T @ alpha
 
 
@@ -394,7 +359,3 @@ def _shrinking(w: Tensor, h: Tensor, a: Tensor, penalty: Tensor) -> Tensor:
 
 def _bowl(x: Tensor, H: Tensor) -> Tensor:
     return 0.5 * x @ H @ x
-
-
-def _eye(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64)

@@ -12,7 +12,8 @@ from metaopt.estimators.hypergradient import opened
 from metaopt.inner.contract import Step
 from metaopt.problem import Problem
 from metaopt.tree import Tree, vector
-from metaopt.verify.cases import CLOSED_FORMS, Case
+from metaopt.verify.case import Case
+from metaopt.verify.cases import CLOSED_FORMS
 from metaopt.verify.formulas import Formula, WholeFormula, formula_of
 from metaopt.verify.reference import through_loop
 from metaopt.verify.report import Report, Row, relative_error

@@ -41,7 +41,7 @@ from metaopt.estimators import (
 from metaopt.inner.step import InnerStep
 from metaopt.linsolve import Identity, Neumann, PowerIteration
 from metaopt.verify import sampled
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 from metaopt.verify.reference import along, dense_sweep, jacobians, outer_cotangent, states, vector
 
 

@@ -23,7 +23,7 @@ from metaopt.inner.step import inner_step
 from metaopt.optim.adam import Adam
 from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree, vector
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 
 Parts: TypeAlias = list[Tensor]
 """Weights, and whatever the rule keeps beside them, as flat lists."""

@@ -21,7 +21,7 @@ from metaopt.inner.contract import Step
 from metaopt.inner.state import InnerState
 from metaopt.problem import Problem
 from metaopt.tree import Tree, unvector, vector
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 
 
 class Jacobians(NamedTuple):

@@ -14,7 +14,7 @@ from metaopt import tree
 from metaopt.estimators import FMD, RMD, Estimator, OneStep, TruncatedRMD, hypergradient, unroll
 from metaopt.inner import ForwardOverReverse, InnerStep, Step, chunked, custom_step, in_chunks
 from metaopt.tree import vector
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 from metaopt.verify.loops import HORIZON, Loop, constant_momentum, loops, reweighted_net
 from metaopt.verify.report import Row, relative_error
 from metaopt.verify.tables import TRAJECTORIES, TrajectoryCase

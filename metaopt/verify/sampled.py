@@ -18,7 +18,7 @@ from metaopt.estimators.evolution import Evolution
 from metaopt.inner.state import InnerState
 from metaopt.inner.step import InnerStep
 from metaopt.tree import Tree
-from metaopt.verify.cases import Case
+from metaopt.verify.case import Case
 from metaopt.verify.reference import along, outer_cotangent, states, unvector, vector
 
 

@@ -28,7 +28,8 @@ from metaopt.optim.optimizer import Optimizer
 from metaopt.optim.rmsprop import RMSprop
 from metaopt.optim.sgd import SGD
 from metaopt.tree import Tree
-from metaopt.verify.cases import CLOSED_FORMS, Case
+from metaopt.verify.case import Case
+from metaopt.verify.cases import CLOSED_FORMS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
