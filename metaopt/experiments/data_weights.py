@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.estimators import RMD, Hypergradient, hypergradient
+from metaopt.experiments.files import write_text
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import replicated
@@ -130,9 +131,8 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data_weights.json").write_text(
-            json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n"
-        )
+        found = {"config": vars(config), **result._asdict()}
+        write_text(out / "data_weights.json", json.dumps(found, indent=1) + "\n")
         draw(result, out / "data_weights.png")
     return result
 

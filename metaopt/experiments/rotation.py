@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metaopt.estimators import EvoGrad, OneStep
-from metaopt.experiments.experiment import Experiment, Method, Run
+from metaopt.experiments.experiment import Experiment, Method, Run, SettingError
 from metaopt.experiments.image_data import Source, read, split_images
 from metaopt.experiments.pictures import draw_curves
 from metaopt.experiments.schedules import Data, Part
@@ -131,6 +131,9 @@ def lenet(channels: int, size: int, classes: int) -> nn.Sequential:
     )
 
 
+_COUNTS = ("--train", "--validation", "--test")
+
+
 def prepare(method: Method, config: RotationConfig, seed: int) -> tuple[Rotation, Data, Tree, Tree]:
     """The model, images in [0, 1], the initial weights, and λ.
 
@@ -143,10 +146,14 @@ def prepare(method: Method, config: RotationConfig, seed: int) -> tuple[Rotation
     digits = read(config.source, per_class=0)
     counts = (config.train, config.validation, config.test)
     if sum(counts) > len(digits):
-        raise ValueError(
-            f"{' + '.join(map(str, counts))} images were asked for, but {config.source.name} has {len(digits)}"
+        raise SettingError(
+            f"{' + '.join(map(str, counts))} images were asked for, but {config.source.name} has {len(digits)}",
+            *_COUNTS,
         )
     parts = split_images(digits, [count / len(digits) for count in counts], seed)
+    empty = [option for option, part in zip(_COUNTS, parts, strict=True) if len(part) == 0]
+    if empty:
+        raise SettingError("this takes a small share of every class, which comes to no image; ask for more", *empty)
     train, validation, test = (Part(_grey(part.images.float() / 255), part.labels) for part in parts)
     angle = torch.tensor(math.radians(config.degrees))
     data = Data(train, *[Part(rotate(part.x, angle), part.y) for part in (validation, test)])

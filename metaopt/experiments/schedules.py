@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.estimators import OneStep, hypergradient
 from metaopt.estimators.fds import FDS
+from metaopt.experiments.files import write_text
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import OuterOptimizer, SignStep, bounded, online
@@ -161,7 +162,8 @@ def run(data: Data, config: SchedulesConfig, out: Path | None = None) -> Schedul
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "schedules.json").write_text(json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n")
+        found = {"config": vars(config), **result._asdict()}
+        write_text(out / "schedules.json", json.dumps(found, indent=1) + "\n")
         draw(result, out / "schedules.png")
     return result
 
