@@ -11,7 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metaopt import cli
-from metaopt.experiments import many_shot, many_shot_settings
+from metaopt.experiments import diagnose_sinusoid, many_shot, many_shot_settings, sinusoid
+from metaopt.experiments.experiment import finished_or_run
 from metaopt.experiments.files import write_text
 from metaopt.experiments.image_data import Source
 
@@ -167,8 +168,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path):
 
 def test_a_dry_run_counts_what_is_finished_and_refuses_other_settings(tmp_path):
     arguments = ["--estimators", "fo", "--out", tmp_path]
-    work = ["--seeds", 1, "--workers", 1]
-    assert invoke("compare", "sinusoid", "--meta-iterations", 1, *arguments, *work).exit_code == 0
+    fo = sinusoid.METHODS[0]
+    finished_or_run(sinusoid.EXPERIMENT, tmp_path / "runs", fo, sinusoid.SinusoidConfig(meta_iterations=1), 0)
     result = invoke("compare", "sinusoid", "--meta-iterations", 1, *arguments, "--dry-run")
     assert "fo: FO (1 of 5 finished)" in result.output
     result = invoke("compare", "sinusoid", "--meta-iterations", 2, *arguments, "--dry-run")
@@ -222,3 +223,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(error
 def test_an_error_of_a_missing_folder_names_the_path(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot write .*nowhere/runs.json"):
         write_text(Path(tmp_path, "nowhere", "runs.json"), "text")
+
+
+def test_a_diagnosis_shows_how_far_it_is(tmp_path, capsys):
+    config = sinusoid.SinusoidConfig(meta_iterations=2, horizon=2, meta_batch=2)
+    diagnose_sinusoid.run(config, tmp_path, problems=1, every=1)
+    shown = capsys.readouterr().err
+    assert "meta-training: 100%" in shown and "2/2" in shown
+    assert "diagnosis: 100%" in shown
+    assert "before meta-training, problem 1" in shown

@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
+from tqdm import tqdm
 
 from metaopt.diagnose import Alignment, Costs, alignment, calibrated, costs, finished_run
 from metaopt.estimators import Estimator, HyperDistill
@@ -80,7 +81,14 @@ def diagnose(
     Raises:
         ValueError: for a stage with fewer than two problems.
     """
-    measured = [_stage(name, problems, estimators, distill, gammas, at) for name, problems in stages.items()]
+    for name, problems in stages.items():
+        if len(problems) < 2:
+            raise ValueError(
+                f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are "
+                "needed"
+            )
+    with tqdm(desc="diagnosis", total=sum(map(len, stages.values())), unit="problem") as bar:
+        measured = [_stage(name, problems, estimators, distill, gammas, at, bar) for name, problems in stages.items()]
     out.mkdir(parents=True, exist_ok=True)
     figure_3(measured).savefig(out / "figure3.png", dpi=140)
     figure_4(measured, thetas).savefig(out / "figure4.png", dpi=140)
@@ -96,21 +104,27 @@ def _stage(
     distill: HyperDistill,
     gammas: Sequence[float],
     at: Any,
+    bar: Any,
 ) -> Stage:
-    if len(problems) < 2:
-        raise ValueError(
-            f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed"
-        )
+    bar.set_postfix_str(f"{name}, calibration")
     aside = problems[0]
     rest = problems[1:]
     samples = distill.size_samples(aside.step, aside.lam, finished_run(aside))
     fitted = calibrated({"HyperDistill": distill}, aside)["HyperDistill"]
     assert isinstance(fitted, HyperDistill)
     methods = {**estimators, "HyperDistill": fitted}
-    found = tuple(alignment(methods, problem, at) for problem in rest)
-    sums = tuple(alignment({f"γ = {gamma:g}": DecayedSum(gamma) for gamma in gammas}, problem, at) for problem in rest)
+    decayed = {f"γ = {gamma:g}": DecayedSum(gamma) for gamma in gammas}
+    found = []
+    sums = []
+    for number, problem in enumerate(rest, start=1):
+        bar.update()
+        bar.set_postfix_str(f"{name}, problem {number}")
+        found.append(alignment(methods, problem, at))
+        sums.append(alignment(decayed, problem, at))
     truth = tuple(_truth(result, fitted.theta) for result in found)
-    return Stage(name, found, sums, samples, fitted.theta, truth, costs(methods, rest[0], repeats=1, memory=False))
+    expenses = costs(methods, rest[0], repeats=1, memory=False)
+    bar.update()
+    return Stage(name, tuple(found), tuple(sums), samples, fitted.theta, truth, expenses)
 
 
 def _truth(result: Alignment, theta: float) -> tuple[list[float], list[float]]:
