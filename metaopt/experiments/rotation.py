@@ -226,12 +226,12 @@ def table(methods: Sequence[Method], runs: Sequence[RotationRun], config: Rotati
 def draw(methods: Sequence[Method], runs: Sequence[RotationRun], config: RotationConfig, out: Path) -> list[Path]:
     """Accuracy and angle by epoch; returns the files."""
     paths = [out / "accuracy.png", out / "angle.png"]
-    for path, pick, ylabel in (
-        (paths[0], "curve", "accuracy on turned test images, %"),
-        (paths[1], "angles", "angle, degrees"),
+    for path, pick, title, ylabel in (
+        (paths[0], "curve", "accuracy on turned test images", "accuracy, %"),
+        (paths[1], "angles", f"the angle that is learned (right: {config.degrees:g}°)", "angle, degrees"),
     ):
         curves = {method.title: [getattr(run, pick) for run in runs if run.method == method.key] for method in methods}
-        draw_curves(curves, path, ylabel=ylabel, xlabel="epochs", yscale="linear")
+        draw_curves(curves, path, title=title, ylabel=ylabel, xlabel="epochs", yscale="linear")
     return paths
 
 
