@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colours that are told apart with any kind of colour vision (yellow is left out, it is too pale for a line)."""
@@ -161,7 +161,7 @@ def draw_curves(
     ]
     if finite and yscale == "log":
         axes.set_ylim(0.7 * min(finite), 1.3 * float(np.quantile(finite, 0.99)))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     name_lines(axes)
     save(figure, path)
 
@@ -186,17 +186,31 @@ def show(shown: Table) -> None:
 
 
 def fitted(shown: Table, console: Console) -> RenderableType:
-    """The table itself, or a block of lines for each row where the console is too narrow for it."""
-    if console.measure(shown, options=console.options.update(width=10_000)).maximum <= console.width:
-        return shown
-    heads, *others = shown.columns
-    names = [Text.assemble((str(cell), "bold")) for cell in heads.cells]
-    labels = [str(column.header) for column in others]
-    columns = [[str(cell) for cell in column.cells] for column in others]
-    lines: list[RenderableType] = [Text(str(shown.title or ""), "italic")]
-    width = max(map(len, labels), default=0)
-    for number, name in enumerate(names):
-        lines.append(name)
-        lines += [Text(f"  {label:<{width}}  {cells[number]}") for label, cells in zip(labels, columns, strict=True)]
-    lines.append(Text(str(shown.caption or ""), "dim"))
-    return Group(*lines)
+    """The table itself; where the console is too narrow, its columns in several tables with the same rows."""
+    named = list(takewhile(lambda column: column.justify == "left", shown.columns))
+    parts = [named]
+    for column in shown.columns[len(named) :]:
+        wider = [*parts[-1], column]
+        if parts[-1] is not named and _width(shown, wider, console) > console.width:
+            parts.append([*named, column])
+        else:
+            parts[-1] = wider
+    tables = [_part(shown, columns) for columns in parts]
+    tables[0].title = shown.title
+    tables[-1].caption = shown.caption
+    return Group(*tables)
+
+
+def _part(shown: Table, columns: Sequence[Column]) -> Table:
+    """The table with these columns only."""
+    part = Table(box=shown.box, pad_edge=shown.pad_edge, title_justify=shown.title_justify)
+    for column in columns:
+        part.add_column(column.header, justify=column.justify)
+    for cells, row in zip(zip(*[column.cells for column in columns], strict=True), shown.rows, strict=True):
+        part.add_row(*cells, style=row.style)
+    return part
+
+
+def _width(shown: Table, columns: Sequence[Column], console: Console) -> int:
+    endless = console.options.update(width=10_000)
+    return console.measure(_part(shown, columns), options=endless).maximum
