@@ -167,7 +167,7 @@ def draw_curves(
 
 
 def draw_point(axes: Axes, x: float, y: float, error: Any, name: str, style: Style) -> None:
-    """One result with its interval, labelled beside it."""
+    """One result with its interval."""
     axes.errorbar([x], [y], yerr=error, fmt=style.marker, color=style.color, capsize=4, label=name)
 
 
