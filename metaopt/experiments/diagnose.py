@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table as RichTable
 from tqdm import tqdm
 
@@ -192,6 +193,7 @@ def figure_4(stages: Sequence[Stage], thetas: Sequence[float] = ()) -> Figure:
         axes.axhline(0.0, color="grey", linewidth=0.8)
         axes.set_title("θ, fitted before every run", fontsize="medium")
         axes.set(xlabel="inner runs of meta-training", ylabel="θ")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for value, label in (("relative_error", "‖g − g*‖ / ‖g*‖"), ("cosine", "cosine to exact RMD")):
         _against_products(next(free), stages[-1], value, label)
     for unused in free:

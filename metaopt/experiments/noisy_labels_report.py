@@ -96,7 +96,7 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
         below.set(xlabel="loss of an example", yscale="log")
         if math.isfinite(ratio):
             above.text(
-                0.97, 0.95, f"right / wrong {ratio:.2f}", transform=above.transAxes, ha="right", va="top", fontsize=8
+                0.97, 0.95, f"right / wrong {ratio:.3g}", transform=above.transAxes, ha="right", va="top", fontsize=8
             )
     grid[0, 0].set_ylabel("its weight")
     grid[1, 0].set_ylabel("training images")
