@@ -42,15 +42,17 @@ app.add_typer(diagnose_app, name="diagnose")
 TIMES: Mapping[str, Mapping[str, str]] = {
     "compare": {
         "sinusoid": "7 min",
-        "anil": "days; --small: 10 min",
-        "warpgrad": "days; --small: 10 min",
-        "meta-weight-net": "days; --small: 10 min",
+        "anil": "weeks; --small: 2 h",
+        "warpgrad": "weeks; --small: 2 h",
+        "meta-weight-net": "weeks; --small: 2 h",
         "noisy-labels": "10 min",
-        "rotation": "10 min",
+        "rotation": "8 min",
     },
-    "diagnose": {"warpgrad": "days; --small: 10 min", "sinusoid": "2 min"},
+    "diagnose": {"warpgrad": "weeks; --small: 2 h", "sinusoid": "2 min"},
 }
-"""How long each experiment takes on two cores with its default options."""
+"""How long each experiment takes on two cores with its default options.
+
+Both on sinusoids are measured; the others are estimated from a part of the work."""
 
 
 def _print_version(asked: bool) -> None:
@@ -87,7 +89,7 @@ def _list(context: typer.Context, group: str, commands: typer.Typer) -> None:
         assert found.name and found.callback
         summary = inspect.cleandoc(found.help or found.callback.__doc__ or "").splitlines()[0]
         typer.echo(f"  {found.name:<17}{summary:<38}{TIMES[group][found.name]}")
-    typer.echo("\nThe times are for two cores and the options as they are by default.")
+    typer.echo("\nTimes on two cores with the default options; all but those of sinusoid are estimates.")
 
 
 # -- compare -------------------------------------------------------------------------------------
