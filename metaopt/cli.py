@@ -48,7 +48,7 @@ TIMES: Mapping[str, Mapping[str, str]] = {
         "noisy-labels": "10 min",
         "rotation": "8 min",
     },
-    "diagnose": {"warpgrad": "weeks; --small: 2 h", "sinusoid": "2 min"},
+    "diagnose": {"warpgrad": "hours; --small: 15 min", "sinusoid": "2 min"},
 }
 """How long each experiment takes on two cores with its default options.
 
@@ -88,7 +88,7 @@ def _list(context: typer.Context, group: str, commands: typer.Typer) -> None:
     for found in commands.registered_commands:
         assert found.name and found.callback
         summary = inspect.cleandoc(found.help or found.callback.__doc__ or "").splitlines()[0]
-        typer.echo(f"  {found.name:<17}{summary:<38}{TIMES[group][found.name]}")
+        typer.echo(f"  {found.name:<17}{summary:<38} {TIMES[group][found.name]}")
     typer.echo("\nTimes on two cores with the default options; all but those of sinusoid are estimates.")
 
 
