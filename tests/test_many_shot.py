@@ -119,10 +119,10 @@ def test_a_killed_experiment_goes_on_where_it_was(images, tmp_path):
 
 
 def test_classes_are_split_where_there_are_enough_and_images_otherwise(images):
-    by_class = load(Source("folder", images, 8), ways=1, per_class=6)
+    by_class = load(Source("folder", images, 8), ways=1, shots=3)
     names = [set(part.names) for part in by_class[:3]]
     assert by_class.by_class and not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
-    by_image = load(Source("folder", images, 8), ways=6, per_class=6)
+    by_image = load(Source("folder", images, 8), ways=6, shots=3)
     assert not by_image.by_class
     assert [part.counts().tolist() for part in by_image[:3]] == [[15] * 6, [6] * 6, [9] * 6]
     assert sum(len(part) for part in by_image[:3]) == 180

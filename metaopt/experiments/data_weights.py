@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.estimators import RMD, Hypergradient, hypergradient
+from metaopt.experiments.files import write_text
+from metaopt.experiments.pictures import RIGHT, WRONG, panels, save
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import replicated
@@ -130,9 +131,8 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data_weights.json").write_text(
-            json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n"
-        )
+        found = {"config": vars(config), **result._asdict()}
+        write_text(out / "data_weights.json", json.dumps(found, indent=1) + "\n")
         draw(result, out / "data_weights.png")
     return result
 
@@ -199,9 +199,8 @@ def retrain(problem: Problem, config: DataWeightsConfig) -> tuple[Tensor, Tensor
 
 def draw(result: DataWeightsResult, path: Path) -> None:
     """Predicted against true effect, one point per example."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.subplots()
-    for wrong, colour, label in ((False, "tab:blue", "right label"), (True, "tab:red", "flipped label")):
+    figure, ((axes,),) = panels(5, 5)
+    for wrong, colour, label in ((False, RIGHT, "right label"), (True, WRONG, "flipped label")):
         chosen = [i for i, flipped in enumerate(result.flipped) if flipped == wrong]
         axes.scatter(
             [result.predicted[i] for i in chosen], [result.true[i] for i in chosen], s=12, color=colour, label=label
@@ -210,10 +209,10 @@ def draw(result: DataWeightsResult, path: Path) -> None:
     axes.set(
         xlabel="predicted by one sweep",
         ylabel="measured by retraining",
-        title=f"rank correlation {result.spearman:.3f}",
+        title=f"effect of leaving an example out: rank correlation {result.spearman:.3f}",
     )
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _optimizer(config: DataWeightsConfig) -> SGD:

@@ -4,9 +4,9 @@ Figures 3 and 4 of the HyperDistill paper, with exact RMD as the yardstick.
 
 :func:`diagnose` takes prepared problems, so that it serves every experiment: a *stage* is a point
 of meta-training with some problems drawn there. Figure 3: cosine to exact along the inner run, of
-(a) the hypergradient, (b) equation 7 for several γ, (c) the indirect term. Figure 4: (a, b) the
-samples of algorithm 4 with the fitted θ, (c) that θ against the truth on problems it was not fitted
-to, (d) θ along meta-training, (e) error against the number of products. Lee et al. 2022, `arXiv
+the hypergradient, equation 7 for several γ, the indirect term. Figure 4: the samples of algorithm 4
+with the fitted θ, that θ against the truth on problems it was not fitted to, θ along meta-training,
+error against the number of products. Lee et al. 2022, `arXiv
 2110.02508 <https://arxiv.org/abs/2110.02508>`__, section 5.1.
 """
 
@@ -21,13 +21,16 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table as RichTable
+from tqdm import tqdm
 
 from metaopt.diagnose import Alignment, Costs, alignment, calibrated, costs, finished_run
 from metaopt.estimators import Estimator, HyperDistill
 from metaopt.estimators.hyperdistill import SizeSamples
 from metaopt.experiments.decayed_sum import DecayedSum
 from metaopt.experiments.files import write_text
+from metaopt.experiments.pictures import OKABE_ITO, draw_line, draw_point, panels, save, styles
 from metaopt.problem import Problem
 from metaopt.table import Table
 
@@ -80,10 +83,17 @@ def diagnose(
     Raises:
         ValueError: for a stage with fewer than two problems.
     """
-    measured = [_stage(name, problems, estimators, distill, gammas, at) for name, problems in stages.items()]
+    for name, problems in stages.items():
+        if len(problems) < 2:
+            raise ValueError(
+                f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are "
+                "needed"
+            )
+    with tqdm(desc="diagnosis", total=sum(map(len, stages.values())), unit="problem") as bar:
+        measured = [_stage(name, problems, estimators, distill, gammas, at, bar) for name, problems in stages.items()]
     out.mkdir(parents=True, exist_ok=True)
-    figure_3(measured).savefig(out / "figure3.png", dpi=140)
-    figure_4(measured, thetas).savefig(out / "figure4.png", dpi=140)
+    save(figure_3(measured), out / "figure3.png")
+    save(figure_4(measured, thetas), out / "figure4.png")
     plain = [_plain(stage) for stage in measured]
     write_text(out / "diagnosis.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return measured
@@ -96,21 +106,27 @@ def _stage(
     distill: HyperDistill,
     gammas: Sequence[float],
     at: Any,
+    bar: Any,
 ) -> Stage:
-    if len(problems) < 2:
-        raise ValueError(
-            f"stage {name!r} has {len(problems)} problems: one is set aside for calibration, so at least two are needed"
-        )
+    bar.set_postfix_str(f"{name}, calibration")
     aside = problems[0]
     rest = problems[1:]
     samples = distill.size_samples(aside.step, aside.lam, finished_run(aside))
     fitted = calibrated({"HyperDistill": distill}, aside)["HyperDistill"]
     assert isinstance(fitted, HyperDistill)
     methods = {**estimators, "HyperDistill": fitted}
-    found = tuple(alignment(methods, problem, at) for problem in rest)
-    sums = tuple(alignment({f"γ = {gamma:g}": DecayedSum(gamma) for gamma in gammas}, problem, at) for problem in rest)
+    decayed = {f"γ = {gamma:g}": DecayedSum(gamma) for gamma in gammas}
+    found = []
+    sums = []
+    for number, problem in enumerate(rest, start=1):
+        bar.update()
+        bar.set_postfix_str(f"{name}, problem {number}")
+        found.append(alignment(methods, problem, at))
+        sums.append(alignment(decayed, problem, at))
     truth = tuple(_truth(result, fitted.theta) for result in found)
-    return Stage(name, found, sums, samples, fitted.theta, truth, costs(methods, rest[0], repeats=1, memory=False))
+    expenses = costs(methods, rest[0], repeats=1, memory=False)
+    bar.update()
+    return Stage(name, tuple(found), tuple(sums), samples, fitted.theta, truth, expenses)
 
 
 def _truth(result: Alignment, theta: float) -> tuple[list[float], list[float]]:
@@ -122,97 +138,100 @@ def _truth(result: Alignment, theta: float) -> tuple[list[float], list[float]]:
     return x, [float(np.sign(theta)) * c * size for c, size in zip(cosine, sizes, strict=True)]
 
 
+POINTS = OKABE_ITO[0]
+FITTED = OKABE_ITO[1]
+"""Of measured points, and of the line through them."""
+
+
 # -- pictures ------------------------------------------------------------------------------------
 def figure_3(stages: Sequence[Stage]) -> Figure:
     """One row per stage: median over its problems, the middle half shaded."""
-    figure = Figure(figsize=(13, 3.8 * len(stages)), layout="constrained")
-    for axes, stage in zip(figure.subplots(len(stages), 3, squeeze=False), stages, strict=True):
+    figure, grid = panels(13, 3.8 * len(stages), len(stages), 3)
+    for axes, stage in zip(grid, stages, strict=True):
         _band(axes[0], stage.methods, "total")
-        axes[0].set_title(f"(a) hypergradient, {stage.name}", fontsize="medium")
-        _band(axes[1], stage.sums, "indirect", colours="viridis")
-        axes[1].set_title("(b) indirect term, equation 7", fontsize="medium")
+        axes[0].set_title(f"hypergradient, {stage.name}", fontsize="medium")
+        _band(axes[1], stage.sums, "indirect", gradual=True)
+        axes[1].set_title("indirect term, equation 7", fontsize="medium")
         _band(axes[2], stage.methods, "indirect")
-        axes[2].set_title("(c) indirect term, methods", fontsize="medium")
+        axes[2].set_title("indirect term, methods", fontsize="medium")
         for panel in axes:
             panel.set(xlabel="inner steps t", ylim=(min(panel.get_ylim()[0], 0.9), 1.03))
-            panel.grid(alpha=0.25)
             panel.legend(fontsize="small", loc="lower left")
         axes[0].set_ylabel("cosine to exact RMD")
     return figure
 
 
-def _band(axes: Any, results: Sequence[Alignment], of: str, colours: str | None = None) -> None:
+def _band(axes: Any, results: Sequence[Alignment], of: str, *, gradual: bool = False) -> None:
     names = list(dict.fromkeys(point.estimator for point in results[0].points))
+    style = styles(names)
     for place, name in enumerate(names):
         curves = np.array([result.curve(name, of=of)[1] for result in results])
         if np.isnan(curves).all():  # first-order has no indirect term
             continue
         low, middle, high = np.nanquantile(curves, [0.25, 0.5, 0.75], axis=0)
-        colour = f"C{place}" if colours is None else _colour(colours, place / max(1, len(names) - 1))
+        colour = _gradual(place / max(1, len(names) - 1)) if gradual else style[name].color
         t = results[0].curve(name)[0]
-        axes.plot(t, middle, label=name, color=colour, linewidth=1.8)
+        draw_line(axes, t, middle, label=name, color=colour)
         axes.fill_between(t, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def _colour(name: str, place: float) -> Any:
-    return colormaps[name](0.9 * place)
+def _gradual(place: float) -> Any:
+    """From dark to light, for a number instead of a method."""
+    return colormaps["viridis"](0.9 * place)
 
 
 def figure_4(stages: Sequence[Stage], thetas: Sequence[float] = ()) -> Figure:
     """Calibration samples of every stage, θ against the truth, θ along meta-training, error against products."""
-    figure = Figure(figsize=(13, 7.6), layout="constrained")
-    panels = figure.subplots(2, 3).flat
-    for letter, stage in zip("ab", (stages[0], stages[-1])[: min(2, len(stages))], strict=False):
-        _samples(next(panels), stage, letter)
-    _against_truth(next(panels), stages[-1])
+    figure, grid = panels(13, 7.6, 2, 3)
+    free = iter(grid.flat)
+    for stage in (stages[0], stages[-1])[: len(stages)]:
+        _samples(next(free), stage)
+    _against_truth(next(free), stages[-1])
     if thetas:
-        axes = next(panels)
-        axes.plot(range(1, len(thetas) + 1), thetas, ".-")
+        axes = next(free)
+        axes.plot(range(1, len(thetas) + 1), thetas, ".-", color=POINTS)
         axes.axhline(0.0, color="grey", linewidth=0.8)
-        axes.set(xlabel="inner runs of meta-training", ylabel="θ", title="(d) θ, fitted again before every run")
+        axes.set_title("θ, fitted before every run", fontsize="medium")
+        axes.set(xlabel="inner runs of meta-training", ylabel="θ")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for value, label in (("relative_error", "‖g − g*‖ / ‖g*‖"), ("cosine", "cosine to exact RMD")):
-        _against_products(next(panels), stages[-1], value, label)
-    for unused in panels:
-        unused.set_axis_off()
+        _against_products(next(free), stages[-1], value, label)
+    for unused in free:
+        figure.delaxes(unused)
     return figure
 
 
-def _samples(axes: Any, stage: Stage, letter: str) -> None:
+def _samples(axes: Any, stage: Stage) -> None:
     x = stage.samples.x.numpy()
     y = stage.samples.y.numpy()
     points = axes.scatter(x, y, c=np.arange(1, len(x) + 1), s=18, cmap="viridis")
-    axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"θ = {stage.theta:.3g}")
+    axes.axline((0.0, 0.0), slope=stage.theta, color=FITTED, label=f"θ = {stage.theta:.3g}")
     axes.figure.colorbar(points, ax=axes, label="horizon s")
-    axes.set(xlabel="$x_s$", ylabel="$y_s$", title=f"({letter}) algorithm 4, {stage.name}")
+    axes.set_title(f"algorithm 4, {stage.name}", fontsize="medium")
+    axes.set(xlabel="$x_s$", ylabel="$y_s$")
     axes.legend(fontsize="small")
 
 
 def _against_truth(axes: Any, stage: Stage) -> None:
     for number, (x, y) in enumerate(stage.truth):
-        axes.plot(x, y, ".", markersize=4, color="C0", alpha=0.6, label="exact, other tasks" if number == 0 else None)
-    axes.axline((0.0, 0.0), slope=stage.theta, color="C3", label=f"fitted θ = {stage.theta:.3g}")
-    axes.set(
-        xlabel="$S_t \\|v_t\\|$", ylabel="$v_t \\cdot g_t / \\|v_t\\|$", title=f"(c) θ against the truth, {stage.name}"
-    )
+        axes.plot(x, y, ".", markersize=4, color=POINTS, alpha=0.6, label="exact, other tasks" if number == 0 else None)
+    axes.axline((0.0, 0.0), slope=stage.theta, color=FITTED, label=f"fitted θ = {stage.theta:.3g}")
+    axes.set_title(f"θ against the truth, {stage.name}", fontsize="medium")
+    axes.set(xlabel="$S_t \\|v_t\\|$", ylabel="$v_t \\cdot g_t / \\|v_t\\|$")
     axes.legend(fontsize="small")
 
 
 def _against_products(axes: Any, stage: Stage, value: str, label: str) -> None:
-    for place, expense in enumerate(stage.expenses.expenses):
+    style = styles([expense.estimator for expense in stage.expenses.expenses])
+    for expense in stage.expenses.expenses:
         last = [result.curve(expense.estimator, value=value)[1][-1] for result in stage.methods]
         low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
         products = expense.work.products
-        axes.errorbar(
-            [products],
-            [middle],
-            yerr=[[middle - low], [high - middle]],
-            fmt="o",
-            color=f"C{place}",
-            label=expense.estimator,
-        )
+        name = expense.estimator
+        draw_point(axes, products, middle, [[middle - low], [high - middle]], name, style[name])
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlabel="products for one hypergradient at t = T", ylabel=label, title=f"(e) {label}, {stage.name}")
-    axes.grid(alpha=0.25)
+    axes.set_title(f"{label}, {stage.name}", fontsize="medium")
+    axes.set(xlabel="products for one hypergradient at t = T", ylabel=label)
     axes.legend(fontsize="small")
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
 from metaopt.experiments.diagnose import Stage, diagnose
-from metaopt.experiments.experiment import settings_of
-from metaopt.experiments.many_shot import Setting, earlier, prepare
+from metaopt.experiments.experiment import SettingError, check_settings, settings_of
+from metaopt.experiments.many_shot import Setting, prepare
 from metaopt.experiments.many_shot_settings import RATE, ManyShotConfig, hyperdistill
 from metaopt.linsolve import Neumann
-from metaopt.meta import replicated
+from metaopt.meta import Checkpoint, replicated
 from metaopt.problem import Problem
 from metaopt.tree import Tree
 
@@ -53,16 +54,14 @@ def run(
         seed: of the network and of the tasks.
 
     Raises:
-        ValueError: if ``finished`` is a run of another configuration, or not finished.
+        SettingError: if ``finished`` is a run of another configuration, or not finished.
     """
     method = hyperdistill(gamma)
+    found = None if finished is None else _finished(finished, settings_of(method, config, seed), config.meta_iterations)
     setting, phi, lam = prepare(method, config, seed)
     stages = {"before meta-training": _problems(setting, phi, lam, problems)}
     thetas: list[float] = []
-    if finished is not None:
-        found = earlier(finished, settings_of(method, config, seed))
-        if found.run < config.meta_iterations:
-            raise ValueError(f"{finished} has done {found.run} of {config.meta_iterations} runs; finish it first")
+    if found is not None:
         stages[f"after {found.run} runs"] = _problems(setting, found.phi, found.notes["lam"], problems)
         thetas = list(found.notes["course"].theta)
     at = sorted({1, config.horizon, *range(every, config.horizon + 1, every)})
@@ -75,6 +74,18 @@ def run(
         thetas=thetas,
         gammas=(0.0, 0.9, 0.99, 0.999),
     )
+
+
+def _finished(path: Path, settings: Mapping[str, Any], runs: int) -> Checkpoint:
+    """The state at the end of a run with these settings."""
+    try:
+        found = Checkpoint.load(path)
+        check_settings(path, found.notes["settings"], settings)
+    except (ValueError, KeyError, OSError) as error:
+        raise SettingError(str(error), "--finished") from error
+    if found.run < runs:
+        raise SettingError(f"{path} has done {found.run} of {runs} runs; finish it first", "--finished")
+    return found
 
 
 def _problems(setting: Setting, phi: Tree, lam: Tree, count: int) -> list[Problem]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from metaopt.estimators import IFT, DrMAD, Estimator, FirstOrder, HyperDistill, OneStep
 from metaopt.experiments.diagnose import Stage, diagnose
@@ -77,7 +78,8 @@ def train(start: Setup, config: SinusoidConfig, distill: HyperDistill, seed: int
     )
     phi = start.phi
     thetas = []
-    for report in training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations):
+    runs = training.runs(phi, outer, functools.partial(meta_task, config, seed), config.meta_iterations)
+    for report in tqdm(runs, desc="meta-training", total=config.meta_iterations, unit="run"):
         phi = report.phi
         assert isinstance(report.estimator, HyperDistill)
         thetas.append(report.estimator.theta)

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,6 +20,22 @@ from metaopt.experiments.workers import run_all
 
 FORMAT = 1
 """Version of the files in ``runs/``; another one is refused."""
+
+
+class SettingError(ValueError):
+    """Settings that do not fit each other, the data, or what lies in the folder.
+
+    Attributes:
+        options: what they are called on the command line.
+    """
+
+    def __init__(self, message: str, *options: str) -> None:
+        super().__init__(message)
+        self.options = options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers send errors to the main process."""
+        return type(self), (str(self), *self.options)
 
 
 Config = TypeVar("Config", bound=Any)
@@ -111,13 +127,34 @@ class Experiment(Generic[SomeRun]):
         """The methods with these keys, in the table's order; all of them for ``None``.
 
         Raises:
-            ValueError: if a key is unknown.
+            SettingError: if a key is unknown.
         """
         known = [method.key for method in self.methods]
         unknown = [key for key in keys or [] if key not in known]
         if unknown:
-            raise ValueError(f"no estimator is called {', '.join(unknown)}; there are {', '.join(known)}")
+            listed = ", ".join(map(repr, unknown))
+            raise SettingError(f"no estimator is called {listed}; there are {', '.join(known)}", "--estimators")
         return [method for method in self.methods if keys is None or method.key in keys]
+
+    def plan(self, methods: Sequence[Method], config: Any, seeds: int, out: Path) -> list[str]:
+        """What :meth:`conduct` would do, in lines; nothing is written.
+
+        Raises:
+            SettingError: if ``out`` holds runs with other settings, or a damaged file.
+        """
+        lines = ["settings:"]
+        lines += [f"  {field.name} = {getattr(config, field.name)}" for field in fields(config)]
+        lines.append(f"runs: {len(methods)} methods, {seeds} {'seeds' if seeds > 1 else 'seed'} each")
+        for method in methods:
+            paths = {seed: _place(out / "runs", method, seed) for seed in range(seeds)}
+            finished = [seed for seed, path in paths.items() if path.exists()]
+            for seed in finished:
+                read(paths[seed], settings_of(method, config, seed))
+            settings = "".join(f", {name} = {value}" for name, value in method.settings.items())
+            lines.append(f"  {method.key}: {method.title}{settings} ({len(finished)} of {seeds} finished)")
+        lines.append(f"files: {_place(out / 'runs', methods[0], 0)} and so on, after each run")
+        lines.append(f"       {out / 'runs.json'} and the pictures beside it, at the end")
+        return [*lines, "nothing was done (--dry-run)"]
 
     def conduct(
         self, methods: Sequence[Method], config: Any, seeds: int, out: Path, *, workers: int | None = None
@@ -138,7 +175,9 @@ class Experiment(Generic[SomeRun]):
                 once = functools.partial(finished_or_run, self, out / "runs")
                 runs = run_all(once, methods, config, seeds, workers=workers)
         except Timeout as error:
-            raise ValueError(f"another process is at work in {out}; wait for it, or choose another --out") from error
+            raise SettingError(
+                f"another process is at work in {out}; wait for it, or choose another folder", "--out"
+            ) from error
         save(runs, config, out / "runs.json")
         return runs
 
@@ -149,7 +188,7 @@ def finished_or_run(experiment: Experiment[SomeRun], folder: Path, method: Metho
     Raises:
         ValueError: if the folder holds that run with other settings, or a damaged file.
     """
-    path = folder / f"{method.key}-{seed}.json"
+    path = _place(folder, method, seed)
     settings = settings_of(method, config, seed)
     if path.exists():
         return experiment.kind(**read(path, settings)["run"])
@@ -157,6 +196,10 @@ def finished_or_run(experiment: Experiment[SomeRun], folder: Path, method: Metho
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"settings": settings, "run": asdict(run)}) + "\n")
     return run
+
+
+def _place(folder: Path, method: Method, seed: int) -> Path:
+    return folder / f"{method.key}-{seed}.json"
 
 
 def settings_of(method: Method, config: Any, seed: int) -> dict[str, Any]:
@@ -182,7 +225,7 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(path.read_text())
         earlier = found["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the run is done again") from error
+        raise SettingError(f"{path} is damaged ({error}); remove it, and the run is done again", "--out") from error
     check_settings(path, earlier, settings)
     return found
 
@@ -199,8 +242,9 @@ def check_settings(path: Path, earlier: Mapping[str, Any], settings: Mapping[str
         if earlier.get(key) != value
     ]
     if different:
-        raise ValueError(
-            f"{path} holds a run with other settings ({'; '.join(different)}); choose another --out, or remove it"
+        raise SettingError(
+            f"{path} holds a run with other settings ({'; '.join(different)}); choose another folder, or remove it",
+            "--out",
         )
 
 

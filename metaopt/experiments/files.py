@@ -13,13 +13,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; it names the path.
     """
-    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:  # Ctrl-C too
+            os.unlink(unfinished)
+            raise
     except OSError as error:
-        os.unlink(unfinished)
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error

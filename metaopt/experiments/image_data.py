@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import interpolate
 
+from metaopt.experiments.experiment import SettingError
 from metaopt.tasks import (
     LabelledImages,
     cifar10,
@@ -22,14 +23,16 @@ from metaopt.tasks import (
     tiny_imagenet,
 )
 
+SOURCES = ("glyphs", "mnist", "fashion-mnist", "cifar10", "cifar100", "tinyimagenet", "folder")
+"""Names of the data sets; ``"folder"`` is any folder with a sub-folder of images for each class."""
+
 
 @dataclass(frozen=True)
 class Source:
     """A data set by name.
 
     Attributes:
-        name: ``"glyphs"``, ``"cifar10"``, ``"cifar100"``, ``"tinyimagenet"``, ``"fashion-mnist"``,
-            ``"mnist"`` or ``"folder"``.
+        name: one of :data:`SOURCES`.
         root: the folder that holds the files; glyphs are rendered and need none.
         size: height and width to work at; ``None``: the data's own.
         download: fetch the files where they are missing.
@@ -63,16 +66,19 @@ class Splits(NamedTuple):
 CLASSES = {"cifar100": (50, 20, 30), "tinyimagenet": (100, 40, 60)}
 """The paper's splits; any other data is split 50 : 20 : 30."""
 
+SHARES = (0.5, 0.2, 0.3)
+"""Shares of the images of a class, where there are too few classes to split by classes."""
+
 
 def read(source: Source, per_class: int) -> LabelledImages:
     """All images of a source; ``per_class`` of each glyph.
 
     Raises:
-        ValueError: if there is no such source.
+        SettingError: if there is no such source, the fonts have too few glyphs, or a download fails.
         FileNotFoundError: if its files are missing.
     """
     readers: dict[str, Callable[[], LabelledImages]] = {
-        "glyphs": lambda: glyphs(source.size or 28, per_class=per_class),
+        "glyphs": lambda: _glyphs(source.size or 28, per_class),
         "cifar10": lambda: cifar10(source.root, download=source.download),
         "cifar100": lambda: cifar100(source.root, download=source.download),
         "tinyimagenet": lambda: tiny_imagenet(source.root, download=source.download),
@@ -81,20 +87,70 @@ def read(source: Source, per_class: int) -> LabelledImages:
         "folder": lambda: folder(source.root, source.size or 32),
     }
     if source.name not in readers:
-        raise ValueError(f"no data is called {source.name!r}; there are {', '.join(readers)}")
-    return _resized(readers[source.name](), source.size)
+        raise SettingError(f"no data is called {source.name!r}; there are {', '.join(SOURCES)}", "--data")
+    return _resized(fetched(readers[source.name], download=source.download), source.size)
 
 
-def load(source: Source, *, ways: int, per_class: int) -> Splits:
-    """Split by classes (always the same way) where there are three times as many as ``ways``, otherwise by images."""
-    data = read(source, per_class)
+def fetched(reader: Callable[[], LabelledImages], *, download: bool) -> LabelledImages:
+    """What the reader reads.
+
+    Raises:
+        SettingError: if its files were to be downloaded, and that failed.
+    """
+    try:
+        return reader()
+    except RuntimeError as error:
+        if not download:
+            raise
+        raise SettingError(str(error), "--download") from error
+
+
+def _glyphs(size: int, per_class: int) -> LabelledImages:
+    try:
+        return glyphs(size, per_class=per_class)
+    except ValueError as error:
+        raise SettingError(
+            f"the fonts of this machine do not give {per_class} glyphs of a class at {size}×{size} pixels ({error})",
+            "--shots",
+            "--size",
+        ) from error
+
+
+def load(source: Source, *, ways: int, shots: int) -> Splits:
+    """Split by classes (always the same way) where there are three times as many as ``ways``, otherwise by images.
+
+    Raises:
+        SettingError: if there are fewer classes than ``ways``, or if a class of a part has fewer than
+            ``2 * shots`` images.
+        FileNotFoundError: if a file is missing.
+    """
+    data = read(source, 2 * shots)
     count = len(data.names)
+    if count < ways:
+        raise SettingError(f"tasks of {ways} classes were asked for, but {source.name} has {count}", "--ways")
     train, validation = CLASSES.get(source.name, (count // 2, count // 5))[:2]
     counts = (train, validation, CLASSES[source.name][2] if source.name in CLASSES else count - train - validation)
-    flip = source.name != "glyphs"
-    if min(counts) >= ways:
-        return Splits(*split_classes(data, counts, seed=0), flip=flip, by_class=True)
-    return Splits(*split_images(data, (0.5, 0.2, 0.3), seed=0), flip=flip, by_class=False)
+    by_class = min(counts) >= ways
+    parts = split_classes(data, counts, seed=0) if by_class else split_images(data, SHARES, seed=0)
+    fewest = min(int(part.counts().min()) for part in parts)
+    if fewest < 2 * shots:
+        raise SettingError(_too_few(int(data.counts().min()), fewest, shots, by_class=by_class), "--shots")
+    return Splits(*parts, flip=source.name != "glyphs", by_class=by_class)
+
+
+def _too_few(whole: int, fewest: int, shots: int, *, by_class: bool) -> str:
+    """What to say of classes with too few images."""
+    needed = f"{shots} shots need {2 * shots} images of a class, {shots} to train on and {shots} to test on"
+    if by_class:
+        found = f"a class has {fewest}"
+    else:
+        shares = " : ".join(f"{100 * share:.0f}" for share in SHARES)
+        found = (
+            f"the smallest class has {whole}, of which {fewest} are left after the split {shares} into "
+            "meta-training, -validation and -test (there are too few classes to split by classes: that takes about "
+            "five times --ways)"
+        )
+    return f"{needed}, but {found}; {f'at most --shots {fewest // 2} is possible' if fewest > 1 else 'add images'}"
 
 
 def split_images(data: LabelledImages, shares: Sequence[float], seed: int) -> list[LabelledImages]:

@@ -143,7 +143,7 @@ def prepare(_: Method, config: ManyShotConfig, seed: int) -> tuple[Setting, Tree
         FileNotFoundError: if a file of images is missing.
         ValueError: if one is damaged, if there are too few images, or no such model or initialisation.
     """
-    splits = load(config.source, ways=config.ways, per_class=2 * config.shots)
+    splits = load(config.source, ways=config.ways, shots=config.shots)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config, splits.train.images.shape[1:])

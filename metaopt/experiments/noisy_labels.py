@@ -18,20 +18,22 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metaopt.estimators import EvoGrad, HyperDistill, OneStep
-from metaopt.experiments.experiment import Method, Run
+from metaopt.experiments.experiment import Method, Run, SettingError
+from metaopt.experiments.image_data import fetched
 from metaopt.experiments.schedules import Data, Part, of_images
 from metaopt.experiments.supervised import Supervised
 from metaopt.inner import inner_step
 from metaopt.models import MetaWeightNet, SigmoidAbove
 from metaopt.models.meta_weight_net import Squash, batch_normalised
 from metaopt.optim import SGD
-from metaopt.tasks import fashion_mnist, label_noise
+from metaopt.tasks import LabelledImages, fashion_mnist, label_noise
 from metaopt.tree import Tree
 
 
@@ -191,7 +193,13 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
         FileNotFoundError: if a file of Fashion-MNIST is missing.
         ValueError: if one is damaged, or if there are too few images.
     """
-    parts = [fashion_mnist(config.root, part, download=config.download) for part in ("train", "test")]
+    parts = [_read(config, "train"), _read(config, "test")]
+    if config.examples + config.clean > len(parts[0]):
+        raise SettingError(
+            f"{config.examples} + {config.clean} images were asked for, but there are {len(parts[0])}",
+            "--examples",
+            "--clean",
+        )
     data = of_images(parts[0], parts[1], examples=config.examples, validation=config.clean, seed=seed)
     data = Data(*[Part(part.x.flatten(1), part.y) for part in data])
     classes = len(parts[0].names)
@@ -207,6 +215,11 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
         )
     problem = Problem(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
     return problem, *model.init()
+
+
+def _read(config: NoisyLabelsConfig, part: Literal["train", "test"]) -> LabelledImages:
+    reader = functools.partial(fashion_mnist, config.root, part, download=config.download)
+    return fetched(reader, download=config.download)
 
 
 def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:

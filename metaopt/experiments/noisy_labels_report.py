@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from metaopt.experiments import noisy_labels
 from metaopt.experiments.experiment import Experiment, Method
 from metaopt.experiments.noisy_labels import BINS, HIGHEST_LOSS, METHODS, NoisyLabelsConfig, NoisyLabelsRun
-from metaopt.experiments.pictures import draw_curves
+from metaopt.experiments.pictures import RIGHT, WRONG, draw_curves, draw_line, panels, save, styles
 from metaopt.experiments.statistics import summarise
 
 CONTROL = "frozen"
@@ -58,7 +57,13 @@ def draw(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], config: Nois
     paths = [out / "accuracy.png", out / "weights.png"]
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
     draw_curves(
-        curves, paths[0], ylabel="test accuracy, %", xlabel="steps", every=config.evaluate_every, yscale="linear"
+        curves,
+        paths[0],
+        title="test accuracy along training",
+        ylabel="test accuracy, %",
+        xlabel="steps",
+        every=config.evaluate_every,
+        yscale="linear",
     )
     draw_weights(methods, runs, paths[1])
     return paths
@@ -69,17 +74,20 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
 
     The weight of an example against its loss, one curve per seed; below, where the losses lie.
     """
-    figure = Figure(figsize=(2.6 * len(methods), 4.2), layout="constrained")
-    grid = figure.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False)
+    figure, grid = panels(2.6 * len(methods), 4.6, 2, len(methods), sharex=True, sharey="row")
+    figure.suptitle(
+        "weight of an example against its loss, one line per seed; below: where the losses lie", fontsize=11
+    )
+    style = styles([method.title for method in methods])
     losses = np.linspace(0, HIGHEST_LOSS, BINS)
     edges = np.linspace(0, HIGHEST_LOSS, BINS + 1)
     for (above, below), method in zip(grid.T, methods, strict=True):
         mine = [run for run in runs if run.method == method.key]
         for run in mine:
-            above.plot(losses, run.weights, linewidth=1.5)
+            draw_line(above, losses, run.weights, color=style[method.title].color)
         for label, colour, found in (
-            ("right label", "tab:blue", [run.right_losses for run in mine]),
-            ("wrong label", "tab:red", [run.wrong_losses for run in mine]),
+            ("right label", RIGHT, [run.right_losses for run in mine]),
+            ("wrong label", WRONG, [run.wrong_losses for run in mine]),
         ):
             below.stairs(np.mean(found, axis=0), edges, color=colour, fill=True, alpha=0.5, label=label)
         ratio = summarise([run.ratio for run in mine]).mean
@@ -88,12 +96,12 @@ def draw_weights(methods: Sequence[Method], runs: Sequence[NoisyLabelsRun], path
         below.set(xlabel="loss of an example", yscale="log")
         if math.isfinite(ratio):
             above.text(
-                0.97, 0.95, f"right / wrong {ratio:.2f}", transform=above.transAxes, ha="right", va="top", fontsize=8
+                0.97, 0.95, f"right / wrong {ratio:.3g}", transform=above.transAxes, ha="right", va="top", fontsize=8
             )
     grid[0, 0].set_ylabel("its weight")
     grid[1, 0].set_ylabel("training images")
     grid[1, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    save(figure, path)
 
 
 EXPERIMENT = Experiment("noisy-labels", METHODS, NoisyLabelsRun, noisy_labels.prepare, noisy_labels.run, table, draw)

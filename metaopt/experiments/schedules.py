@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.estimators import OneStep, hypergradient
 from metaopt.estimators.fds import FDS
+from metaopt.experiments.files import write_text
+from metaopt.experiments.pictures import OKABE_ITO, panels, save
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import OuterOptimizer, SignStep, bounded, online
@@ -161,7 +162,8 @@ def run(data: Data, config: SchedulesConfig, out: Path | None = None) -> Schedul
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "schedules.json").write_text(json.dumps({"config": vars(config), **result._asdict()}, indent=1) + "\n")
+        found = {"config": vars(config), **result._asdict()}
+        write_text(out / "schedules.json", json.dumps(found, indent=1) + "\n")
         draw(result, out / "schedules.png")
     return result
 
@@ -300,16 +302,17 @@ def of_images(
 
 def draw(result: SchedulesResult, path: Path) -> None:
     """Left: validation loss by hyper-step. Right: the learning rates of all hyper-steps."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(result.validation_losses, "o-")
+    figure, ((left, right),) = panels(10, 4, columns=2)
+    left.plot(result.validation_losses, "o-", color=OKABE_ITO[0])
     left.set(
-        xlabel="hyper-steps", ylabel="validation loss after T steps", title=f"test accuracy {result.accuracy:.1f} %"
+        xlabel="hyper-steps",
+        ylabel="validation loss after T steps",
+        title=f"validation loss; in the end {result.accuracy:.1f} % test accuracy",
     )
     for number, lam in enumerate(result.schedules):
         right.plot(lam["lr"], drawstyle="steps-mid", color=str(0.9 - 0.9 * number / max(1, len(result.schedules) - 1)))
-    right.set(xlabel="window", ylabel="learning rate", title="light: first hyper-steps, black: last")
-    figure.savefig(path, dpi=150)
+    right.set(xlabel="window", ylabel="learning rate", title="learning rates; light: first hyper-steps, black: last")
+    save(figure, path)
 
 
 def _scheduled(problem: Problem) -> Step:

@@ -256,14 +256,14 @@ def table(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: Sinuso
 
 
 def draw(methods: Sequence[Method], runs: Sequence[SinusoidRun], config: SinusoidConfig, out: Path) -> list[Path]:
-    """Figure 8: the outer loss along meta-training; methods with other settings are dashed."""
+    """Figure 8: the outer loss along meta-training; variants of a method share its colour."""
     curves = {method.title: [run.curve for run in runs if run.method == method.key] for method in methods}
     path = out / "convergence.png"
     draw_curves(
         curves,
         path,
+        title="outer loss along meta-training",
         ylabel=f"outer loss after T = {config.horizon} inner steps",
-        dashed=[method.title for method in methods if method.settings],
     )
     return [path]
 

@@ -30,7 +30,7 @@ def run_all(
     jobs = [(method, seed) for seed in range(seeds) for method in methods]
     results = {}
     pool = ProcessPoolExecutor(
-        workers or os.cpu_count() or 1,
+        min(len(jobs), workers or os.cpu_count() or 1),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
         initargs=(os.getpid(),),
