@@ -144,6 +144,10 @@ for gamma in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0):
     print(f"γ = {gamma:4.2f}: cosine to the exact term {cosine(total, exact):.3f}, norm ratio {ratio:.3f}")
 
 # %% [markdown]
+# $\gamma = 0$ is `OneStep`. Its direction is not far behind. What it lacks is the size: six percent. A larger $\gamma$ turns the sum a
+# little towards the exact term and makes it longer. The number is chosen by trial. This page takes 0.9, as the library's
+# reproduction of the paper's table does.
+#
 # ## 4. Move two: one point for all
 #
 # $w^*_t$ is the mean of the visited weights, with weights $\gamma^{t-i}$. It is kept up by a rule that needs only the last one:
@@ -165,7 +169,7 @@ print(f"one product against thirty: cosine {cosine(one, all_of_them):.4f}, norm 
 assert cosine(one, all_of_them) > 0.95
 
 # %% [markdown]
-# So the second move costs almost nothing here. Data are mixed by the same shares: $D^*_t$ keeps some old examples and takes in some new ones.
+# So the second move costs almost nothing here. The data are mixed by the same shares: $D^*_t$ keeps some old examples and takes in some new ones.
 # The tasks above repeat their batch, so there is nothing to mix. With 400 examples a step, which carry the step's number:
 
 # %%
@@ -222,14 +226,17 @@ for name, (x, y) in untrained.items():
     print(f"{name:5} sweep: θ = {slope(x, y):.2f}, distance of the points from the line {100 * away:.0f} %")
 
 # %% [markdown]
+# The paper finds these points "largely linear" on its image experiments. On the sine waves they are not: with more
+# steps the term grows, shrinks and grows again. The picture below shows them.
+#
 # ## 6. Online use
 #
 # Now $\lambda$ moves after each of the 30 steps, and the last layer's start moves by Reptile. The next run has new tasks. Every method gets
 # the same tasks. $\theta$ is fitted again before every run, on other tasks: fitted once at the start, it goes stale. `RMD` needs $\lambda$
-# at rest during a run, so it moves $\lambda$ 20 times where the others move it 600 times.
+# at rest during a run, so it moves $\lambda$ 30 times where the others move it 900 times.
 
 # %%
-RUNS = 20
+RUNS = 30
 unseen = distribution.sample(200, seed=10**9)
 
 
@@ -260,15 +267,22 @@ print(f"error on new tasks without training: {test_error(phi, lam):.2f}")
 for name, reports in trained.items():
     errors = [test_error(report.phi, report.lam) for report in reports[-5:]]
     work = sum(report.cost.products for report in reports) / RUNS
-    print(f"{name:12} after runs 16 to 20:", *[f"{error:.2f}" for error in errors], f"  ({work:.0f} products a run)")
+    print(f"{name:12} after runs 26 to 30:", *[f"{error:.2f}" for error in errors], f"  ({work:.0f} products a run)")
     assert max(errors) < test_error(phi, lam)
 
 # %%
 thetas = [report.estimator.theta for report in trained["HyperDistill"]]
-print("θ before runs 1 to 20:", *[f"{theta:.2f}" for theta in thetas])
+print("θ before runs 1 to 30:", *[f"{theta:.2f}" for theta in thetas])
 
 # %% [markdown]
-# XXX
+# All methods learn. HyperDistill is not the best of them here. The last five errors of each online method differ by a factor of two and more,
+# so one network ranks nothing. Over twenty networks the library finds the paper's order: median error .34 with $\theta$ fitted before every run, .50 for
+# `OneStep`, .49 for `FirstOrder`. `docs/reproduced.md` has the table, with what could not be reproduced: without clipping, and with $\theta$
+# fitted once, the method as printed is unstable.
+#
+# The exact hypergradient gives the lowest error neither here nor there. It is right about each run, but $\lambda$ moves only once in it.
+#
+# $\theta$ itself swings by a factor of ten and more from one meta-batch to the next. In the paper's Figure 4d it is steady, on images.
 #
 # ## 7. Along a run, against exact RMD
 #
@@ -282,9 +296,10 @@ COMPARED["DrMAD"] = mo.DrMAD()
 
 
 def along(phi, lam):
-    """Cosine and norm ratio at each t: the mean over three meta-batches. θ is fitted to a fourth."""
-    fitted = mo.diagnose.calibrated(COMPARED, problem(3, phi, lam))
-    found = [mo.diagnose.alignment(fitted, problem(number, phi, lam), at=AT) for number in range(3)]
+    """Cosine and norm ratio at each t: the mean over three meta-batches. For each of them θ is fitted to another one."""
+    fits = [mo.diagnose.calibrated(COMPARED, problem(number + 3, phi, lam)) for number in range(3)]
+    found = [mo.diagnose.alignment(fit, problem(number, phi, lam), at=AT) for number, fit in enumerate(fits)]
+    print("fitted θ:", *[f"{fit['HyperDistill'].theta:.2f}" for fit in fits])
 
     def mean(name, of, value):
         return torch.tensor([one.curve(name, of=of, value=value)[1] for one in found]).mean(0)
@@ -309,6 +324,10 @@ for stage, (curves, _) in stages.items():
     assert curves["OneStep", "indirect", "norm_ratio"][1:].max() < 0.3
 
 # %% [markdown]
+# `OneStep` is nearly `FirstOrder`: its second-order term points about right and is far too short, except in the first steps. HyperDistill's
+# has a better direction, and that counts since it has a size. After training, $\theta$ comes out far too small in two of three
+# fits, and most of the lead goes with it. DrMAD is closer in the mean, for $2t - 1$ products instead of one.
+#
 # ## 8. The picture
 
 # %%
@@ -317,29 +336,39 @@ COLOURS = {"FirstOrder": GREY, "OneStep": GREEN, "HyperDistill": ORANGE, "DrMAD"
 MARKS = {"FirstOrder": "s--", "OneStep": "^-", "HyperDistill": "o-", "DrMAD": "D-."}
 figure, rows = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
 for (line, curve), (stage, (curves, samples)) in zip(rows, stages.items(), strict=True):
-    for (sweep, (x, y)), colour, mark in zip(samples.items(), (BLUE, PINK), ("o", "D"), strict=True):
+    for (sweep, (x, y)), colour, mark, height in zip(samples.items(), (BLUE, PINK), ("o", "D"), (0.93, 0.85), strict=True):
         line.plot(x, y, mark, color=colour, ms=5, alpha=0.8)
         end = x.max().item() * 1.05
         line.plot([0, end], [0, slope(x, y) * end], color=colour, lw=1.5)
-        line.annotate(
-            f"{sweep} sweep\nθ = {slope(x, y):.2f}",
-            (end, slope(x, y) * end),
-            (6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-        )
+        line.text(0.03, height, f"{sweep} sweep, θ = {slope(x, y):.2f}", color=colour, transform=line.transAxes)
     line.set(title=f"Fit of θ, {stage} training", ylabel="second-order term along $v_s$", xlabel="$S_s$ ‖$v_s$‖")
-    line.set_xlim(0, 1.3 * max(x.max().item() for x, _ in samples.values()))
+    line.set_xlim(0, None)
     line.set_ylim(0, None)
     curve.axhline(1, color=BLUE, lw=2)
     curve.annotate("exact RMD", (15, 1), (0, 4), textcoords="offset points", color=BLUE, ha="center")
-    for name in COMPARED:
+    height = 0.0
+    for name in sorted(COMPARED, key=lambda name: curves[name, "total", "cosine"][-1]):
         values = curves[name, "total", "cosine"]
+        height = max(height + 0.06, values[-1].item())
         curve.plot(AT, values, MARKS[name], color=COLOURS[name], lw=2, ms=5)
-        curve.annotate(name, (T, values[-1]), (8, 0), textcoords="offset points", color=COLOURS[name], va="center")
+        curve.text(T + 0.8, height, name, color=COLOURS[name], va="center")
     curve.set(title=f"Cosine to the exact hypergradient, {stage} training", xlabel="inner step t", xlim=(0, 38), ylim=(0, 1.1))
 for axes in rows.flat:
     axes.spines[["top", "right"]].set_visible(False)
-figure.suptitle("The fit is not quite a line, and one product is still closer than OneStep", fontweight="bold")
+figure.suptitle("The size θ is the slope of points that are not on a line. With it, one product is closer to exact than OneStep's", fontweight="bold")
 plt.show()
+
+# %% [markdown]
+# ## 9. What to take from it
+#
+# - For one product a step, HyperDistill is closer to the exact hypergradient than `OneStep` is: before training by far, after it by a little.
+# - The direction comes cheap. One product at the distilled point is as good as the sum of thirty.
+# - The size is the weak part. $\theta$ is a slope through points that need not lie on a line. Fit it again as training goes on
+#   (`calibration_period`), and bound the hypergradient's norm (`clip_norm`).
+# - A closer hypergradient need not give a lower error in thirty runs of one network.
+#
+# ## Where to go next
+#
+# - [Your first hypergradient](01_first_hypergradient.ipynb) holds other estimators against the exact answer.
+# - [MAML, Meta-SGD, ANIL and Reptile](03_maml_and_friends.ipynb) learns on the same sine waves by exact hypergradients.
+# - [Tune rates and decays](04_tune_rates_and_decays.ipynb) uses `mo.online` with few hyperparameters, where `mo.FMD` is exact.
