@@ -225,11 +225,11 @@ for name, colour in curves.items():
 for m in by_loss:
     curve = m.weights(m.init()[1], grid).detach()
     middle.semilogx(grid, curve / curve[0], ":", color=GREY, lw=1.5)
-label(middle, "EvoGrad", (0.77, 0.46), YELLOW)
-label(middle, "OneStep", (0.45, 0.46), PINK)
-label(middle, "frozen", (0.62, 0.66), GREY)
-label(middle, "right labels", (0.16, 0.26), GREEN)
-label(middle, "wrong labels", (0.99, 0.35), ORANGE, ha="right")
+label(middle, "EvoGrad", (0.69, 0.42), YELLOW)
+label(middle, "OneStep", (0.53, 0.33), PINK, ha="right")
+label(middle, "frozen", (0.72, 0.7), GREY, ha="right")
+label(middle, "right labels", (0.05, 0.14), GREEN)
+label(middle, "wrong labels", (1.0, 0.33), ORANGE, ha="right", backgroundcolor="white")
 
 below = middle.twinx()
 for m, (w, lam) in zip(by_loss, found["weight net, OneStep"], strict=True):
