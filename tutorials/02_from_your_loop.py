@@ -291,7 +291,7 @@ for (name, row), colour in zip(peaks.items(), COLOURS, strict=True):
     text = f"{name}\n{row[-1]:.1f} MiB"
     axes.annotate(text, (HORIZONS[-1], row[-1]), (10, 0), textcoords="offset points", color=colour, va="center")
 axes.set(xlabel="steps of the run, T", ylabel="peak memory, MiB", title="The same hypergradient, three ways to remember the run")
-axes.set_xlim(9, 1300)
+axes.set(xlim=(9, 1300), ylim=(1, 400))
 axes.set_xticks(HORIZONS, [str(T) for T in HORIZONS])
 axes.minorticks_off()
 axes.spines[["top", "right"]].set_visible(False)

@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 
 # %%
 EXAMPLES = 1000
-STEPS = 400
+STEPS = 300
 generator = torch.Generator().manual_seed(0)
 x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
 order = torch.randperm(len(y), generator=generator)
@@ -120,8 +120,9 @@ def show(*names):
 show(*results)
 
 # %% [markdown]
-# The wrong labels cost eighteen points. The fifty clean digits alone do about as well as the thousand noisy ones. So a method must beat
-# that row, too: below it, the noisy data is better thrown away. The row of half the rate is where the weights of the next section start.
+# The wrong labels cost about twenty points. The fifty clean digits alone do better, on average, than the thousand noisy ones. So a method must
+# beat that row, too: below it, the noisy data is better thrown away. The row of half the rate is where the weights of the next section
+# start.
 #
 # ## 3. A number for each example
 #
@@ -130,7 +131,8 @@ show(*results)
 # a single run, and at each of its steps $\lambda$ moves by what the last step says.
 #
 # The outer learning rates of this page are the best of two to four that were tried for each method, on this test set. Do not read small
-# differences between methods.
+# differences between methods. The accuracies are those of the last step, and they go up and down by a few points: with 400 steps
+# the uniform weights ended at 76.7 %, `OneStep` at 94.5 % and `EvoGrad` at 88.5 %.
 
 
 # %%
@@ -141,7 +143,10 @@ def adam(lr):
 def offline(model):
     step = mo.inner_step(model.inner_loss, SGD)
     w, lam = model.init()
-    *_, last = mo.tune(step, model.outer_loss, w, lam, numbered[:100], clean, optimizer=adam(0.5), runs=12)
+    exact = mo.RMD(mo.trajectory.Graphs())  # a small net: keeping the graphs is quicker
+    *_, last = mo.tune(
+        step, model.outer_loss, w, lam, numbered[:100], clean, estimator=exact, optimizer=adam(0.5), runs=12
+    )
     return trained(model.inner_loss, w, last.lam, numbered), last.lam
 
 
@@ -225,11 +230,10 @@ for name, colour in curves.items():
 for m in by_loss:
     curve = m.weights(m.init()[1], grid).detach()
     middle.semilogx(grid, curve / curve[0], ":", color=GREY, lw=1.5)
-label(middle, "EvoGrad", (0.69, 0.42), YELLOW)
-label(middle, "OneStep", (0.53, 0.33), PINK, ha="right")
-label(middle, "frozen", (0.72, 0.7), GREY, ha="right")
-label(middle, "right labels", (0.05, 0.14), GREEN)
-label(middle, "wrong labels", (1.0, 0.33), ORANGE, ha="right", backgroundcolor="white")
+names = {"net by OneStep": PINK, "net by EvoGrad": YELLOW, "net, frozen": GREY}
+names |= {"losses, right labels": GREEN, "losses, wrong labels": ORANGE}
+for row, (name, colour) in enumerate(names.items()):
+    label(middle, name, (0.04, 0.93 - 0.07 * row), colour)
 
 below = middle.twinx()
 for m, (w, lam) in zip(by_loss, found["weight net, OneStep"], strict=True):
@@ -277,7 +281,8 @@ for message in sorted({str(warning.message) for warning in caught}):
 assert max(results["OneStep, too fast"]) < min(results["weight net, OneStep"])
 
 # %% [markdown]
-# The library says where all weights of a batch have come to the same end. Look at the curve and at a frozen net before you trust a gain.
+# That is not better than the controls. The library says where all weights of a batch have come to the same end. It cannot say where a net
+# has learned the wrong curve. Look at the curve, and at a frozen net, before you trust a gain.
 
 # %% [markdown]
 # ## Where to go next
