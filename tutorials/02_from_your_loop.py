@@ -57,7 +57,9 @@ def same(one, other):
 x, y = torch.randn(2, 200, 10), torch.randn(2, 200, 1)
 train = (x[0], y[0])
 validation = (x[1], y[1])
-net = torch.nn.Sequential(torch.nn.Linear(10, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+net = torch.nn.Sequential(
+    torch.nn.Linear(10, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
+)
 lam = torch.full((len(list(net.parameters())),), -5.0)
 
 
@@ -139,21 +141,23 @@ print(report)
 # %%
 with higher.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)) as (fast, differentiable):
     kept = mo.interop.from_higher(fast)
-    kept_step = mo.inner_step(
-        lambda w, lam, batch: mse_loss(kept(w, batch[0]), batch[1]) + penalty(lam, mo.tree.leaves(w)),
-        mo.interop.from_higher(differentiable),
-    )
-    total = mo.hypergradient(
-        kept_step, lambda w, lam, batch: mse_loss(kept(w, batch[0]), batch[1]), kept.params, lam, [train] * T, validation
-    ).total
+
+    def kept_outer(w, lam, batch):
+        return mse_loss(kept(w, batch[0]), batch[1])
+
+    def kept_inner(w, lam, batch):
+        return kept_outer(w, lam, batch) + penalty(lam, mo.tree.leaves(w))
+
+    kept_step = mo.inner_step(kept_inner, mo.interop.from_higher(differentiable))
+    total = mo.hypergradient(kept_step, kept_outer, kept.params, lam, [train] * T, validation).total
 same(total, from_higher)
 
 # %% [markdown]
 # ## 5. A loop of learn2learn
 #
 # MAML in learn2learn reads `learner = maml.clone()`, `learner.adapt(loss)`, `loss.backward()`. The package is not needed here: the two
-# methods are written out below, in the way that it documents. `clone` copies the module so that autograd sees the copy. `adapt` takes one gradient step,
-# with `create_graph=True`. Here $\lambda$ is the initialisation, judged over four sine waves after five steps.
+# methods are written out below, in the way that it documents. `clone` copies the weights so that autograd sees the copy. `adapt` takes
+# one gradient step, with `create_graph=True`. Here $\lambda$ is the initialisation, judged over four sine waves after five steps.
 
 
 # %%
@@ -290,7 +294,8 @@ for (name, row), colour in zip(peaks.items(), COLOURS, strict=True):
     axes.loglog(HORIZONS, row, "o-", color=colour, lw=2)
     text = f"{name}\n{row[-1]:.1f} MiB"
     axes.annotate(text, (HORIZONS[-1], row[-1]), (10, 0), textcoords="offset points", color=colour, va="center")
-axes.set(xlabel="steps of the run, T", ylabel="peak memory, MiB", title="The same hypergradient, three ways to remember the run")
+axes.set(xlabel="steps of the run, T", ylabel="peak memory, MiB")
+axes.set_title("The same hypergradient, three ways to remember the run")
 axes.set(xlim=(9, 1300), ylim=(1, 400))
 axes.set_xticks(HORIZONS, [str(T) for T in HORIZONS])
 axes.minorticks_off()

@@ -86,7 +86,7 @@ per_digit = [
     mo.models.DataWeights.of(network(seed), losses_of, examples=EXAMPLES, weighting=mo.models.SigmoidWeights())
     for seed in SEEDS
 ]
-by_loss = [mo.models.MetaWeightNet.of(network(seed), losses_of) for seed in SEEDS]  # draws the weight net after the network
+by_loss = [mo.models.MetaWeightNet.of(network(seed), losses_of) for seed in SEEDS]
 
 
 def trained(inner_loss, w, lam, batches):
@@ -114,7 +114,8 @@ results["weight net, frozen"] = [accuracy(m, trained(m.inner_loss, *m.init(), ba
 def show(*names):
     for name in names:
         values = results[name]
-        print(f"{name:24}" + "".join(f"{value:8.1f}" for value in values) + f"   mean {sum(values) / len(values):.1f} %")
+        each = "".join(f"{value:8.1f}" for value in values)
+        print(f"{name:24}{each}   mean {sum(values) / len(values):.1f} %")
 
 
 show(*results)
@@ -194,7 +195,8 @@ for name, estimator in estimators.items():
     show(name)
     for m, (w, lam) in zip(by_loss, found[name], strict=True):
         weights = m.weights(lam, losses_of(m.predict(w, lam, train_x), given)).detach()
-        print(f"    mean weight of a right label is {weights[~wrong].mean() / weights[wrong].mean():5.1f} times that of a wrong one")
+        ratio = weights[~wrong].mean() / weights[wrong].mean()
+        print(f"    mean weight of a right label is {ratio:5.1f} times that of a wrong one")
 show("weight net, frozen", "told which are wrong")
 for name in estimators:
     assert min(results[name]) > max(results["weight net, frozen"] + results["50 clean digits alone"])
@@ -207,7 +209,8 @@ for name in estimators:
 
 # %%
 GREEN, ORANGE, PINK, YELLOW, GREY = "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#888888"
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1, 1.15, 1.15))
+widths = (1, 1.15, 1.15)
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=widths)
 
 
 def label(axes, text, at, colour, **more):
