@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from metaopt import cli
 from metaopt.experiments import diagnose_sinusoid, many_shot, many_shot_settings, sinusoid
 from metaopt.experiments.experiment import finished_or_run
-from metaopt.experiments.files import write_text
 from metaopt.experiments.image_data import Source
+from metaopt.files import write_text
 
 
 def invoke(*arguments):

@@ -277,7 +277,7 @@ print("θ before runs 1 to 30:", *[f"{theta:.2f}" for theta in thetas])
 # %% [markdown]
 # All methods learn. HyperDistill is not the best of them here. The last five errors of each online method differ by a factor of two and more,
 # so one network ranks nothing. Over twenty networks the library finds the paper's order: median error .34 with $\theta$ fitted before every run, .50 for
-# `OneStep`, .49 for `FirstOrder`. `docs/reproduced.md` has the table, with what could not be reproduced: without clipping, and with $\theta$
+# `OneStep`, .49 for `FirstOrder`, whose momentum is a constant there. `docs/papers/hyperdistill.md` has the table, with what could not be reproduced: without clipping, and with $\theta$
 # fitted once, the method as printed is unstable.
 #
 # The exact hypergradient gives the lowest error neither here nor there. It is right about each run, but $\lambda$ moves only once in it.

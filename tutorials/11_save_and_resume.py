@@ -58,15 +58,15 @@ def as_module(path):
 # A digit classifier with a weight decay and a rate, both tuned. Batches are drawn from torch's global generator, whose state is kept in the
 # file as well. `checkpoint=` is the only line that makes the loop safe.
 #
-# The history has a file beside it. `replace` swaps it in one move, so that a kill cannot leave half of it. After a resume, rows that
-# will come again are dropped.
+# The history has a file beside it, which is written whole, too. After a resume, rows that will come again are dropped. After each report the
+# script waits for a line on its input, so that it cannot run away from the signal below.
 
 # %%
 x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
 torch.save((x / 16, y), here / "digits.pt")
 SCRIPT = here / "train.py"
 SCRIPT.write_text('''
-import os
+import sys
 from pathlib import Path
 
 import torch
@@ -115,16 +115,16 @@ def online(path=None):
 
 
 def follow(reports, file):
-    """Keep a history in a file, and print each number."""
+    """Keep a history in a file, print each number, and wait for a line (or for the end of the input)."""
     old = mo.History.load(file).rows if file.exists() else []
     history = None
     for report in reports:
         if history is None:
             history = mo.History([row for row in old if row["number"] < report.number])
         history.add(report)
-        history.save(file.with_suffix(".new"))
-        os.replace(file.with_suffix(".new"), file)
+        history.save(file)
         print(report.number, flush=True)
+        sys.stdin.readline()
     return report
 
 
@@ -164,7 +164,7 @@ for kind, (history, report) in whole.items():
 # %%
 def start(kind):
     command = [sys.executable, "-c", f"import train; train.main({kind!r})"]
-    return subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def kill_after(kind, number):
@@ -173,6 +173,9 @@ def kill_after(kind, number):
         if int(line) == number:
             os.kill(process.pid, signal.SIGKILL)
             break
+        process.stdin.write("\n")
+        process.stdin.flush()
+    process.stdin.close()
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     return number

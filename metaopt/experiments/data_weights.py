@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.estimators import RMD, Hypergradient, hypergradient
-from metaopt.experiments.files import write_text
 from metaopt.experiments.pictures import RIGHT, WRONG, panels, save
+from metaopt.files import write_text
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import replicated

@@ -29,8 +29,8 @@ from metaopt.diagnose import Alignment, Costs, alignment, calibrated, costs, fin
 from metaopt.estimators import Estimator, HyperDistill
 from metaopt.estimators.hyperdistill import SizeSamples
 from metaopt.experiments.decayed_sum import DecayedSum
-from metaopt.experiments.files import write_text
 from metaopt.experiments.pictures import OKABE_ITO, draw_line, draw_point, panels, save, styles
+from metaopt.files import write_text
 from metaopt.problem import Problem
 from metaopt.table import Table
 

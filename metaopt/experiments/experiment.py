@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 
 from metaopt.estimators import Estimator
-from metaopt.experiments.files import write_text
 from metaopt.experiments.workers import run_all
+from metaopt.files import write_text
 
 FORMAT = 1
 """Version of the files in ``runs/``; another one is refused."""

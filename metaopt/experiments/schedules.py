@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.estimators import OneStep, hypergradient
 from metaopt.estimators.fds import FDS
-from metaopt.experiments.files import write_text
 from metaopt.experiments.pictures import OKABE_ITO, panels, save
+from metaopt.files import write_text
 from metaopt.functional import FunctionalModel, functional
 from metaopt.inner import Step, inner_step
 from metaopt.meta import OuterOptimizer, SignStep, bounded, online

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt import replay
+from metaopt import files, replay
 from metaopt.estimators.base import Estimator
 from metaopt.meta._packed import differences, pack, unpack
 from metaopt.tree import Tree
@@ -51,16 +49,7 @@ def write(path: Path, kind: str, content: Any, settings: Any = None, shared: Seq
         "content": pack(content, "the run", shared),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    files.write(path, lambda file: torch.save(plain, file))
 
 
 def read(path: Path, kind: str, settings: Any = None) -> Stored:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from tqdm import tqdm
 
-from metaopt import tree
+from metaopt import files, tree
 from metaopt.meta.report import Report, Reports
 from metaopt.table import Table
 
@@ -138,8 +138,8 @@ class History:
         return figure
 
     def save(self, path: str | Path) -> None:
-        """Write the rows as JSON, for :meth:`load`."""
-        Path(path).write_text(json.dumps({"metaopt history": 1, "rows": self.rows}, indent=1))
+        """Write the rows as JSON, for :meth:`load`; a kill leaves the old file or the new one."""
+        files.write_text(Path(path), json.dumps({"metaopt history": 1, "rows": self.rows}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> History:

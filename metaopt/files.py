@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; see :func:`write`."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file; a kill or a full disk at any moment leaves the old one or the new one.
+
+    Args:
+        path: the file.
+        fill: writes the content.
 
     Raises:
         OSError: if it cannot be written; it names the path.
@@ -16,8 +27,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
