@@ -87,7 +87,7 @@ def compare(
 ) -> Comparison:
     """Estimators against the exact hypergradient on one problem; λ fixed, nothing is trained.
 
-    Each part can be had alone: :func:`~metaopt.diagnose.alignment`,
+    Each part is there alone, too: :func:`~metaopt.diagnose.alignment`,
     :func:`~metaopt.diagnose.costs`, :func:`~metaopt.diagnose.norms`,
     :func:`~metaopt.diagnose.smoothness`, :func:`~metaopt.diagnose.bias`; their docstrings hold the
     equations.

@@ -89,8 +89,8 @@ class DataWeightsResult(NamedTuple):
     cost: dict[str, int]
 
 
-class Problem(NamedTuple):
-    """The training problem of one seed; a batch is ``(x, y, which examples)``."""
+class Setting(NamedTuple):
+    """The training of one seed, made ready; a batch is ``(x, y, which examples)``."""
 
     step: Step
     model: FunctionalModel
@@ -111,11 +111,11 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
 
     Write ``data_weights.json`` and ``.png`` to ``out`` if given.
     """
-    problem = build(config)
+    setting = build(config)
     started = time.perf_counter()
-    estimate = predict(problem, config)
+    estimate = predict(setting, config)
     swept = time.perf_counter()
-    base, without = retrain(problem, config)
+    base, without = retrain(setting, config)
     finished = time.perf_counter()
     predicted = -estimate.total
     true = without - base
@@ -123,7 +123,7 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
         spearman=float(spearmanr(predicted.numpy(), true.numpy()).statistic),  # type: ignore[attr-defined]
         predicted=predicted.tolist(),
         true=true.tolist(),
-        flipped=problem.flipped.tolist(),
+        flipped=setting.flipped.tolist(),
         validation_loss=float(estimate.outer_loss),
         gradient_seconds=swept - started,
         retraining_seconds=finished - swept,
@@ -137,7 +137,7 @@ def run(config: DataWeightsConfig, out: Path | None = None) -> DataWeightsResult
     return result
 
 
-def build(config: DataWeightsConfig) -> Problem:
+def build(config: DataWeightsConfig) -> Setting:
     """Data, network, order of minibatches, and the weighted training step; float64 throughout."""
     source = torch.Generator().manual_seed(config.seed)
     x, y = _half_moons(config.examples, source)
@@ -153,7 +153,7 @@ def build(config: DataWeightsConfig) -> Problem:
         losses = nn.functional.softplus(-targets * model(w, inputs).squeeze(-1))
         return (weights[chosen] * losses).mean()
 
-    return Problem(
+    return Setting(
         inner_step(training_loss, _optimizer(config)),
         model,
         x,
@@ -164,36 +164,36 @@ def build(config: DataWeightsConfig) -> Problem:
     )
 
 
-def predict(problem: Problem, config: DataWeightsConfig) -> Hypergradient:
+def predict(setting: Setting, config: DataWeightsConfig) -> Hypergradient:
     """The exact hypergradient with respect to every example's weight."""
     estimator = RMD(Checkpointed(slots=config.slots, horizon=config.steps))
     lam = torch.ones(config.examples, dtype=torch.float64)
     return hypergradient(
-        problem.step,
-        _validation_loss(problem),
-        problem.model.params,
+        setting.step,
+        _validation_loss(setting),
+        setting.model.params,
         lam,
-        problem.batch,
-        problem.validation,
+        setting.batch,
+        setting.validation,
         estimator=estimator,
         horizon=config.steps,
     )
 
 
-def retrain(problem: Problem, config: DataWeightsConfig) -> tuple[Tensor, Tensor]:
+def retrain(setting: Setting, config: DataWeightsConfig) -> tuple[Tensor, Tensor]:
     """``(L_val, L_val without example i for every i)``.
 
     All runs at once, as one stacked problem with a row of weights for each.
     """
     n = config.examples
     weights = torch.cat([torch.ones(1, n, dtype=torch.float64), 1 - torch.eye(n, dtype=torch.float64)])
-    mapped = torch.vmap(problem.step.loss, in_dims=(0, 0, None))
+    mapped = torch.vmap(setting.step.loss, in_dims=(0, 0, None))
     step = inner_step(lambda w, lam, batch: mapped(w, lam, batch).sum(), _optimizer(config))
-    state = step.init(replicated(problem.model.params, n + 1), weights)
+    state = step.init(replicated(setting.model.params, n + 1), weights)
     for t in range(1, config.steps + 1):
-        state = step(state, weights, problem.batch(t))
-    validation = _validation_loss(problem)
-    losses = torch.stack([validation(tree.select(state.w, i), None, problem.validation) for i in range(n + 1)])
+        state = step(state, weights, setting.batch(t))
+    validation = _validation_loss(setting)
+    losses = torch.stack([validation(tree.select(state.w, i), None, setting.validation) for i in range(n + 1)])
     return losses[0], losses[1:]
 
 
@@ -219,10 +219,10 @@ def _optimizer(config: DataWeightsConfig) -> SGD:
     return SGD(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def _validation_loss(problem: Problem) -> Callable[[Tree, Tree, Any], Tensor]:
+def _validation_loss(setting: Setting) -> Callable[[Tree, Tree, Any], Tensor]:
     def loss(w: Tree, _: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
-        return nn.functional.softplus(-targets * problem.model(w, inputs).squeeze(-1)).mean()
+        return nn.functional.softplus(-targets * setting.model(w, inputs).squeeze(-1)).mean()
 
     return loss
 

@@ -140,7 +140,7 @@ class NoisyLabelsRun(Run):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Setting:
     """A configuration made ready for one seed.
 
     ``data.train`` holds the labels as they are given to the classifier.
@@ -184,8 +184,8 @@ class Problem:
         return float(weights[~self.wrong].mean() / weights[self.wrong].mean())
 
 
-def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Problem, Tree, Tree]:
-    """The problem, the classifier's initial weights, and λ.
+def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Setting, Tree, Tree]:
+    """The setting, the classifier's initial weights, and λ.
 
     Deterministic in ``(config, seed)``, the same for every method.
 
@@ -213,8 +213,8 @@ def prepare(method: Method, config: NoisyLabelsConfig, seed: int) -> tuple[Probl
         model = MetaWeightNet.of(
             net, loss, hidden=config.weight_net, squash=method.configured(config).squash, coefficients=batch_normalised
         )
-    problem = Problem(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
-    return problem, *model.init()
+    setting = Setting(config, model, data._replace(train=Part(data.train.x, given)), given != data.train.y, seed)
+    return setting, *model.init()
 
 
 def _read(config: NoisyLabelsConfig, part: Literal["train", "test"]) -> LabelledImages:
@@ -224,7 +224,7 @@ def _read(config: NoisyLabelsConfig, part: Literal["train", "test"]) -> Labelled
 
 def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     """Both stages of one method; deterministic in ``(method, config, seed)``."""
-    problem, w0, lam0 = prepare(method, config, seed)
+    setting, w0, lam0 = prepare(method, config, seed)
     w = w0
     lam = lam0
     failure = ""
@@ -232,33 +232,33 @@ def run(method: Method, config: NoisyLabelsConfig, seed: int) -> NoisyLabelsRun:
     ratios: list[float] = []
     started = time.perf_counter()
     try:
-        for t, w, lam in problem.training.run(w0, lam0, method.estimator):
+        for t, w, lam in setting.training.run(w0, lam0, method.estimator):
             if t % config.evaluate_every == 0:
-                curve.append(problem.accuracy(w, lam))
-                ratios.append(problem.ratio(lam, problem.losses(w)))
+                curve.append(setting.accuracy(w, lam))
+                ratios.append(setting.ratio(lam, setting.losses(w)))
     except FloatingPointError as error:
         failure = str(error)
     seconds = time.perf_counter() - started
-    losses = problem.losses(w)
+    losses = setting.losses(w)
     two_stage = math.nan
     if method.estimator is not None and not failure:
-        *_, (_, second, _) = problem.training.run(w0, lam, None)
-        two_stage = problem.accuracy(second, lam)
+        *_, (_, second, _) = setting.training.run(w0, lam, None)
+        two_stage = setting.accuracy(second, lam)
     with torch.no_grad():
-        weights = problem.model.weights(lam, torch.linspace(0, HIGHEST_LOSS, BINS))
+        weights = setting.model.weights(lam, torch.linspace(0, HIGHEST_LOSS, BINS))
     return NoisyLabelsRun(
         method=method.key,
         seed=seed,
         seconds=seconds,
         failure=failure,
-        accuracy=math.nan if failure else problem.accuracy(w, lam),
+        accuracy=math.nan if failure else setting.accuracy(w, lam),
         two_stage=two_stage,
-        ratio=math.nan if failure else problem.ratio(lam, losses),
+        ratio=math.nan if failure else setting.ratio(lam, losses),
         curve=curve,
         ratios=ratios,
         weights=weights.tolist(),
-        right_losses=_histogram(losses[~problem.wrong]),
-        wrong_losses=_histogram(losses[problem.wrong]),
+        right_losses=_histogram(losses[~setting.wrong]),
+        wrong_losses=_histogram(losses[setting.wrong]),
     )
 
 

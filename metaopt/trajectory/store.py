@@ -17,7 +17,7 @@ from metaopt.inner.state import InnerState
 
 
 class Store(Protocol):
-    """A place for states. What :meth:`put` returns is dropped when it is no longer referred to."""
+    """A place for states. What :meth:`put` returns is dropped with the last reference to it."""
 
     def put(self, state: InnerState) -> Any:
         """Keep a state; the result stands for it."""
