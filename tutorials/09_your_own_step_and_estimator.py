@@ -38,9 +38,9 @@ torch.set_default_dtype(torch.float64)
 # ## 1. A step: an optimiser with learned coefficients
 #
 # The rule moves each parameter along three directions: the gradient $g$, its running mean $m$, and that mean divided by its running size, as
-# in Adam. $\lambda$ holds the three coefficients, for each parameter of the network:
+# in Adam. $\lambda$ holds the logarithms of three coefficients, for each parameter of the network:
 #
-# $$w \leftarrow w - c_1\, g - c_2\, m - c_3\, \frac{m}{\sqrt{s}}, \qquad
+# $$w \leftarrow w - e^{\lambda_1} g - e^{\lambda_2} m - e^{\lambda_3} \frac{m}{\sqrt{s}}, \qquad
 #   m \leftarrow 0.9\, m + 0.1\, g, \qquad s \leftarrow 0.99\, s + 0.01\, g^2.$$
 #
 # The function takes a state, $\lambda$ and a batch, and returns a new state. `create_graph=True` keeps the gradient differentiable. `init` says
@@ -57,7 +57,7 @@ def learned_rule(loss, create_graph=True):
             mean[name] = 0.9 * state.slots["mean"][name] + 0.1 * g
             square[name] = 0.99 * state.slots["square"][name] + 0.01 * g**2
             directions = torch.stack([g, mean[name], mean[name] / (square[name] + 1e-8).sqrt()])
-            w[name] = state.w[name] - torch.tensordot(lam[name], directions, 1)
+            w[name] = state.w[name] - torch.tensordot(lam[name].exp(), directions, 1)
         return mo.InnerState(w, {"mean": mean, "square": square}, state.t + 1)
 
     return rule
@@ -77,7 +77,7 @@ def empty_slots(w, lam):
 torch.manual_seed(0)
 tiny = mo.functional(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
 points = torch.randn(10, 3), torch.randn(10, 2)
-coefficients = {name: torch.tensor([0.1, 0.2, 0.03]) for name in tiny.params}
+coefficients = {name: torch.tensor([0.1, 0.2, 0.03]).log() for name in tiny.params}
 
 
 def tiny_loss(w, batch):
@@ -126,9 +126,8 @@ assert "purity" in [row.case for row in impure.failures]
 # ## 4. Let it learn
 #
 # Now the proven rule, on digits. A round takes a new network and new digits, trains for 20 steps, and moves $\lambda$ by the exact hypergradient of
-# the validation loss. SGD with momentum and Adam get the same rounds to tune their one rate.
-#
-# The rule starts as a kind of Adam at rate 0.01: the third coefficient alone.
+# the validation loss. SGD, with momentum and without, and Adam get the same rounds to tune their one rate.
+# All start from a modest guess, and $\lambda$ moves by the same outer optimiser, in logarithms.
 
 # %%
 T, ROUNDS = 20, 60
@@ -164,19 +163,20 @@ def with_lam(w, lam, batch):
 rate = mo.by("log_rate", torch.exp)
 steps = {
     "learned rule": mo.custom_step(learned_rule(loss), init=empty_slots),
+    "SGD": mo.inner_step(with_lam, mo.optim.SGD(lr=rate)),
     "SGD, momentum": mo.inner_step(with_lam, mo.optim.SGD(lr=rate, momentum=0.9)),
     "Adam": mo.inner_step(with_lam, mo.optim.Adam(lr=rate)),
 }
 starts = {
-    "learned rule": {name: torch.tensor([0.0, 0.0, 0.01]) for name in model.params},
+    "learned rule": {name: torch.tensor([0.1, 0.1, 0.01]).log() for name in model.params},
+    "SGD": {"log_rate": torch.tensor(0.1).log()},
     "SGD, momentum": {"log_rate": torch.tensor(0.1).log()},
     "Adam": {"log_rate": torch.tensor(0.01).log()},
 }
-outer_rates = {"learned rule": 0.01, "SGD, momentum": 0.1, "Adam": 0.1}
 
 
 def learned(name):
-    outer = mo.meta.OuterOptimizer(starts[name], lambda params: torch.optim.Adam(params, lr=outer_rates[name]))
+    outer = mo.meta.OuterOptimizer(starts[name], lambda params: torch.optim.Adam(params, lr=0.1))
     for seed in range(ROUNDS):
         train, validation = digits(seed)
         w0 = network(seed).params
@@ -186,9 +186,10 @@ def learned(name):
 
 
 found = {name: learned(name) for name in steps}
-for name, values in found["learned rule"].items():
-    print(f"{name:9} gradient {values[0]:+.3f}, mean {values[1]:+.3f}, mean / size {values[2]:+.3f}")
-print(", ".join(f"{name}: rate {found[name]['log_rate'].exp():.3f}" for name in ("SGD, momentum", "Adam")))
+for name, logs in found["learned rule"].items():
+    values = logs.exp()
+    print(f"{name:9} gradient {values[0]:.3f}, mean {values[1]:.3f}, mean / size {values[2]:.3f}")
+print(", ".join(f"{name}: rate {found[name]['log_rate'].exp():.3f}" for name in ("SGD", "SGD, momentum", "Adam")))
 
 # %% [markdown]
 # Does it carry over? Ten more networks are trained on digits that were not used so far, and judged on others still.
@@ -210,10 +211,27 @@ curves = {label: torch.tensor([curve(*run, seed) for seed in SEEDS]) for label, 
 for label, values in curves.items():
     last = values[:, -1]
     print(f"{label:14} test loss after {T} steps: {last.mean():.3f} ± {last.std():.3f} over {len(SEEDS)} networks")
-assert curves["learned rule"][:, -1].mean() < curves["first guess"][:, -1].mean()
+ends = {label: values[:, -1] for label, values in curves.items()}
+assert ends["learned rule"].mean() < min(ends[label].mean() for label in ("Adam", "SGD, momentum", "first guess"))
+assert (ends["learned rule"].mean() - ends["SGD"].mean()).abs() < ends["learned rule"].std()
 
 # %% [markdown]
-# TEXT
+# The rule ends below Adam and below SGD with momentum. It does not end below plain SGD: the two differ by less than two networks do.
+#
+# The gradient's coefficient at the weights has risen fifty times, to about 5. How much of the rule is that term? Leave out the two others.
+
+# %%
+alone = {name: torch.cat([logs[:1], torch.full((2,), -torch.inf)]) for name, logs in found["learned rule"].items()}
+rest = {name: torch.cat([torch.tensor([-torch.inf]), logs[1:]]) for name, logs in found["learned rule"].items()}
+parts = {"gradient term alone": alone, "the two others alone": rest}
+parts = {label: torch.tensor([curve("learned rule", lam, seed)[-1] for seed in SEEDS]) for label, lam in parts.items()}
+for label, last in parts.items():
+    print(f"{label:20} test loss after {T} steps: {last.mean():.3f} ± {last.std():.3f}")
+assert ends["learned rule"].mean() < parts["gradient term alone"].mean() < parts["the two others alone"].mean()
+
+# %% [markdown]
+# Alone, the gradient term does most of the work: plain gradient descent with a large rate. The two others improve on it by less than a tenth.
+# So twelve numbers found mostly what one number says. A comparison without plain SGD would have looked like a victory.
 #
 # ## 5. An estimator: reverse mode that fades
 #
@@ -259,12 +277,12 @@ class Fading(mo.Estimator):
         return state.w, pullback
 
 
-for keep in (1.0, 0.7):
-    report = mo.verify.check(Fading(keep))
-    print(f"Fading({keep}): {report.verdict}")
-print(report.skipped[0])
-assert mo.verify.check(Fading(1.0)).passed
-assert not report.rows
+exact = mo.verify.check(Fading(1.0))
+silent = mo.verify.check(Fading(0.7))
+print(f"Fading(1.0): {exact.verdict}")
+print(f"Fading(0.7): {silent.verdict}\n    {silent.skipped[0]}")
+assert exact.passed
+assert not silent.passed
 
 # %% [markdown]
 # With $\rho = 1$ it says that it is exact, so it is held to ten closed forms at three horizons. With $\rho = 0.7$ it makes no claim, so there is
@@ -345,22 +363,31 @@ print(f"{'steps':>5}  fading: cosine, error   truncated: cosine, error")
 for n in MEMORY[:10]:
     soft, hard = close[f"fading {n}"], close.get(f"truncated {n}")
     print(f"{n:5d} {soft.cosine:15.3f} {soft.relative_error:7.3f}", f"{hard.cosine:18.3f} {hard.relative_error:7.3f}" if hard else "")
+for n in MEMORY[1:8]:
+    assert close[f"truncated {n}"].relative_error < close[f"fading {n}"].relative_error
 assert close[f"truncated {T}"].relative_error < 1e-10
 assert 4 < close["fading 200"].relative_error / close["fading 1000"].relative_error < 6  # in proportion to 1 - ρ
 
 # %% [markdown]
-# TEXT
+# The hard cut has the smaller error at every length, and none at all from $K = T$ on. The error of the soft one falls in proportion to $1-\rho$.
+# Its direction is a little better between 8 and 16 steps. And it keeps every state, so it saves nothing, while `TruncatedRMD` saves both
+# memory and products. So this estimator is right, and here it is not worth its price.
 #
 # ## 8. The picture
 
 # %%
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#888888"
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+YELLOW, GREY = "#E69F00", "#888888"
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-for label, colour in (("first guess", GREY), ("SGD, momentum", ORANGE), ("Adam", GREEN), ("learned rule", BLUE)):
+colours = {"SGD": YELLOW, "learned rule": BLUE, "Adam": GREEN, "SGD, momentum": ORANGE, "first guess": GREY}
+height = -0.06
+for label in sorted(colours, key=lambda label: curves[label][:, -1].mean()):
     mean = curves[label].mean(0)
-    left.plot(range(T + 1), mean, color=colour, lw=2)
-    left.annotate(label, (T, mean[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
-left.set(xlabel="training step", ylabel="test loss, mean of ten new networks", ylim=(0, None), xlim=(0, T + 6))
+    height = max(mean[-1], height + 0.11)  # labels keep their distance
+    left.plot(range(T + 1), mean, color=colours[label], lw=2)
+    left.plot([T + 0.2, T + 0.9], [mean[-1], height], color=colours[label], lw=0.7)
+    left.annotate(label, (T + 1, height), color=colours[label], va="center")
+left.set(xlabel="training step", ylabel="test loss, mean of ten new networks", ylim=(0, None), xlim=(0, T + 7))
 left.set_title("The learned rule on new networks and new digits")
 left.set_xticks([0, 5, 10, 15, 20])
 
@@ -371,7 +398,8 @@ right.annotate("Fading(ρ)", (50, close["fading 50"].relative_error), (8, 6), te
 right.annotate("TruncatedRMD(K)", (8, close["truncated 8"].relative_error), (-10, -14), textcoords="offset points", color=ORANGE, ha="right")
 right.annotate("exact at K = T", (T, 0), (6, 3), textcoords="offset points", color=ORANGE, fontsize="small")
 right.set(xlabel="steps remembered: 1 / (1 - ρ), or K", ylabel="relative error to the exact hypergradient", ylim=(0, None))
-right.set_title("The own estimator against its parameter")
+right.set_title("A soft and a hard cut against their parameters")
+figure.suptitle("The learned rule ends where plain SGD does; the soft cut is right, and no better than the hard one", fontweight="bold")
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 plt.show()
