@@ -54,7 +54,8 @@ def same(one, other):
 # to compute it drift apart by their rounding.
 
 # %%
-x, y = torch.randn(2, 200, 10), torch.randn(2, 200, 1)
+x = torch.randn(2, 200, 10)
+y = torch.randn(2, 200, 1)
 train = (x[0], y[0])
 validation = (x[1], y[1])
 net = torch.nn.Sequential(

@@ -208,7 +208,11 @@ for name in estimators:
 # ## 5. The picture
 
 # %%
-GREEN, ORANGE, PINK, YELLOW, GREY = "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#888888"
+GREEN = "#009E73"
+ORANGE = "#D55E00"
+PINK = "#CC79A7"
+YELLOW = "#E69F00"
+GREY = "#888888"
 widths = (1, 1.15, 1.15)
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=widths)
 

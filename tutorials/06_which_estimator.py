@@ -44,12 +44,15 @@ torch.manual_seed(0)
 N = 200
 x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
 order = torch.randperm(len(y))
-x, y = x[order] / 16, y[order]
+x = x[order] / 16
+y = y[order]
 x = (x - x[:N].mean(0)).float()
 
 wrong = torch.rand(N) < 0.4
 labels = torch.where(wrong, (y[:N] + torch.randint(1, 10, (N,))) % 10, y[:N])
-train, validation, test = (x[:N], labels), (x[N:500], y[N:500]), (x[500:], y[500:])
+train = (x[:N], labels)
+validation = (x[N:500], y[N:500])
+test = (x[500:], y[500:])
 
 model = mo.functional(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10)))
 

@@ -58,7 +58,8 @@ def cosine(a, b):
 # nothing.
 
 # %%
-CURVATURE, BOWL_RATE = 2.0, 0.1
+CURVATURE = 2.0
+BOWL_RATE = 0.1
 
 
 def bowl(w, lam, batch):
@@ -92,7 +93,9 @@ assert max(found.curve("γ = 0.9", value="relative_error")[1]) > 0.1
 # steps. The three layers below are the hyperparameters: 20,400 numbers.
 
 # %%
-T, TASKS, GAMMA = 30, 10, 0.9
+T = 30
+TASKS = 10
+GAMMA = 0.9
 distribution = mo.tasks.Sinusoid(shots=10)
 torch.manual_seed(0)
 model = mo.models.ANIL.of(mo.models.sinusoid_net(), mse_loss, weights=["6.*"])
@@ -201,7 +204,8 @@ def by_exact_sweep(problem):
     states = visited(problem)
     alpha = mo.diagnose.finished_run(problem).alpha
     points = None
-    x, y = [], []
+    x = []
+    y = []
     for s in range(1, T + 1):
         here = states[T - s], problem.batches[T - s]
         points = memory.start(*here) if points is None else memory.prepend(points, *here)
@@ -276,9 +280,9 @@ print("θ before runs 1 to 30:", *[f"{theta:.2f}" for theta in thetas])
 
 # %% [markdown]
 # All methods learn. HyperDistill is not the best of them here. The last five errors of each online method differ by a factor of two and more,
-# so one network ranks nothing. Over twenty networks the library finds the paper's order: median error .34 with $\theta$ fitted before every run, .50 for
-# `OneStep`, .49 for `FirstOrder`, whose momentum is a constant there. `docs/papers/hyperdistill.md` has the table, with what could not be reproduced: without clipping, and with $\theta$
-# fitted once, the method as printed is unstable.
+# so one network ranks nothing. Over twenty networks the library finds the paper's order: median error .34 with $\theta$ fitted before every
+# run, .50 for `OneStep`, .49 for `FirstOrder`, whose momentum is a constant there. `docs/papers/hyperdistill.md` has the table, with what could
+# not be reproduced: without clipping, and with $\theta$ fitted once, the method as printed is unstable.
 #
 # The exact hypergradient gives the lowest error neither here nor there. It is right about each run, but $\lambda$ moves only once in it.
 #
@@ -331,7 +335,11 @@ assert stages["after"][0]["HyperDistill", "total", "cosine"].mean() < stages["af
 # ## 8. The picture
 
 # %%
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#888888"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+GREY = "#888888"
 COLOURS = {"FirstOrder": GREY, "OneStep": GREEN, "HyperDistill": ORANGE, "DrMAD": PINK}
 MARKS = {"FirstOrder": "s--", "OneStep": "^-", "HyperDistill": "o-", "DrMAD": "D-."}
 figure, rows = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
@@ -355,7 +363,8 @@ for (line, curve), (stage, (curves, samples)) in zip(rows, stages.items(), stric
     curve.set(title=f"Cosine to the exact hypergradient, {stage} training", xlabel="inner step t", xlim=(0, 38), ylim=(0, 1.1))
 for axes in rows.flat:
     axes.spines[["top", "right"]].set_visible(False)
-figure.suptitle("The size θ is the slope of points that are not on a line. With it, one product is closer to exact than OneStep's", fontweight="bold")
+title = "The size θ is the slope of points that are not on a line. With it, one product is closer to exact than OneStep's"
+figure.suptitle(title, fontweight="bold")
 plt.show()
 
 # %% [markdown]

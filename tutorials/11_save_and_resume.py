@@ -248,7 +248,9 @@ print(message)
 # Both histories from their files.
 
 # %%
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREY = "#888888"
 figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for axes, kind, unit, corner in zip(both, killed, ("run", "step"), ((0.06, 0.06), (0.64, 0.84)), strict=True):
     straight = whole[kind][0]
