@@ -100,8 +100,8 @@ for bytes_free in (2**30, 400_000, 10_000):
 #
 # ## 4. How close do they come?
 #
-# `compare` holds them against exact `RMD` along one run, with $\lambda$ as it stands. `HyperDistill` has a size to be fitted first. `IFT` is told not to
-# warn: it assumes a converged run, which this one is not.
+# `compare` holds them against exact `RMD` along one run, with $\lambda$ as it stands. `HyperDistill` has a size to be fitted first. `IFT` is told
+# not to warn: it assumes a converged run, which this one is not.
 
 # %%
 estimators = {
