@@ -110,8 +110,8 @@ assert [row.against for row in wrong.failures] == ["differences"]
 # ## 4. Let it learn
 #
 # Now the proven rule, on digits. A round takes a new network and new digits, trains for 20 steps, and moves $\lambda$ by the exact hypergradient of
-# the validation loss. SGD, with momentum and without, and Adam get the same rounds to tune their one rate.
-# All start from a modest guess, and $\lambda$ moves by the same outer optimiser, in logarithms.
+# the validation loss. Adam and SGD, with momentum and without, get the same rounds to tune their one rate. All start from a modest guess. All
+# move in logarithms, by the same outer optimiser.
 
 # %%
 T = 20
