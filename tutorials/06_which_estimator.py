@@ -182,7 +182,7 @@ assert at_smallest["RMD"] == max(at_smallest.values())
 # %% [markdown]
 # The rows want different rates. `RMD` gains with every larger one, and the two others lose. At the smallest rate the order is reversed: there
 # `RMD` comes last, since twelve small steps do not get far. So a comparison at one shared rate can show either order. Let each estimator have
-# its own. The best rates stand at the edges of the grid. A wider one might lower each of the three.
+# its own. The best rates stand at the edges here; in earnest, extend the grid until they are inside.
 #
 # The reports keep the trained weights, so the test set can be asked as well.
 
