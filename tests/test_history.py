@@ -72,6 +72,19 @@ def test_a_bar_goes_on_where_the_loop_does(loop, tmp_path, capsys):
     assert "4/4" in capsys.readouterr().err
 
 
+def test_rows_that_come_again_are_replaced():
+    def add(history, *numbers):
+        for number in numbers:
+            report = next(iter(problem().tune(optimizer=adam, runs=1)))
+            history.add(report._replace(number=number))
+
+    history = mo.History()
+    add(history, 1, 2, 3, 4, 3, 4, 5)
+    assert history["number"] == [1, 2, 3, 4, 5]
+    add(history, 1, 2)
+    assert history["number"] == [1, 2, 3, 4, 5, 1, 2]
+
+
 def test_steps_without_an_update_are_undefined_there():
     history = mo.History()
     for report in problem().online(mo.OneStep(), optimizer=adam, hyper_steps=mo.meta.HyperSteps(every=2)):

@@ -68,9 +68,15 @@ class History:
         self.rows = [] if rows is None else rows
 
     def add(self, report: Report) -> None:
-        """Keep the numbers of a report."""
+        """Keep the numbers of a report.
+
+        A resumed loop repeats what came after its last checkpoint: rows that come again are
+        replaced. Numbers that begin again at 1 are those of another loop, and are added.
+        """
         if not isinstance(report, Report):
             raise TypeError(f"a history keeps the reports of mo.tune and mo.online, got {type(report).__name__}")
+        while report.number > 1 and self.rows and self.rows[-1]["number"] >= report.number:
+            self.rows.pop()
         row = {"number": report.number, "outer loss": _number(report.outer_loss)}
         row |= {_norm_of(name): norm for name, norm in report.norms.items()}
         for name, leaf in zip(tree.dotted_names(report.lam), tree.leaves(report.lam), strict=True):
