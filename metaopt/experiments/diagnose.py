@@ -130,7 +130,7 @@ def _stage(
 
 
 def _truth(result: Alignment, theta: float) -> tuple[list[float], list[float]]:
-    """``x_t = S_t ‖v_t‖`` and ``y_t = v_t · g_t / ‖v_t‖``, both with the sign θ gives to the direction undone."""
+    """``x_t = S_t ‖v_t‖`` and ``y_t = v_t · g_t / ‖v_t‖``, without the sign that θ gives to the direction."""
     t, cosine = result.curve("HyperDistill", of="indirect")
     _, ratio = result.curve("HyperDistill", of="indirect", value="norm_ratio")
     sizes = [result.exact_norms[i][1] for i in t]

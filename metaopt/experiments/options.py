@@ -74,7 +74,7 @@ Shots = Annotated[
 ]
 Ways = Annotated[int | None, typer.Option(min=2, help="Classes of a task; default: the profile's, 10.")]
 Small = Annotated[
-    bool, typer.Option("--small", help="The profile for two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")
+    bool, typer.Option("--small", help="For two cores: 14×14 pixels, 16 channels, 50 shots, 10 inner runs.")
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the data set's files where they are missing.")]
 Iterations = Annotated[
