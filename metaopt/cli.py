@@ -41,7 +41,7 @@ app.add_typer(diagnose_app, name="diagnose")
 
 TIMES: Mapping[str, Mapping[str, str]] = {
     "compare": {
-        "sinusoid": "7 min",
+        "sinusoid": "3 min",
         "anil": "weeks; --small: 2 h",
         "warpgrad": "weeks; --small: 2 h",
         "meta-weight-net": "weeks; --small: 2 h",
